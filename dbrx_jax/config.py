@@ -1,0 +1,262 @@
+"""DbrxConfig: what a DBRX is, read from any published ``config.json`` or from the files in configs/."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+from dbrx_jax.errors import ConfigError
+from dbrx_jax.files import read_json
+
+ACTIVATIONS = ("silu", "gelu", "relu")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The keys of config.json that hold a field, and the group (sub-dictionary) that each stands in.
+_TOP = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "initializer_range")
+_ATTENTION = ("kv_n_heads", "clip_qkv", "rope_theta")
+_FFN = (
+    "ffn_hidden_size",
+    "moe_num_experts",
+    "moe_top_k",
+    "moe_jitter_eps",
+    "moe_loss_weight",
+    "moe_normalize_expert_weights",
+)
+_LARGEST_NUMBER = 1e30
+_MOST_EXPERTS = 1 << 15  # of all layers together; the largest DBRX has 640
+# Sizes beyond these are a damaged or hostile file; refused before anything is allocated.
+_LARGEST = {
+    "d_model": 1 << 18,
+    "n_heads": 1 << 12,
+    "n_layers": 1 << 10,
+    "max_seq_len": 1 << 24,
+    "vocab_size": 1 << 22,
+    "kv_n_heads": 1 << 12,
+    "ffn_hidden_size": 1 << 20,
+    "moe_num_experts": 1 << 10,
+    "moe_top_k": 1 << 10,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DbrxConfig:
+    """The sizes and constants of one DBRX. Field names are those of the published ``config.json``.
+
+    Defaults are the ones that apply where a published file leaves a key out. Values are checked
+    on construction.
+
+    Raises:
+      ConfigError: a value is of the wrong type, out of range, or does not fit another one.
+    """
+
+    d_model: int = 2048
+    n_heads: int = 16
+    n_layers: int = 24
+    max_seq_len: int = 2048  # tokens
+    vocab_size: int = 32000
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    kv_n_heads: int = 1
+    clip_qkv: float | None = None  # queries, keys and values are clamped to +- this
+    rope_theta: float = 1e4
+    ffn_hidden_size: int = 3584  # per expert
+    ffn_act_fn: str = "silu"
+    moe_num_experts: int = 4
+    moe_top_k: int = 1
+    moe_jitter_eps: float | None = None  # training only: router input times U(1 - eps, 1 + eps)
+    moe_loss_weight: float = 0.01  # of the auxiliary load-balancing loss, in training
+    moe_normalize_expert_weights: float | None = 1.0  # p of the norm; None: not normalised
+    dtype: str = "bfloat16"  # of the stored weights
+
+    def __post_init__(self) -> None:
+        for name, largest in _LARGEST.items():
+            _set(self, name, _integer(name, getattr(self, name), largest))
+        _set(self, "initializer_range", _number("initializer_range", self.initializer_range, 0.0))
+        _set(self, "rope_theta", _number("rope_theta", self.rope_theta, 1.0))
+        _set(self, "moe_loss_weight", _number("moe_loss_weight", self.moe_loss_weight, 0.0))
+        for name in ("clip_qkv", "moe_normalize_expert_weights"):
+            value = getattr(self, name)
+            if value is not None:
+                value = _number(name, value, 0.0)
+                if value == 0:
+                    raise ConfigError(f"{name}: expected a number above 0, or null, got 0")
+                _set(self, name, value)
+        if self.moe_jitter_eps is not None:
+            eps = _number("moe_jitter_eps", self.moe_jitter_eps, 0.0)
+            if eps >= 1:
+                raise ConfigError(f"moe_jitter_eps: expected a number below 1, got {eps}")
+            _set(self, "moe_jitter_eps", eps or None)
+        if self.n_layers * self.moe_num_experts > _MOST_EXPERTS:
+            raise ConfigError(
+                f"moe_num_experts: at most {_MOST_EXPERTS} in all layers together, "
+                f"got {self.n_layers} layers of {self.moe_num_experts}"
+            )
+        if self.ffn_act_fn not in ACTIVATIONS:
+            raise ConfigError(f"ffn_act_fn: expected one of {', '.join(ACTIVATIONS)}, got {self.ffn_act_fn!r}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"torch_dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.d_model % self.n_heads:
+            raise ConfigError(f"n_heads: expected a divisor of d_model {self.d_model}, got {self.n_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"n_heads: d_model / n_heads must be even for rotary embeddings, got {self.head_dim}")
+        if self.n_heads % self.kv_n_heads:
+            raise ConfigError(f"kv_n_heads: expected a divisor of n_heads {self.n_heads}, got {self.kv_n_heads}")
+        if self.moe_top_k > self.moe_num_experts:
+            raise ConfigError(
+                f"moe_top_k: expected at most moe_num_experts {self.moe_num_experts}, got {self.moe_top_k}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the whole model."""
+        return self._parameters(self.moe_num_experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through (the whole embedding and head counted, as published)."""
+        return self._parameters(self.moe_top_k)
+
+    def _parameters(self, experts: int) -> int:
+        d, kv = self.d_model, self.kv_n_heads * self.head_dim
+        attention = d * (d + 2 * kv) + d * d
+        ffn = self.moe_num_experts * d + experts * 3 * d * self.ffn_hidden_size
+        return 2 * self.vocab_size * d + self.n_layers * (attention + ffn + 2 * d) + d
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads the dictionary of a ``config.json``. Unknown keys are ignored.
+
+        Raises:
+          ConfigError: the file is of another model, or a value cannot be used; the key is named.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"expected a JSON object, got {type(data).__name__}")
+        if (kind := data.get("model_type", "dbrx")) != "dbrx":
+            raise ConfigError(f"model_type: expected 'dbrx', got {kind!r}")
+        attention, ffn = _group(data, "attn_config"), _group(data, "ffn_config")
+        for key, group in (("resid_pdrop", data), ("emb_pdrop", data), ("attn_pdrop", attention)):
+            if group.get(key):
+                raise ConfigError(f"{key}: expected 0 (dropout is not part of DBRX), got {group[key]!r}")
+        if data.get("tie_word_embeddings"):
+            raise ConfigError("tie_word_embeddings: expected false (DBRX does not tie them), got true")
+        values = {
+            k: group[k]
+            for keys, group in ((_TOP, data), (_ATTENTION, attention), (_FFN, ffn))
+            for k in keys
+            if k in group
+        }
+        values["rope_theta"] = _rope_theta(data, attention)
+        if "ffn_act_fn" in ffn:
+            act = ffn["ffn_act_fn"]
+            values["ffn_act_fn"] = act.get("name", "silu") if isinstance(act, Mapping) else act or "silu"
+        dtype = data.get("torch_dtype") or data.get("dtype")  # transformers 5 writes the second
+        if dtype is not None:
+            values["dtype"] = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Reads a ``config.json``, or the one in the folder `path`.
+
+        Raises:
+          ConfigError: there is no such file, it is not JSON, or as in :meth:`from_dict`.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "config.json"
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Reads one of the configurations that come with the package, by its name (see :func:`names`).
+
+        Raises:
+          ConfigError: there is no configuration of this name.
+        """
+        if name not in names():
+            raise ConfigError(f"no configuration is called {name!r}: choose one of {', '.join(names())}")
+        return cls.from_dict(json.loads((_folder() / f"{name}.json").read_text()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary of a published ``config.json``, which transformers reads too."""
+        return {
+            "architectures": ["DbrxForCausalLM"],
+            "model_type": "dbrx",
+            **{key: getattr(self, key) for key in _TOP},
+            "attn_config": {"attn_pdrop": 0.0, **{key: getattr(self, key) for key in _ATTENTION}},
+            "ffn_config": {
+                "ffn_act_fn": {"name": self.ffn_act_fn},
+                **{key: getattr(self, key) for key in _FFN},
+            },
+            "emb_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "output_router_logits": False,
+            "router_aux_loss_coef": self.moe_loss_weight,
+            "tie_word_embeddings": False,
+            "torch_dtype": self.dtype,
+            "use_cache": True,
+        }
+
+
+def names() -> list[str]:
+    """The names of the configurations that come with the package."""
+    return sorted(f.name.removesuffix(".json") for f in _folder().iterdir() if f.name.endswith(".json"))
+
+
+def _folder():
+    return resources.files("dbrx_jax.configs")
+
+
+def _set(config: DbrxConfig, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)  # the dataclass is frozen once it is made
+
+
+def _number(name: str, value: Any, least: float) -> float:
+    real = not isinstance(value, bool) and isinstance(value, int | float)
+    if not real or not least <= value <= _LARGEST_NUMBER:
+        raise ConfigError(f"{name}: expected a number of at least {least:g}, got {value!r:.40}")
+    return float(value)
+
+
+def _integer(name: str, value: Any, largest: int) -> int:
+    real = not isinstance(value, bool) and isinstance(value, int | float)
+    if not real or not 1 <= value <= largest or value != int(value):
+        raise ConfigError(f"{name}: expected a whole number from 1 to {largest}, got {value!r:.40}")
+    return int(value)
+
+
+def _group(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    group = data.get(key)
+    if group is None:
+        return {}
+    if not isinstance(group, Mapping):
+        raise ConfigError(f"{key}: expected a JSON object, got {group!r}")
+    return group
+
+
+def _rope_theta(data: Mapping[str, Any], attention: Mapping[str, Any]) -> Any:
+    """attn_config's own wins: transformers 5 writes a default of 10000 elsewhere, beside the true one."""
+    rope = _group(data, "rope_parameters")
+    if (kind := rope.get("rope_type", "default")) != "default" or data.get("rope_scaling"):
+        raise ConfigError(f"rope_parameters: DBRX has no rotary scaling, got {data.get('rope_scaling') or kind!r}")
+    elsewhere = rope.get("rope_theta", data.get("rope_theta"))
+    own = attention.get("rope_theta")
+    if own is None:
+        return 1e4 if elsewhere is None else elsewhere
+    if elsewhere is not None and elsewhere != own:
+        warnings.warn(
+            f"config.json gives rope_theta {own} in attn_config and {elsewhere} outside it; using {own}. "
+            "Delete the other one to be rid of this warning.",
+            stacklevel=4,
+        )
+    return own

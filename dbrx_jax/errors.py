@@ -1,0 +1,21 @@
+"""The errors that a user can cause and mend. The command line prints each as one line and exits with 2."""
+
+
+class DbrxError(ValueError):
+    """Base of all errors that come from the user's input; the message says what, where and what to do."""
+
+
+class ConfigError(DbrxError):
+    """A configuration is missing, damaged, or has a value that cannot be used."""
+
+
+class CheckpointError(DbrxError):
+    """A checkpoint is missing, damaged or incomplete, or does not fit its configuration."""
+
+
+class TokenizerError(DbrxError):
+    """A tokenizer's files are missing or damaged, or a chat template failed."""
+
+
+class GenerationError(DbrxError):
+    """Arguments of generate that do not fit each other or the model."""

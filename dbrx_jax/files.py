@@ -1,0 +1,59 @@
+"""Reading small files of a checkpoint that comes from strangers."""
+
+import json
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from dbrx_jax.errors import ConfigError
+
+LARGEST_JSON = 64 << 20  # bytes; a tokenizer.json of 100k entries is under 10 MB
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file of bounded size.
+
+    Raises:
+      ConfigError: the file is missing, no regular file, too large, or not UTF-8.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
+            raise ConfigError(f"{path}: not a regular file")
+        if status.st_size > LARGEST_JSON:
+            raise ConfigError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; this is not a file of a checkpoint's")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+      ConfigError: as in :func:`read_text`, or the text is not JSON, or repeats a key.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except _RepeatedKey as error:
+        raise ConfigError(f"{path}: the key {error} stands twice in one JSON object") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+
+
+class _RepeatedKey(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise _RepeatedKey(repr(next(key for key, count in counts.items() if count > 1)))
+    return result

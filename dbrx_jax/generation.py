@@ -1,0 +1,385 @@
+"""Generation: prompts through the model in chunks, then a loop on the device that adds a token at a time.
+
+Shapes are few, so that little is compiled, and fixed, so that a row's numbers depend on nothing but
+the row: padding is taken out first, prompts go through row by row in chunks of PREFILL_CHUNK tokens at
+their absolute positions, and all rows decode together, one token a step.
+"""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Int
+
+from dbrx_jax.cache import PREFILL_CHUNK, capacity
+from dbrx_jax.decoding import MOST_EOS, DecodeState, Settings, decode, empty, first_token, prefill_chunk
+from dbrx_jax.errors import GenerationError
+from dbrx_jax.model.causal_lm import check_ids, split
+from dbrx_jax.sampling import Sampling, row_keys
+
+if TYPE_CHECKING:
+    from dbrx_jax.model.causal_lm import DbrxForCausalLM
+    from dbrx_jax.tokenizer import DbrxTokenizer
+
+# Tokens between two looks of the host, where somebody waits for them or they are searched for strings.
+BURST = 8
+LEAST_TEMPERATURE = 1e-3  # logits divided by much less are infinite
+_FROM_CHECKPOINT: Any = object()  # "not given", where None means something
+
+
+class GenerationOutput(NamedTuple):
+    """What generate returns with return_dict_in_generate=True."""
+
+    sequences: np.ndarray  # (B, T + N) int32
+    logprobs: np.ndarray | None  # (B, N) float32, of the raw logits; NaN behind a row's end
+
+
+@dataclasses.dataclass
+class Timings:
+    """Where a stream's time went, in seconds; compiling counts apart only where compile() was called."""
+
+    compile: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+def generate(
+    model: "DbrxForCausalLM",
+    input_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]],
+    attention_mask: Int[ArrayLike, "B T"] | None = None,
+    *,
+    streamer: Any = None,
+    return_dict_in_generate: bool = False,
+    output_logprobs: bool = False,
+    **options: Any,
+) -> np.ndarray | GenerationOutput:
+    """The prompts as given, each with the tokens that follow: (B, T + N).
+
+    N is the number of steps until the last row ended, at most max_new_tokens. A row keeps the token
+    that ended it and is filled with pad behind it.
+
+    Args:
+      streamer: a function that is called with new tokens (B, n) as they come, or an object with
+        put and end as transformers' streamers have.
+      return_dict_in_generate: return a :class:`GenerationOutput`.
+      output_logprobs: with the above, each token's log-probability under the raw logits.
+      **options: see :class:`TokenStream`.
+
+    Raises:
+      GenerationError: the arguments do not fit each other or the model.
+    """
+    stream = TokenStream(model, input_ids, attention_mask, burst=None if streamer is None else BURST, **options)
+    put = getattr(streamer, "put", streamer)
+    if hasattr(streamer, "put"):
+        put(stream.prompt)
+    for tokens in stream:
+        if put is not None:
+            put(tokens)
+    if hasattr(streamer, "end"):
+        streamer.end()
+    if not return_dict_in_generate:
+        return stream.sequences
+    return GenerationOutput(stream.sequences, stream.logprobs if output_logprobs else None)
+
+
+class TokenStream(Iterator[np.ndarray]):
+    """The new tokens of a batch as they come: an iterator over arrays (B, n), n from 1 to `burst`.
+
+    Args:
+      model: the model.
+      input_ids: prompts (B, T).
+      attention_mask: 1 for tokens, 0 for padding, left or right; all ones by default.
+      max_new_tokens: the most tokens to add.
+      do_sample: draw at random rather than take the most probable token; the next four need it.
+      temperature: logits are divided by it; above 0.
+      top_k: keep the k most probable tokens.
+      top_p: keep the most probable tokens that together reach this probability.
+      min_p: keep tokens at least this fraction as probable as the most probable one.
+      repetition_penalty: above 1 makes tokens that stand in the row already less probable.
+      seed: row i draws with fold_in(seed, i); a list gives each row its own; None is never twice the same.
+      eos_token_id: id or ids that end a row; the checkpoint's by default, None never stops.
+      pad_token_id: fills ended rows; by default the checkpoint's, else the first eos, else 0.
+      stop_strings: a row ends with the token that completes one of these in its new text.
+      tokenizer: needed for stop_strings.
+      burst: tokens a step of the iterator, at most; None takes all at once where nothing needs less.
+      cache_length: positions of the cache, at least; calls with the same number share what was compiled.
+
+    Raises:
+      GenerationError: the arguments do not fit each other or the model.
+    """
+
+    def __init__(
+        self,
+        model: "DbrxForCausalLM",
+        input_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]],
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+        *,
+        max_new_tokens: int = 256,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | None = _FROM_CHECKPOINT,
+        pad_token_id: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: "DbrxTokenizer | None" = None,
+        burst: int | None = BURST,
+        cache_length: int | None = None,
+    ):
+        self.prompt, rows = _unpadded(model, input_ids, attention_mask)
+        longest = max(map(len, rows))
+        _positive("max_new_tokens", max_new_tokens, whole=True)
+        if longest + max_new_tokens > model.config.max_seq_len:
+            room = model.config.max_seq_len - longest
+            raise GenerationError(
+                f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is beyond the model's "
+                f"{model.config.max_seq_len} positions; "
+                + (f"ask for at most {room}" if room > 0 else "shorten the prompt")
+            )
+        if burst is not None:
+            _positive("burst", burst, whole=True)
+        eos = _eos_ids(model, eos_token_id)
+        self.pad_token_id = _pad_id(model, pad_token_id, eos)
+        self._stops = None
+        if stop_strings:
+            if tokenizer is None:
+                raise GenerationError("stop_strings: needs tokenizer=, to know the text of the tokens")
+            strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+            self._stops = [_StopSearch(tokenizer, strings) for _ in rows]
+        self._max_new = max_new_tokens
+        self._burst = min(burst or (BURST if self._stops else max_new_tokens), max_new_tokens)
+        self._filtered = do_sample and any(f is not None for f in (top_k, top_p, min_p))
+        sampling = _sampling(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
+        seeds, row_numbers = _seeds(seed, len(rows))
+        keys = _keys(seeds, row_numbers) if do_sample else None
+        padded_eos = np.array(eos + [-1] * (MOST_EOS - len(eos)), np.int32)
+        self._settings = Settings(sampling, keys, padded_eos)
+        self._eos = eos
+        self._graph, self._params = split(model)
+        self._lengths = np.zeros(len(rows), np.int32)  # new tokens of each row so far
+        self._ended = np.zeros(len(rows), bool)
+        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rows, self._steps = rows, 0
+        self._state: DecodeState | None = None
+        self.timings = Timings()
+        self._positions = capacity(max(longest + max_new_tokens, cache_length or 0))
+
+    def compile(self) -> None:
+        """Compiles what this stream will run, the two large programs side by side; else the first steps do.
+
+        A second stream of the same shapes has nothing left to compile.
+        """
+        begin = time.perf_counter()
+        model = nnx.merge(self._graph, self._params)
+        rows = len(self._rows)
+        cache, logits = jax.eval_shape(partial(empty, model.config, rows, self._positions, model.dtype))
+        tokens, at = np.zeros((1, PREFILL_CHUNK), np.int32), np.zeros(3, np.int32)
+        seen, lengths = np.zeros((rows, model.config.vocab_size), bool), np.zeros(rows, np.int32)
+        state = jax.eval_shape(partial(first_token, self._filtered), self._settings, cache, logits, seen, lengths)
+        lowered = [
+            prefill_chunk.lower(self._graph, self._params, cache, logits, tokens, at),
+            decode.lower(self._graph, self._filtered, self._params, self._settings, state, np.int32(1)),
+            first_token.lower(self._filtered, self._settings, cache, logits, seen, lengths),
+            empty.lower(model.config, rows, self._positions, model.dtype),
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda program: program.compile(), lowered))
+        self.timings.compile += time.perf_counter() - begin
+
+    def __next__(self) -> np.ndarray:
+        if self._steps == self._max_new or self._ended.all():
+            raise StopIteration
+        begin = time.perf_counter()
+        first = self._state is None
+        if self._state is None:
+            self._state = self._prefill()
+        else:
+            steps = min(self._burst, self._max_new - self._steps)
+            self._state = decode(
+                self._graph, self._filtered, self._params, self._settings, self._state, np.int32(steps)
+            )
+        tokens = self._take(self._state)
+        if first:
+            self.timings.prefill += time.perf_counter() - begin
+        else:
+            self.timings.decode += time.perf_counter() - begin
+        return tokens
+
+    def _prefill(self) -> DecodeState:
+        """All prompts through the model, and the first token of each chosen."""
+        model = nnx.merge(self._graph, self._params)
+        rows, vocabulary = len(self._rows), model.config.vocab_size
+        cache, logits = empty(model.config, rows, self._positions, model.dtype)
+        for row, ids in enumerate(self._rows):
+            for start in range(0, len(ids), PREFILL_CHUNK):
+                chunk = ids[start : start + PREFILL_CHUNK]
+                tokens = np.pad(chunk, (0, PREFILL_CHUNK - len(chunk)))[None]
+                at = np.array([row, start, len(chunk)], np.int32)
+                cache, logits = prefill_chunk(self._graph, self._params, cache, logits, tokens, at)
+        seen = np.zeros((rows, vocabulary), bool)
+        for row, ids in enumerate(self._rows):
+            seen[row, ids] = True
+        lengths = np.array([len(ids) for ids in self._rows], np.int32)
+        return first_token(self._filtered, self._settings, cache, logits, seen, lengths)
+
+    def _take(self, state: DecodeState) -> np.ndarray:
+        """The tokens since the last look, cut where a stop string was completed."""
+        begin, end = self._steps, int(state.step)
+        tokens = np.array(np.asarray(state.tokens)[:, begin:end])
+        logprobs = np.array(np.asarray(state.logprobs)[:, begin:end])
+        stopped = np.zeros(len(tokens), bool)
+        for row in np.flatnonzero(~self._ended):
+            length = next((i + 1 for i, t in enumerate(tokens[row]) if t in self._eos), None)
+            if self._stops is not None:
+                found = self._stops[row].push(tokens[row][:length])
+                stopped[row] = found is not None
+                length = found or length
+            self._lengths[row] += end - begin if length is None else length
+            self._ended[row] = length is not None
+        behind = begin + np.arange(end - begin) >= self._lengths[:, None]
+        tokens[behind], logprobs[behind] = self.pad_token_id, np.nan
+        if stopped.any():
+            self._state = state._replace(done=_either(state.done, stopped))
+        self._steps = end
+        kept = max(1, int(self._lengths.max()) - begin)  # fewer where stop strings ended the last rows
+        self._chunks.append((tokens[:, :kept], logprobs[:, :kept]))
+        return tokens[:, :kept]
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each row's prompt (B,), without padding."""
+        return np.array([len(ids) for ids in self._rows])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """New tokens of each row so far (B,), the one that ended it included."""
+        return self._lengths.copy()
+
+    @property
+    def ended(self) -> np.ndarray:
+        """Which rows have ended by a token or a string (B,); the others stop at max_new_tokens."""
+        return self._ended.copy()
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """The prompt as given and all tokens so far, (B, T + N) int32."""
+        return np.concatenate([self.prompt, *(tokens for tokens, _ in self._chunks)], axis=1)
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """Log-probabilities of all new tokens so far under the raw logits, (B, N); NaN behind a row's end."""
+        return np.concatenate([np.zeros((len(self.prompt), 0), np.float32), *(p for _, p in self._chunks)], axis=1)
+
+
+class _StopSearch:
+    """Looks for strings in one row's text as it grows."""
+
+    def __init__(self, tokenizer: "DbrxTokenizer", strings: list[str]):
+        if not all(isinstance(s, str) and s for s in strings):
+            raise GenerationError(f"stop_strings: expected texts that are not empty, got {strings!r}")
+        self._tokenizer = tokenizer
+        self._strings = [s.encode() for s in strings]
+        self._tail = b""
+        self._keep = max(map(len, self._strings)) - 1
+
+    def push(self, tokens: np.ndarray) -> int | None:
+        """How many of these tokens it takes to complete a string; None if they do not."""
+        for count, token in enumerate(tokens, 1):
+            text = self._tail + self._tokenizer.token_bytes(int(token), skip_special_tokens=True)
+            if any(s in text for s in self._strings):
+                return count
+            self._tail = text[max(0, len(text) - self._keep) :]
+        return None
+
+
+_keys = jax.jit(row_keys)
+_either = jax.jit(jnp.logical_or)
+
+
+def _unpadded(model, input_ids, attention_mask) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The prompts as given, and each row's tokens without its padding."""
+    ids = np.asarray(check_ids(input_ids, model.config.vocab_size), np.int32)
+    if attention_mask is None:
+        return ids, list(ids)
+    mask = np.asarray(attention_mask)
+    if mask.shape != ids.shape:
+        raise GenerationError(f"attention_mask: expected the shape of input_ids {ids.shape}, got {mask.shape}")
+    rows = [row[keep] for row, keep in zip(ids, mask != 0, strict=True)]
+    for number, row in enumerate(rows):
+        if not len(row):
+            raise GenerationError(f"attention_mask: row {number} has no token; a prompt needs at least one")
+    return ids, rows
+
+
+def _eos_ids(model, given: Any) -> list[int]:
+    if given is _FROM_CHECKPOINT:
+        given = model.generation_config.eos_token_ids
+    ids = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    if len(ids) > MOST_EOS:
+        raise GenerationError(f"eos_token_id: at most {MOST_EOS} ids, got {len(ids)}")
+    return [_token_id("eos_token_id", i) for i in ids]
+
+
+def _pad_id(model, given: int | None, eos: list[int]) -> int:
+    for candidate in (given, model.generation_config.pad_token_id, *eos):
+        if candidate is not None:
+            return _token_id("pad_token_id", candidate)
+    return 0
+
+
+def _token_id(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 1 << 31:
+        raise GenerationError(f"{name}: expected a token id, got {value!r:.40}")
+    return int(value)
+
+
+def _sampling(vocabulary, temperature, top_k, top_p, min_p, repetition_penalty) -> Sampling:
+    _positive("temperature", temperature)
+    if temperature < LEAST_TEMPERATURE:
+        raise GenerationError(
+            f"temperature: expected at least {LEAST_TEMPERATURE}, got {temperature}; or do_sample=False"
+        )
+    _positive("repetition_penalty", repetition_penalty)
+    if top_k is not None:
+        _positive("top_k", top_k, whole=True)
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not (isinstance(value, int | float | np.floating) and 0 <= value <= 1):
+            raise GenerationError(f"{name}: expected a number from 0 to 1, got {value!r}")
+    return Sampling(
+        np.float32(temperature),
+        np.int32(vocabulary if top_k is None else min(top_k, vocabulary)),
+        np.float32(1 if top_p is None else top_p),
+        np.float32(0 if min_p is None else min_p),
+        np.float32(repetition_penalty),
+    )
+
+
+def _positive(name: str, value: Any, whole: bool = False) -> None:
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+        raise GenerationError(f"{name}: expected a {'whole ' if whole else ''}number above 0, got {value!r}")
+
+
+def _seeds(seed: int | Sequence[int] | None, rows: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Each row's seed, and the row numbers to fold in where all rows share one."""
+    shared = seed is None or isinstance(seed, int | np.integer)
+    if seed is None:
+        seed = secrets.randbits(32)
+    seeds = [seed] * rows if isinstance(seed, int | np.integer) else list(seed)
+    if len(seeds) != rows:
+        raise GenerationError(f"seed: expected one for each of {rows} rows, got {len(seeds)}")
+    if not all(0 <= s < 1 << 32 for s in seeds):
+        raise GenerationError(f"seed: expected whole numbers from 0 to {(1 << 32) - 1}, got {seed!r}")
+    return np.array(seeds, np.uint32), np.arange(rows, dtype=np.uint32) if shared else None

@@ -1,0 +1,221 @@
+"""DbrxForCausalLM: the whole model, and the two ways through it (a full sequence, or new tokens and a cache)."""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from dbrx_jax.cache import Cache
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.errors import GenerationError
+from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.model.decoder import Block, Norm
+from dbrx_jax.model.parameter import Init
+from dbrx_jax.ops.routing import Routing
+
+
+class CausalLMOutput(NamedTuple):
+    """What :meth:`DbrxForCausalLM.__call__` returns when asked for more than logits."""
+
+    logits: Float[Array, "B T V"]
+    hidden_states: list[Float[Array, "B T D"]] | None  # embeddings, then after each block; the last is after norm_f
+    router_probs: list[Float[Array, "B T E"]] | None  # float32, per layer, over all experts
+
+
+class DbrxForCausalLM(nnx.Module):
+    """DBRX with its language-model head.
+
+    Args:
+      config: the sizes.
+      rngs: source of the initial weights (stream "params"); None gives parameters that are shapes only.
+      dtype: of weights and activations; the configuration's by default.
+    """
+
+    def __init__(self, config: DbrxConfig, *, rngs: nnx.Rngs | None, dtype: DTypeLike | None = None):
+        init = Init(None if rngs is None else rngs.params(), config.dtype if dtype is None else dtype)
+        V, D, std = config.vocab_size, config.d_model, config.initializer_range
+        self.embedding = init.normal((V, D), ("vocab", "embed"), std)
+        self.blocks = nnx.List([Block(config, init) for _ in range(config.n_layers)])
+        self.norm_f = Norm(config, init)
+        self.lm_head = init.normal((V, D), ("vocab", "embed"), std)
+        self.config = config
+        self.generation_config = GenerationConfig()
+
+    @staticmethod
+    def from_pretrained(path: str | Path, *, dtype: DTypeLike | None = None) -> "DbrxForCausalLM":
+        """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
+
+        Args:
+          path: a local folder, or `hf://owner/name` on the Hugging Face hub (extra [hub]).
+          dtype: to cast the weights to; None keeps what the checkpoint holds.
+
+        Raises:
+          CheckpointError: the folder is not a complete checkpoint of a DBRX; the message says what is wrong.
+          ConfigError: its config.json is missing or has a value that cannot be used.
+        """
+        from dbrx_jax.checkpoint import load_model
+
+        return load_model(path, dtype)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the weights and activations."""
+        return self.embedding[...].dtype
+
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]],
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+        position_ids: Int[ArrayLike, "B T"] | None = None,
+        output_hidden_states: bool = False,
+        output_router_probs: bool = False,
+    ) -> Float[Array, "B T V"] | CausalLMOutput:
+        """Logits (B, T, V) in float32 of every position.
+
+        Args:
+          input_ids: token ids.
+          attention_mask: 1 for tokens, 0 for padding, which may lie left or right; logits there mean nothing.
+          position_ids: by default the number of tokens before, padding not counted.
+          output_hidden_states: return a :class:`CausalLMOutput` with them.
+          output_router_probs: return a :class:`CausalLMOutput` with them.
+
+        Raises:
+          GenerationError: the arrays' shapes do not fit each other, or an id lies outside the vocabulary.
+        """
+        ids = check_ids(input_ids, self.config.vocab_size)
+        mask = (
+            np.ones(ids.shape, bool)
+            if attention_mask is None
+            else _same_shape("attention_mask", attention_mask, ids) != 0
+        )
+        if position_ids is None:
+            positions = (
+                np.maximum(np.cumsum(np.asarray(mask), axis=1) - 1, 0)
+                if isinstance(mask, np.ndarray)
+                else (jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+            )
+        else:
+            positions = _same_shape("position_ids", position_ids, ids)
+        graph, state = split(self)
+        return _forward(graph, state, ids, mask, positions, output_hidden_states, output_router_probs)
+
+    def generate(
+        self, input_ids: Int[ArrayLike, "B T"], attention_mask: Int[ArrayLike, "B T"] | None = None, **options: Any
+    ) -> Any:
+        """Continues each row; see :func:`dbrx_jax.generation.generate` for the options."""
+        from dbrx_jax.generation import generate
+
+        return generate(self, input_ids, attention_mask, **options)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        positions: Int[Array, "B T"],
+        jitter_key: Array | None = None,
+    ) -> tuple[list[Float[Array, "B T D"]], list[Routing]]:
+        """Hidden states (embeddings, then after each block; the last is after norm_f) and each layer's routing.
+
+        Args:
+          mask: False for padding.
+          jitter_key: in training, the random key of the router's jitter.
+        """
+        T = input_ids.shape[1]
+        visible = jnp.tril(jnp.ones((T, T), bool)) & mask[:, None, :]
+
+        states, routings = [self.embedding[...][input_ids]], []
+        for i, block in enumerate(self.blocks):
+            key = None if jitter_key is None else jax.random.fold_in(jitter_key, i)
+            with jax.named_scope(f"block_{i}"):
+                x = states[-1] + block.attention(block.norm_1(states[-1]), positions, visible)
+                x, routing = block.feed_forward(x, mask, key)
+            states.append(x)
+            routings.append(routing)
+        states[-1] = self.norm_f(states[-1])
+        return states, routings
+
+    def extend(
+        self,
+        input_ids: Int[Array, "R T"],
+        valid: Bool[Array, "R T"],
+        positions: Int[Array, "R T"],
+        cache: Cache,
+        first_row: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "R T D"], Cache]:
+        """New tokens at `positions` of rows first_row … first_row + R: hidden states before norm_f, and the cache.
+
+        Args:
+          valid: False for tokens that only fill the shape; they change nothing that is ever looked at.
+        """
+        x, layers = self.embedding[...][input_ids], []
+        for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
+            with jax.named_scope(f"block_{i}"):
+                y, layer = block.attention.extend(block.norm_1(x), positions, layer, first_row)
+                x, _ = block.feed_forward(x + y, valid)
+            layers.append(layer)
+        return x, layers
+
+    def logits(self, normed: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """The head on hidden states after norm_f, in float32."""
+        return (normed @ self.lm_head[...].T).astype(jnp.float32)
+
+
+def split(model: DbrxForCausalLM) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model as a static part and its parameters, for jit.
+
+    Without what the checkpoint says of the end of a text, which changes no program.
+    """
+    bare = copy.copy(model)
+    bare.generation_config = GenerationConfig()
+    return nnx.split(bare)
+
+
+def check_ids(input_ids: Any, vocab_size: int) -> Array | np.ndarray:
+    """Token ids as an integer array (B, T).
+
+    Raises:
+      GenerationError: they are not integers in two dimensions, or (outside of jit) not all in the vocabulary.
+    """
+    ids = _array("input_ids", input_ids)
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise GenerationError(f"input_ids: expected integers of shape (batch, tokens), got {ids.dtype} {ids.shape}")
+    if isinstance(ids, np.ndarray) and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise GenerationError(f"input_ids: expected ids from 0 to {vocab_size - 1} (the model's vocabulary), got {bad}")
+    return ids
+
+
+def _array(name: str, value: Any) -> Array | np.ndarray:
+    if isinstance(value, jax.core.Tracer):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise GenerationError(f"{name}: its rows have different lengths; pad them") from None
+
+
+def _same_shape(name: str, value: Any, ids: Array | np.ndarray) -> Array | np.ndarray:
+    array = _array(name, value)
+    if array.shape != ids.shape:
+        raise GenerationError(f"{name}: expected the shape of input_ids {ids.shape}, got {array.shape}")
+    return array
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def _forward(graph, state, ids, mask, positions, output_hidden_states, output_router_probs):
+    model = nnx.merge(graph, state)
+    states, routings = model.hidden(ids, mask, positions)
+    logits = model.logits(states[-1])
+    if not (output_hidden_states or output_router_probs):
+        return logits
+    probs = [r.probs.reshape(*ids.shape, -1) for r in routings]
+    return CausalLMOutput(logits, states if output_hidden_states else None, probs if output_router_probs else None)
