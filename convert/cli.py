@@ -1,0 +1,213 @@
+"""dbrx-convert: checkpoints of DBRX from one form to another."""
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dbrx_jax.console import progress, run, say
+from dbrx_jax.errors import CheckpointError, TokenizerError
+
+Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+Destination = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ToOrbax:
+    """Convert a Hugging Face folder of safetensors to an Orbax checkpoint.
+
+    Killed at any moment, it goes on where it was when run again.
+    """
+
+    source: Source
+    """Folder with config.json and *.safetensors, in any published layout."""
+    destination: Destination
+    """Folder to make; it appears when it is complete."""
+    dtype: Dtype | None = None
+    """Cast the weights; by default they stay as they are."""
+    compress: bool = False
+    """With zstd: slower, and trained weights hardly get smaller."""
+    sha256: bool = False
+    """Write SHA-256 digests of every file and parameter into the manifest."""
+    check_values: bool = False
+    """Also read every weight and warn of those that are not finite."""
+    workers: int | None = None
+    """Threads; by default as many as CPUs, at most 4."""
+
+    def run(self) -> None:
+        from dbrx_jax.convert.folder import open_folder
+        from dbrx_jax.convert.inspect import not_finite
+        from dbrx_jax.convert.to_orbax import to_orbax
+
+        def convert(advance: Callable[[int], None]) -> None:
+            to_orbax(self.source, self.destination, self.dtype, self.compress, self.sha256, self.workers, advance)
+
+        _convert(self.source, self.destination, convert)
+        if self.check_values:
+            bad = not_finite(open_folder(self.destination))
+            for name, count in bad.items():
+                say(
+                    f"dbrx-convert: warning: {name}: {count} values are not finite; look at where the source comes from"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToHf:
+    """Convert a checkpoint to a Hugging Face folder in the published layout.
+
+    Killed at any moment, it goes on where it was when run again.
+    """
+
+    source: Source
+    """Orbax folder made by dbrx-convert, or Hugging Face folder in any published layout."""
+    destination: Destination
+    """Folder to make; it appears when it is complete."""
+    dtype: Dtype | None = None
+    """Cast the weights; by default they stay as they are."""
+    max_shard_size: str = "5GB"
+    """Size of a file, such as 5GB or 500MB."""
+    workers: int | None = None
+    """Threads; by default as many as CPUs, at most 4."""
+
+    def run(self) -> None:
+        from dbrx_jax.convert.to_hf import to_hf
+
+        size = _size(self.max_shard_size)
+
+        def convert(advance: Callable[[int], None]) -> None:
+            to_hf(self.source, self.destination, self.dtype, size, self.workers, advance)
+
+        _convert(self.source, self.destination, convert)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare two checkpoints of either kind; exit 1 where they differ."""
+
+    first: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """Orbax or Hugging Face folder."""
+    second: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="B")] = None
+    """Orbax or Hugging Face folder; without it A is checked against its own SHA-256 digests."""
+    logits: bool = False
+    """Compare what the models predict on --text, in float32, rather than their weights."""
+    text: Path | None = None
+    """A text file, for --logits."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        if self.logits:
+            self._logits()
+        elif self.second is None:
+            self._digests()
+        else:
+            self._weights(self.second)
+
+    def _weights(self, second: Path) -> None:
+        from dbrx_jax.convert.folder import open_folder
+        from dbrx_jax.convert.verify import compare
+
+        a, b = open_folder(self.first), open_folder(second)
+        with progress("Comparing", a.config.total_parameters) as advance:
+            differences = list(compare(a, b, advance))
+        if self.json:
+            print(json.dumps([dataclasses.asdict(d) for d in differences], indent=2))
+        else:
+            for difference in differences:
+                print(f"{difference.parameter}: {difference.kind}: {difference.detail}")
+            print(f"{len(differences)} parameters differ" if differences else "every parameter is equal")
+        sys.exit(1 if differences else 0)
+
+    def _digests(self) -> None:
+        from dbrx_jax.convert.folder import open_folder
+        from dbrx_jax.convert.verify import check_digests
+
+        folder = open_folder(self.first)
+        with progress("Reading", folder.config.total_parameters) as advance:
+            wrong = check_digests(folder, advance)
+        if self.json:
+            print(json.dumps(wrong))
+        else:
+            print("\n".join([*(f"{n}: not what was written" for n in wrong), f"{len(wrong)} digests are wrong"]))
+        sys.exit(1 if wrong else 0)
+
+    def _logits(self) -> None:
+        from dbrx_jax.convert.verify import compare_logits
+        from dbrx_jax.tokenizer import DbrxTokenizer
+
+        if self.text is None or self.second is None:
+            raise CheckpointError("verify --logits: give two checkpoints and --text FILE")
+        try:
+            ids = DbrxTokenizer.from_pretrained(self.first).encode(self.text.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{self.text}: cannot be read ({error})") from None
+        if not ids:
+            raise CheckpointError(f"{self.text}: holds no text")
+        agreement = dataclasses.asdict(compare_logits(self.first, self.second, ids))
+        if self.json:
+            print(json.dumps(agreement, indent=2))
+        else:
+            for key, value in agreement.items():
+                print(f"{key:<8} {value:.6g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Say what a checkpoint is, and what is wrong with it; exit 1 where anything is."""
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
+    """Orbax or Hugging Face folder."""
+    values: bool = False
+    """Also read every weight and count those that are not finite."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        from dbrx_jax.convert.inspect import inspect
+
+        facts = inspect(self.path, self.values)
+        if self.json:
+            print(json.dumps(facts, indent=2))
+        else:
+            for key, value in facts.items():
+                for line in value if key == "problems" else [value]:
+                    text = f"{value:,}" if isinstance(value, int) else line
+                    print(f"{'problem' if key == 'problems' else key:<18}{text}")
+        sys.exit(1 if facts["problems"] else 0)
+
+
+def _convert(source: Path, destination: Path, convert: Callable[[Callable[[int], None]], None]) -> None:
+    """Runs a conversion with its progress, and says what was done."""
+    from dbrx_jax.convert.folder import open_folder
+
+    folder = open_folder(source)
+    size = folder.size
+    say(f"{source}: DBRX of {folder.config.total_parameters:,} parameters, {folder.description}")
+    begin = time.perf_counter()
+    with progress("Converting", size) as advance:
+        convert(advance)
+    seconds, gigabytes = time.perf_counter() - begin, size / 1e9
+    say(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,9})\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match or int(match[1]) == 0:
+        raise CheckpointError(f"--max-shard-size: expected a size such as 5GB or 500MB, got {text!r}")
+    return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+
+
+def main() -> None:
+    """The command dbrx-convert."""
+    commands: dict[str, Callable[..., Any]] = {"to-orbax": ToOrbax, "to-hf": ToHf, "verify": Verify, "inspect": Inspect}
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="dbrx-convert", description="Convert checkpoints of DBRX."
+    )
+    run("dbrx-convert", command.run)

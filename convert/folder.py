@@ -1,0 +1,88 @@
+"""What reading a checkpoint comes to, whichever kind it is."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.convert.layouts import stored_shape
+from dbrx_jax.errors import CheckpointError
+from dbrx_jax.parameters import parameter_specs
+
+# In a folder that a conversion is at work in, or was killed in; gone when it is complete.
+PLAN = "conversion.json"
+# Rows are read so many bytes at a time.
+BLOCK = 32 << 20
+
+
+class CheckpointFolder(Protocol):
+    """A complete checkpoint, by the model's parameters in their published two-dimensional shape."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> DbrxConfig: ...
+
+    @property
+    def description(self) -> str:
+        """Which kind it is, in a few words."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights as they are stored."""
+        ...
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        ...
+
+    def dtype(self) -> np.dtype:
+        """The one dtype of all weights."""
+        ...
+
+    def parameter_dtype(self, parameter: str) -> np.dtype: ...
+
+    def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a parameter, read into memory."""
+        ...
+
+    def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
+        """File, offset and length of the bytes of some rows, where they lie as they are needed; else None."""
+        ...
+
+
+def open_folder(path: str | Path) -> CheckpointFolder:
+    """Opens a checkpoint of either kind.
+
+    Raises:
+      CheckpointError, ConfigError: it is neither, or not complete.
+    """
+    from dbrx_jax.convert.orbax_folder import MANIFEST, PARAMS, OrbaxFolder, is_orbax
+    from dbrx_jax.convert.source import HuggingFaceFolder
+
+    path = Path(path)
+    if (path / PLAN).exists():
+        raise CheckpointError(
+            f"{path}: is a conversion that was not finished; run the same command again to continue it"
+        )
+    if is_orbax(path):
+        return OrbaxFolder.open(path)
+    if path.is_dir() and next(path.glob("*.safetensors"), None) is None and not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path}: neither an Orbax checkpoint of dbrx-convert's ({MANIFEST} and {PARAMS}/) nor safetensors files"
+        )
+    return HuggingFaceFolder.open(path)
+
+
+def shape_of(folder: CheckpointFolder, parameter: str) -> tuple[int, ...]:
+    """A parameter's published shape."""
+    return stored_shape(parameter_specs(folder.config)[parameter])
+
+
+def rows_per_block(shape: tuple[int, ...], itemsize: int) -> int:
+    """Rows that make about BLOCK bytes."""
+    return max(1, BLOCK // max(1, int(np.prod(shape[1:])) * itemsize))

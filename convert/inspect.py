@@ -1,0 +1,77 @@
+"""What a checkpoint is, before anything is done with it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dbrx_jax.convert.folder import CheckpointFolder, open_folder, rows_per_block, shape_of
+from dbrx_jax.errors import CheckpointError, DbrxError
+from dbrx_jax.parameters import parameter_specs
+from dbrx_jax.tokenizer import DbrxTokenizer
+
+
+def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
+    """Facts about a checkpoint of either kind; `problems` lists what keeps it from being used as it is.
+
+    Args:
+      values: also read every weight and count those that are not finite.
+
+    Raises:
+      CheckpointError: there is no such folder.
+    """
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path}: there is no such folder")
+    facts: dict[str, Any] = {"path": str(path), "problems": []}
+    try:
+        folder = open_folder(path)
+    except DbrxError as error:
+        facts["problems"].append(str(error))
+        return facts
+    config = folder.config
+    dtypes = sorted({str(folder.parameter_dtype(name)) for name in parameter_specs(config)})
+    facts |= {
+        "kind": folder.description,
+        "dtypes": dtypes,
+        "bytes": folder.size,
+        "files": len(folder.files),
+        "parameters": config.total_parameters,
+        "active_parameters": config.active_parameters,
+        "layers": config.n_layers,
+        "d_model": config.d_model,
+        "heads": [config.n_heads, config.kv_n_heads],
+        "experts": [config.moe_num_experts, config.moe_top_k],
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "vocab_size": config.vocab_size,
+        "max_seq_len": config.max_seq_len,
+    }
+    if len(dtypes) > 1:
+        facts["problems"].append(f"weights have several dtypes ({', '.join(dtypes)}); convert with --dtype")
+    try:
+        tokenizer = DbrxTokenizer.from_pretrained(path)
+        facts["tokenizer"] = f"{tokenizer.vocab_size} ids, {len(tokenizer.special_tokens)} of them special"
+        if tokenizer.vocab_size > config.vocab_size:
+            facts["problems"].append(f"the tokenizer has ids beyond the model's {config.vocab_size}")
+    except DbrxError as error:
+        facts["tokenizer"] = None
+        facts["problems"].append(str(error))
+    if values:
+        bad = not_finite(folder)
+        facts["not_finite"] = sum(bad.values())
+        facts["problems"] += [f"{name}: {count} values are not finite" for name, count in bad.items()]
+    return facts
+
+
+def not_finite(folder: CheckpointFolder) -> dict[str, int]:
+    """How many weights of each parameter are infinite or NaN, where any are."""
+    result = {}
+    for name in parameter_specs(folder.config):
+        shape = shape_of(folder, name)
+        step = rows_per_block(shape, folder.parameter_dtype(name).itemsize)
+        count = 0
+        for start in range(0, shape[0], step):
+            rows = folder.rows(name, start, min(start + step, shape[0]))
+            count += rows.size - int(np.isfinite(rows.astype(np.float32)).sum())
+        if count:
+            result[name] = count
+    return result

@@ -1,0 +1,173 @@
+"""To an Orbax checkpoint: parameters in parallel, each a folder of its own, continued where a run was killed."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from dbrx_jax.convert.arrays import write_array, write_compressed
+from dbrx_jax.convert.folder import CheckpointFolder, open_folder, shape_of
+from dbrx_jax.convert.move import append_rows, digest
+from dbrx_jax.convert.orbax_folder import FORMAT_VERSION, MANIFEST, PARAMS, STATE
+from dbrx_jax.convert.source import check_link
+from dbrx_jax.convert.work import WorkFolder, fingerprint, parallel
+from dbrx_jax.errors import CheckpointError
+from dbrx_jax.files import read_json
+from dbrx_jax.parameters import ParameterSpec, nest, parameter_specs
+from dbrx_jax.tokenizer import TOKENIZER_FILES
+
+
+def to_orbax(
+    source: str | Path,
+    destination: str | Path,
+    dtype: DTypeLike | None = None,
+    compress: bool = False,
+    sha256: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Converts a Hugging Face folder to a folder that :meth:`DbrxForCausalLM.from_pretrained` loads.
+
+    The destination appears when it is complete, and not before. A conversion that was killed is
+    continued by calling this again with the same arguments. Bytes that need no change are copied
+    by the operating system; others go through memory a few rows, or one expert, at a time.
+
+    Args:
+      source: a folder in any published layout (or an Orbax checkpoint, to change its dtype).
+      destination: a folder that does not exist yet.
+      dtype: to cast the weights to; by default they stay as they are.
+      compress: with zstd; slower, and trained weights hardly get smaller.
+      sha256: put digests of the source's files and of every parameter into the manifest.
+      workers: threads; as many as there are CPUs, at most 4, by default.
+      progress: called with numbers of source bytes as they are done.
+
+    Raises:
+      CheckpointError: the source is not a whole checkpoint or changed since a run that was killed,
+        the destination exists, or the disk is too small.
+      ConfigError: the source's config.json is missing or cannot be used.
+    """
+    source, destination = Path(source).absolute(), Path(destination).absolute()
+    checkpoint = open_folder(source)
+    target = np.dtype(checkpoint.dtype() if dtype is None else dtype)
+    options = {"kind": "to-orbax", "dtype": target.name, "compress": compress, "format_version": FORMAT_VERSION}
+    size = checkpoint.config.total_parameters * target.itemsize
+    with WorkFolder(destination, {**options, "source": fingerprint(checkpoint)}, size) as folder:
+        state = folder / PARAMS / STATE
+        digests = _write_parameters(checkpoint, state, target, compress, sha256, workers, progress)
+        _write_orbax_metadata(folder / PARAMS, parameter_specs(checkpoint.config))
+        config = {**read_json(source / "config.json"), "torch_dtype": target.name}
+        for key in ("dtype", "quantization", "quantization_config"):  # of the source's weights
+            config.pop(key, None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_companions(source, folder)
+        manifest = _manifest(checkpoint, options, digests)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """The tokenizer's files and generation_config.json, where the source has them.
+
+    Raises:
+      CheckpointError: one is a link out of the source's folder, or no file.
+    """
+    for file in sorted(source.iterdir()):
+        if file.name in (*TOKENIZER_FILES, "generation_config.json") or file.suffix == ".tiktoken":
+            check_link(source, file)
+            if not file.is_file():
+                raise CheckpointError(f"{file}: not a regular file")
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_parameters(
+    checkpoint: CheckpointFolder,
+    state: Path,
+    dtype: np.dtype,
+    compress: bool,
+    sha256: bool,
+    workers: int | None,
+    progress: Callable[[int], None] | None,
+) -> dict[str, str]:
+    """All parameters that are not there yet; returns their digests where asked for."""
+    specs = parameter_specs(checkpoint.config)
+    share = checkpoint.size / checkpoint.config.total_parameters  # source bytes a weight, on average
+    digests: dict[str, str] = {}
+
+    def write(name: str) -> None:
+        spec, folder = specs[name], state / name
+        factor = shape_of(checkpoint, name)[0] // spec.shape[0]  # a row of heads is several published rows
+
+        def append(descriptor: int, start: int, stop: int) -> None:
+            append_rows(checkpoint, name, start * factor, stop * factor, dtype, descriptor)
+
+        def read(start: int, stop: int) -> np.ndarray:
+            rows = checkpoint.rows(name, start * factor, stop * factor)
+            return rows.astype(dtype, copy=False).reshape(stop - start, *spec.shape[1:])
+
+        if not folder.is_dir():
+            if compress:
+                write_compressed(folder, spec.shape, dtype, read)
+            else:
+                write_array(folder, spec.shape, dtype, append)
+        if sha256:
+            digests[name] = digest(checkpoint, name, dtype)
+        if progress is not None:
+            progress(round(spec.size * share))
+
+    state.mkdir(parents=True, exist_ok=True)
+    parallel(write, specs, workers)
+    return digests
+
+
+def _write_orbax_metadata(path: Path, specs: Mapping[str, ParameterSpec]) -> None:
+    """What Orbax keeps beside the arrays: it writes that itself, of a tree with these names and tiny arrays."""
+    from orbax.checkpoint import v1 as ocp
+
+    skeleton = path.with_name(f"{path.name}.skeleton")
+    for left in path.parent.glob(f"{skeleton.name}*"):  # by a run that was killed, some under Orbax's own names
+        shutil.rmtree(left)
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
+    context.array.saving.use_compression = False
+    with context, _quiet_orbax():
+        ocp.save(skeleton, nest({name: np.zeros(1, np.float32) for name in specs}))
+    for name in specs:
+        shutil.rmtree(skeleton / STATE / name)
+    shutil.copytree(skeleton, path, dirs_exist_ok=True)
+    shutil.rmtree(skeleton)
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Without Orbax's warning that a checkpoint without OCDBT has no OCDBT."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _manifest(checkpoint: CheckpointFolder, options: dict, digests: dict[str, str]) -> dict:
+    sources: dict[str, dict[str, int | str]] = {}
+    for file in checkpoint.files:
+        name = file.relative_to(checkpoint.path).as_posix()
+        sources[name] = {"bytes": file.stat().st_size}
+        if digests:
+            with file.open("rb") as f:
+                sources[name]["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "dtype": options["dtype"],
+        "compressed": options["compress"],
+        "parameters": checkpoint.config.total_parameters,
+        "source": checkpoint.description,
+        "source_files": sources,
+    }
+    return {**manifest, "sha256": dict(sorted(digests.items()))} if digests else manifest

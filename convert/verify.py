@@ -1,0 +1,148 @@
+"""Comparing two checkpoints of either kind, tensor by tensor or by what they say."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from dbrx_jax.convert.folder import CheckpointFolder, rows_per_block, shape_of
+from dbrx_jax.convert.move import digest
+from dbrx_jax.convert.orbax_folder import OrbaxFolder
+from dbrx_jax.errors import CheckpointError
+from dbrx_jax.parameters import parameter_specs
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How one parameter differs between two checkpoints."""
+
+    parameter: str
+    kind: str  # "shape", "dtype" (equal after casting), "values", or "missing"
+    detail: str
+    largest: float = 0.0  # |a - b|
+    relative: float = 0.0  # the largest |a - b| over the largest |a|
+    first: tuple[int, ...] | None = None  # where they first differ, in the published shape
+
+
+def compare(
+    a: CheckpointFolder, b: CheckpointFolder, progress: Callable[[int], None] | None = None
+) -> Iterator[Difference]:
+    """Every parameter that is not the same in both, a few rows in memory at a time.
+
+    Values of one dtype are compared as bytes, so NaN equals the same NaN and 0 differs from -0.
+    """
+    ours, theirs = parameter_specs(a.config), parameter_specs(b.config)
+    for name in [*ours, *(n for n in theirs if n not in ours)]:
+        if name not in theirs or name not in ours:
+            yield Difference(name, "missing", f"only in the {'first' if name in ours else 'second'}")
+        elif ours[name].shape != theirs[name].shape:
+            yield Difference(name, "shape", f"{ours[name].shape} against {theirs[name].shape}")
+        else:
+            difference = _compare_one(a, b, name)
+            if difference is not None:
+                yield difference
+        if progress is not None and name in ours:
+            progress(ours[name].size)
+
+
+def _compare_one(a: CheckpointFolder, b: CheckpointFolder, name: str) -> Difference | None:
+    shape = shape_of(a, name)
+    dtypes = a.parameter_dtype(name), b.parameter_dtype(name)
+    largest = scale = 0.0
+    first = None
+    step = rows_per_block(shape, max(d.itemsize for d in dtypes))
+    for start in range(0, shape[0], step):
+        x, y = (f.rows(name, start, min(start + step, shape[0])) for f in (a, b))
+        if dtypes[0] == dtypes[1] and x.tobytes() == y.tobytes():
+            continue
+        x, y = x.astype(np.float32), y.astype(np.float32)
+        if dtypes[0] == dtypes[1]:
+            different = x.view(np.uint32) != y.view(np.uint32)
+        else:
+            different = ~((x == y) | (np.isnan(x) & np.isnan(y)))
+        if different.any():
+            if first is None:
+                place = np.unravel_index(int(np.argmax(different)), x.shape)
+                first = (int(place[0]) + start, *map(int, place[1:]))
+            with np.errstate(invalid="ignore"):
+                largest = max(largest, float(np.nanmax(np.abs(x - y), initial=0)))
+        scale = max(scale, float(np.nanmax(np.abs(x), initial=0)))
+    if first is not None:
+        relative = largest / scale if scale else float("inf")
+        detail = f"max error {largest:.3g} (relative {relative:.3g}), first at {list(first)}"
+        return Difference(name, "values", detail, largest, relative, first)
+    if dtypes[0] != dtypes[1]:
+        return Difference(name, "dtype", f"{dtypes[0]} against {dtypes[1]}, values equal")
+    return None
+
+
+def check_digests(folder: CheckpointFolder, progress: Callable[[int], None] | None = None) -> list[str]:
+    """The parameters whose bytes are not those that the manifest's SHA-256 digests are of.
+
+    Raises:
+      CheckpointError: the checkpoint has no digests.
+    """
+    digests = folder.manifest.get("sha256") if isinstance(folder, OrbaxFolder) else None
+    if not isinstance(digests, dict):
+        raise CheckpointError(f"{folder.path}: has no SHA-256 digests; convert with --sha256 to have them")
+    wrong = []
+    for name, spec in parameter_specs(folder.config).items():
+        if digests.get(name) != digest(folder, name, folder.parameter_dtype(name)):
+            wrong.append(name)
+        if progress is not None:
+            progress(spec.size)
+    return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitAgreement:
+    """How alike two models' predictions are on a text, averaged over its tokens."""
+
+    tokens: int
+    kl_nats: float  # KL(first || second) of the next-token distributions
+    top_1: float  # share of positions with the same most probable token
+    top_5: float  # mean share of the five most probable tokens in common
+    router: float  # mean share of chosen experts in common, over layers
+
+
+def compare_logits(a: str | Path, b: str | Path, ids: Sequence[int]) -> LogitAgreement:
+    """Runs both models, one after the other, in float32 over token ids.
+
+    Raises:
+      CheckpointError, ConfigError: one of them does not load.
+    """
+    from dbrx_jax.model.causal_lm import CausalLMOutput, DbrxForCausalLM
+
+    results = []
+    for path in (a, b):
+        model = DbrxForCausalLM.from_pretrained(path, dtype="float32")
+        window = min(model.config.max_seq_len, 512)
+        pieces = [ids[i : i + window] for i in range(0, len(ids), window)]
+        outputs = [cast(CausalLMOutput, model([piece], output_router_probs=True)) for piece in pieces]
+        logits = np.concatenate([np.asarray(o.logits[0], np.float64) for o in outputs])
+        probs = np.concatenate([np.stack([np.asarray(p[0]) for p in o.router_probs or ()]) for o in outputs], axis=1)
+        results.append((logits, np.argsort(-probs, axis=-1, kind="stable")[..., : model.config.moe_top_k]))
+    (x, experts_x), (y, experts_y) = results
+    if x.shape != y.shape or experts_x.shape != experts_y.shape:
+        raise CheckpointError(f"{a} and {b} have different vocabularies, layers or experts per token")
+    p, q = map(_log_softmax, (x, y))
+    top = [np.argsort(-z, axis=-1)[:, :5] for z in (x, y)]
+    return LogitAgreement(
+        tokens=len(ids),
+        kl_nats=float((np.exp(p) * (p - q)).sum(-1).mean()),
+        top_1=float((top[0][:, 0] == top[1][:, 0]).mean()),
+        top_5=_in_common(*top),
+        router=_in_common(experts_x, experts_y),
+    )
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def _in_common(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean share of the last axis' members that both have."""
+    return float((a[..., :, None] == b[..., None, :]).any(-1).mean())
