@@ -1,0 +1,97 @@
+"""A conversation in a terminal."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from dbrx_jax.console import say
+from dbrx_jax.errors import DbrxError
+
+HELP = """/system TEXT  set the system message and begin anew (no TEXT removes it)
+/reset        begin anew
+/help         show this
+/exit         leave (so does Ctrl-D)
+Ctrl-C        stop the answer"""
+
+
+class Conversation:
+    """Messages so far, after an optional system message."""
+
+    def __init__(self, system: str | None = None):
+        self.system = system
+        self.turns: list[dict[str, str]] = []
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return first + self.turns
+
+    def add(self, role: str, content: str) -> None:
+        self.turns.append({"role": role, "content": content})
+
+    def reset(self) -> None:
+        self.turns = []
+
+
+def converse(conversation: Conversation, answer: Callable[[list[dict[str, str]]], Iterator[str]]) -> None:
+    """Reads lines from the terminal and streams answers to it, until the end of the input.
+
+    Args:
+      answer: gives the pieces of the text that follows these messages.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history in input()
+    terminal = sys.stdin.isatty()
+    if terminal:
+        # Also where a script started this with Ctrl-C ignored, as shells do in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("Type a message, or /help.")
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            if terminal:
+                say("")
+            return
+        except KeyboardInterrupt:
+            say("\n/exit leaves.")
+            continue
+        line = line.strip()
+        if line in ("/exit", "/quit"):
+            return
+        if line.startswith("/"):
+            _command(conversation, line)
+        elif line:
+            _turn(conversation, line, answer)
+
+
+def _command(conversation: Conversation, line: str) -> None:
+    name, _, rest = line.partition(" ")
+    if name == "/reset":
+        conversation.reset()
+        say("The conversation begins anew.")
+    elif name == "/system":
+        conversation.system = rest.strip() or None
+        conversation.reset()
+        say("System message set." if conversation.system else "No system message.")
+    else:
+        say(HELP if name == "/help" else f"{name}: unknown; these are known:\n{HELP}")
+
+
+def _turn(conversation: Conversation, line: str, answer: Callable[[list[dict[str, str]]], Iterator[str]]) -> None:
+    """One question and its answer; a stopped answer stays in the conversation as far as it came."""
+    conversation.add("user", line)
+    pieces: list[str] = []
+    try:
+        for piece in answer(conversation.messages):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        say(" [stopped]")
+    except DbrxError as error:
+        say(f"dbrx-jax: {error}")
+        conversation.turns.pop()  # the question is not part of the conversation
+        return
+    conversation.add("assistant", "".join(pieces))

@@ -1,0 +1,38 @@
+"""Checkpoints by their name on the Hugging Face hub. Needs the extra [hub]."""
+
+from pathlib import Path
+
+from dbrx_jax.errors import CheckpointError
+
+SCHEME = "hf://"
+# What a checkpoint consists of; never the pickled weights that a repository may hold beside them.
+FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "*.tiktoken")
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder itself, or for `hf://owner/name` the local copy of that repository, downloaded if need be.
+
+    Raises:
+      CheckpointError: there is no such folder, and no such repository that can be read.
+    """
+    if not str(path).startswith(SCHEME):
+        folder = Path(path).absolute()
+        try:
+            if folder.is_dir():
+                return folder
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{path}: there is no such folder")
+    name = str(path).removeprefix(SCHEME)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: reading from the Hugging Face hub needs its client; pip install 'dbrx-jax[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path}: the hub does not give it ({reason})") from None
