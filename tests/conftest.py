@@ -1,0 +1,48 @@
+"""What the tests share. Everything runs on the CPU."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import shutil
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("fused", "bf16", "unnormalised_mqa", "dense")
+
+# Compiling makes the first example slow, which says nothing about the code.
+hypothesis.settings.register_profile("dbrx", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("dbrx")
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """The oracle's answers by case."""
+    return {case: dict(np.load(GOLDEN / case / "expected.npz")) for case in CASES}
+
+
+@pytest.fixture(scope="session")
+def models():
+    """A function from a golden case to its model in float32, each loaded once."""
+    from dbrx_jax import DbrxForCausalLM
+
+    loaded = {}
+
+    def load(case):
+        if case not in loaded:
+            loaded[case] = DbrxForCausalLM.from_pretrained(GOLDEN / case, dtype="float32")
+        return loaded[case]
+
+    return load
+
+
+@pytest.fixture
+def fused_copy(tmp_path):
+    """A copy of golden/fused to damage."""
+    folder = tmp_path / "source"
+    shutil.copytree(GOLDEN / "fused", folder)
+    return folder

@@ -1,0 +1,366 @@
+"""Hugging Face to Orbax: what comes out, what is refused, and that nothing half-done ever loads."""
+
+import json
+import os
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file, save_file
+
+from dbrx_jax import DbrxConfig, DbrxForCausalLM
+from dbrx_jax.convert.layouts import FUSED, expand
+from dbrx_jax.convert.orbax_folder import MANIFEST, PARAMS
+from dbrx_jax.convert.source import INDEX
+from dbrx_jax.convert.to_orbax import to_orbax
+from dbrx_jax.errors import CheckpointError, ConfigError, DbrxError
+from dbrx_jax.parameters import flatten, parameter_specs
+from tests.conftest import GOLDEN
+
+
+def source_tensors(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def damage_tensor(folder, name, change):
+    """Rewrites the file that holds a tensor with what `change` makes of its dictionary."""
+    index = json.loads((folder / INDEX).read_text())
+    path = folder / index["weight_map"][name]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    destination = tmp_path_factory.mktemp("converted") / "deep" / "fused"
+    done = []
+    to_orbax(GOLDEN / "fused", destination, progress=done.append)
+    return destination, done
+
+
+class TestResult:
+    def test_plain_orbax_restores_every_byte(self, converted):
+        tree = dict(flatten(ocp.load(converted[0] / PARAMS)))
+        config, tensors = DbrxConfig.from_file(GOLDEN / "fused"), source_tensors(GOLDEN / "fused")
+        assert set(tree) == set(parameter_specs(config))
+        D, K, F = config.d_model, config.head_dim, config.ffn_hidden_size
+        Q, G = D, config.kv_n_heads * K
+        for i in range(config.n_layers):
+            block, out = f"transformer.blocks.{i}", f"blocks.{i}"
+            wqkv = tensors[f"{block}.norm_attn_norm.attn.Wqkv.weight"]
+            same(tree[f"{out}.attention.query"], wqkv[:Q].reshape(-1, K, D))
+            same(tree[f"{out}.attention.key"], wqkv[Q : Q + G].reshape(-1, K, D))
+            same(tree[f"{out}.attention.value"], wqkv[Q + G :].reshape(-1, K, D))
+            same(
+                tree[f"{out}.attention.out"], tensors[f"{block}.norm_attn_norm.attn.out_proj.weight"].reshape(D, -1, K)
+            )
+            same(tree[f"{out}.moe.router"], tensors[f"{block}.ffn.router.layer.weight"])
+            same(tree[f"{out}.norm_1.scale"], tensors[f"{block}.norm_attn_norm.norm_1.weight"])
+            same(tree[f"{out}.norm_2.scale"], tensors[f"{block}.norm_attn_norm.norm_2.weight"])
+            for e in range(config.moe_num_experts):
+                for w in ("w1", "v1", "w2"):
+                    want = tensors[f"{block}.ffn.experts.mlp.{w}"][e * F : (e + 1) * F]
+                    same(tree[f"{out}.moe.experts.{e}.{w}"], want)
+        same(tree["embedding"], tensors["transformer.wte.weight"])
+        same(tree["norm_f.scale"], tensors["transformer.norm_f.weight"])
+        same(tree["lm_head"], tensors["lm_head.weight"])
+
+    def test_progress_counts_every_byte(self, converted):
+        assert sum(converted[1]) == sum(t.nbytes for t in source_tensors(GOLDEN / "fused").values())
+
+    def test_manifest_and_config(self, converted):
+        manifest = json.loads((converted[0] / MANIFEST).read_text())
+        assert manifest["format_version"] == 1
+        assert manifest["source"] == "fused layout"
+        assert set(manifest["source_files"]) == {p.name for p in (GOLDEN / "fused").glob("*.safetensors")}
+        for name, entry in manifest["source_files"].items():
+            assert entry["bytes"] == (GOLDEN / "fused" / name).stat().st_size
+        assert DbrxConfig.from_file(converted[0]) == DbrxConfig.from_file(GOLDEN / "fused")
+
+    def test_nothing_is_left_beside_it(self, converted):
+        assert [p.name for p in converted[0].parent.iterdir()] == ["fused"]
+
+
+def same(got, want):
+    assert got.dtype == want.dtype
+    assert np.array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
+
+
+def test_cast_on_the_way(tmp_path, expected):
+    to_orbax(GOLDEN / "fused", tmp_path / "low", dtype=ml_dtypes.bfloat16)
+    tree = dict(flatten(ocp.load(tmp_path / "low" / PARAMS)))
+    want = source_tensors(GOLDEN / "fused")["lm_head.weight"].astype(ml_dtypes.bfloat16)
+    same(tree["lm_head"], want)
+    assert DbrxConfig.from_file(tmp_path / "low").dtype == "bfloat16"
+    model = DbrxForCausalLM.from_pretrained(tmp_path / "low", dtype="float32")
+    assert model.dtype == np.float32
+    np.testing.assert_array_equal(model.lm_head[...], want.astype(np.float32))
+
+
+def test_tokenizer_files_come_along(fused_copy, tmp_path):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "cl100k_base.tiktoken",
+        "notes.txt",
+    ):
+        (fused_copy / name).write_text('{"eos_token_id": 3}')
+    to_orbax(fused_copy, tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "cl100k_base.tiktoken"}
+    assert names == {"config.json", MANIFEST, PARAMS} | copied
+    assert DbrxForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_ids == (3,)
+
+
+def test_one_file_without_index_and_several(tmp_path):
+    tensors = source_tensors(GOLDEN / "fused")
+    names = sorted(tensors)
+    for parts in (1, 3):
+        folder = tmp_path / f"parts{parts}"
+        folder.mkdir()
+        shutil.copy(GOLDEN / "fused" / "config.json", folder)
+        for i in range(parts):
+            save_file({n: tensors[n] for n in names[i::parts]}, folder / f"part{i}.safetensors")
+        to_orbax(folder, tmp_path / f"out{parts}")
+    a, b = (dict(flatten(ocp.load(tmp_path / f"out{p}" / PARAMS))) for p in (1, 3))
+    for name in a:
+        same(a[name], np.asarray(b[name]))
+
+
+W1 = "transformer.blocks.1.ffn.experts.mlp.w1"
+
+
+def truncate(folder, by=1000):
+    path = folder / "model-00006-of-00013.safetensors"
+    with path.open("r+b") as f:
+        f.truncate(path.stat().st_size - by)
+
+
+def edit_index(change):
+    def damage(folder):
+        index = json.loads((folder / INDEX).read_text())
+        change(index)
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def edit_config(**changes):
+    def damage(folder):
+        data = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(data | changes))
+
+    return damage
+
+
+def flip_dtype(folder):
+    path = folder / "model-00006-of-00013.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+
+
+def drop_from_everywhere(folder):
+    damage_tensor(folder, W1, lambda t: t.pop(W1))
+    edit_index(lambda index: index["weight_map"].pop(W1))(folder)
+
+
+DAMAGE = {
+    "truncated file": (truncate, "model-00006-of-00013.safetensors: not a whole safetensors file"),
+    "empty file": (lambda f: (f / "model-00006-of-00013.safetensors").write_bytes(b""), "not a whole safetensors file"),
+    "missing file": (lambda f: (f / "model-00006-of-00013.safetensors").unlink(), "there is no such file"),
+    "foreign dtype": (flip_dtype, f"{W1}: expected dtype F32, BF16 or F16, got I32"),
+    "two dtypes": (
+        lambda f: (
+            damage_tensor(f, W1, lambda t: t.update({W1: t[W1].astype(np.float16)})),
+            edit_index(lambda i: i.pop("metadata"))(f),
+        ),
+        "holds tensors of",
+    ),
+    "missing tensor": (drop_from_everywhere, f"{W1} is missing"),
+    "tensor not where the index says": (lambda f: damage_tensor(f, W1, lambda t: t.pop(W1)), f"does not hold {W1}"),
+    "unknown tensor": (
+        lambda f: (
+            damage_tensor(f, W1, lambda t: t.update({"x.bias": np.zeros(3, np.float32)})),
+            edit_index(lambda i: i["weight_map"].update({"x.bias": i["weight_map"][W1]}))(f),
+        ),
+        "x.bias is not a tensor of this DBRX",
+    ),
+    "tensor outside of the index": (
+        lambda f: damage_tensor(f, W1, lambda t: t.update({"x.bias": np.zeros(3, np.float32)})),
+        "holds x.bias, which model.safetensors.index.json does not place there",
+    ),
+    "misshapen tensor": (
+        lambda f: damage_tensor(f, W1, lambda t: t.update({W1: t[W1][:-1].copy()})),
+        f"{W1}: config.json asks for shape (896, 96), got (895, 96)",
+    ),
+    "transposed tensor": (
+        lambda f: damage_tensor(f, W1, lambda t: t.update({W1: t[W1].T.copy()})),
+        f"{W1}: config.json asks for shape (896, 96), got (96, 896)",
+    ),
+    "index out of the folder": (edit_index(lambda i: i["weight_map"].update({W1: "../x"})), "got '../x'"),
+    "index with an absolute path": (
+        edit_index(lambda i: i["weight_map"].update({W1: "/a.safetensors"})),
+        "in this folder",
+    ),
+    "index with another kind of file": (edit_index(lambda i: i["weight_map"].update({W1: "x.bin"})), "got 'x.bin'"),
+    "index with a number": (edit_index(lambda i: i["weight_map"].update({W1: 5})), "got 5"),
+    "index without map": (edit_index(lambda i: i.pop("weight_map")), "expected an object weight_map"),
+    "index with another total_size": (edit_index(lambda i: i["metadata"].update(total_size=1)), "total_size is 1 and"),
+    "index that is no JSON": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
+    "absent config": (lambda f: (f / "config.json").unlink(), "config.json: there is no such file"),
+    "config of other sizes": (edit_config(d_model=192), "config.json asks for shape"),
+    "config of more layers": (edit_config(n_layers=4), "transformer.blocks.3.norm_attn_norm.norm_1.weight is missing"),
+    "config of fewer layers": (edit_config(n_layers=2), "is not a tensor of this DBRX (and 7 more)"),
+    "config of another model": (edit_config(model_type="llama"), "model_type: expected 'dbrx'"),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], "holds no *.safetensors files"),
+    "no folder": (lambda f: shutil.rmtree(f), "there is no such folder"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_one_line_and_leaves_nothing(kind, fused_copy, tmp_path):
+    damage, words = DAMAGE[kind]
+    damage(fused_copy)
+    before = set(tmp_path.iterdir())
+    with pytest.raises((CheckpointError, ConfigError)) as error:
+        to_orbax(fused_copy, tmp_path / "out")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert set(tmp_path.iterdir()) == before
+    with pytest.raises((CheckpointError, ConfigError)):  # nor does the source load directly
+        DbrxForCausalLM.from_pretrained(fused_copy)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_mutated_header_is_refused_or_converts(tmp_path_factory, data):
+    """Any change of a file's first kilobyte: an error of ours, or the same shapes as before."""
+    folder = tmp_path_factory.mktemp("mutated")
+    for file in (GOLDEN / "dense").glob("[!e]*"):
+        shutil.copy(file, folder)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, 1023))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        to_orbax(folder, folder / "out")
+    except DbrxError as error:
+        assert "\n" not in str(error)
+        assert not (folder / "out").exists()
+    else:
+        config = DbrxConfig.from_file(folder / "out")
+        tree = dict(flatten(ocp.load(folder / "out" / PARAMS)))
+        assert {n: a.shape for n, a in tree.items()} == {n: s.shape for n, s in parameter_specs(config).items()}
+
+
+def test_what_a_run_killed_at_the_end_left_is_cleared_away(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dbrx_jax.convert.to_orbax._manifest", stop)
+    with pytest.raises(KeyboardInterrupt):
+        to_orbax(GOLDEN / "dense", tmp_path / "out")
+    monkeypatch.undo()
+    aside = tmp_path / "out.incomplete"
+    (aside / "params.skeleton.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (aside / "params" / "state" / "lm_head").rename(aside / "params" / "state" / "lm_head.part")
+    to_orbax(GOLDEN / "dense", tmp_path / "out")
+    to_orbax(GOLDEN / "dense", tmp_path / "want")
+    a, b = ({str(p.relative_to(d)) for p in d.rglob("*")} for d in (tmp_path / "out", tmp_path / "want"))
+    assert a == b
+    tree = dict(flatten(ocp.load(tmp_path / "out" / PARAMS)))
+    same(tree["lm_head"], source_tensors(GOLDEN / "dense")["lm_head.weight"])
+
+
+def test_from_orbax_to_orbax_in_another_dtype(tmp_path):
+    to_orbax(GOLDEN / "dense", tmp_path / "a")
+    to_orbax(tmp_path / "a", tmp_path / "b", dtype="bfloat16")
+    manifest = json.loads((tmp_path / "b" / MANIFEST).read_text())
+    assert manifest["source"] == "Orbax"
+    assert manifest["source_files"]["params/state/lm_head/0.0"] == {"bytes": 270 * 64 * 4}
+    want = source_tensors(GOLDEN / "dense")["lm_head.weight"].astype(ml_dtypes.bfloat16)
+    same(dict(flatten(ocp.load(tmp_path / "b" / PARAMS)))["lm_head"], want)
+
+
+def test_an_existing_destination_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(CheckpointError, match="exists already"):
+        to_orbax(GOLDEN / "dense", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 5))
+    with pytest.raises(CheckpointError, match=r"0\.0 GB are free and the checkpoint needs"):
+        to_orbax(GOLDEN / "dense", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_on_the_way_is_one_line_and_can_be_continued(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dbrx_jax.convert.arrays._copy_some", fail)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written \(No space left on device\); run the same"):
+        to_orbax(GOLDEN / "dense", tmp_path / "out")
+    with pytest.raises((CheckpointError, ConfigError)):
+        DbrxForCausalLM.from_pretrained(tmp_path / "out.incomplete")
+    monkeypatch.undo()
+    to_orbax(GOLDEN / "dense", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDEN / "dense", "in")
+    to_orbax("in", "out")
+    assert DbrxForCausalLM.from_pretrained("out").config.moe_num_experts == 1
+
+
+CHUNK = "blocks.1.moe.experts.0.w2/0.0"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / MANIFEST).unlink(), "holds no *.safetensors"),
+        (lambda f: (f / MANIFEST).write_text('{"format_version": 99}'), "format_version: expected 1, got 99"),
+        (lambda f: shutil.rmtree(f / PARAMS), "holds no *.safetensors"),
+        (lambda f: (f / PARAMS / "state" / CHUNK).unlink(), f"{CHUNK}: is missing or not 36864 bytes long"),
+        (lambda f: os.truncate(f / PARAMS / "state" / CHUNK, 36863), f"{CHUNK}: is missing or not 36864 bytes long"),
+        (lambda f: (f / PARAMS / "state" / "lm_head" / ".zarray").write_text("{}"), "not the description of an array"),
+        (lambda f: (f / PARAMS / "state" / "lm_head" / ".zarray").unlink(), "there is no such file"),
+        (lambda f: (f / "config.json").unlink(), "config.json: there is no such file"),
+        (edit_config(n_layers=3), "blocks.2.attention.key/.zarray: there is no such file"),
+        (edit_config(vocab_size=271), "config.json asks for shape (271, 64), got (270, 64)"),
+    ],
+)
+def test_a_damaged_orbax_folder_does_not_load(tmp_path, damage, words):
+    to_orbax(GOLDEN / "dense", tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises((CheckpointError, ConfigError)) as error:
+        DbrxForCausalLM.from_pretrained(tmp_path / "out")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_layouts_cover_every_parameter_once():
+    for name in ("132b-base", "dense-a", "demo"):
+        config = DbrxConfig.from_name(name)
+        parts = [p.parameter for tensor in expand(FUSED, config).values() for p in tensor.parts]
+        assert len(parts) == len(set(parts))
+        assert set(parts) == set(parameter_specs(config))
+    full = expand(FUSED, DbrxConfig.from_name("132b-base"))
+    assert len(full) == 323
+    assert full["transformer.blocks.39.ffn.experts.mlp.w2"].shape == (16 * 10752, 6144)
+    assert full["transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight"].shape == (8192, 6144)

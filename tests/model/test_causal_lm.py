@@ -1,0 +1,164 @@
+"""The model's contract: initial weights, names, padding, rows' independence, and the cache against the full forward."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbrx_jax import DbrxConfig, DbrxForCausalLM
+from dbrx_jax.cache import CACHE_BLOCK, PREFILL_CHUNK, capacity, create
+from dbrx_jax.errors import GenerationError
+from dbrx_jax.ops.experts import reference_experts
+from dbrx_jax.parameters import parameter_specs, parameters_of
+
+TINY = DbrxConfig(
+    d_model=48,
+    n_heads=6,
+    n_layers=2,
+    max_seq_len=512,
+    vocab_size=101,
+    kv_n_heads=2,
+    clip_qkv=1.0,
+    ffn_hidden_size=28,
+    moe_num_experts=5,
+    moe_top_k=2,
+    initializer_range=0.15,
+    dtype="float32",
+)
+
+
+def test_initial_weights():
+    parameters = parameters_of(DbrxForCausalLM(TINY, rngs=nnx.Rngs(0)))
+    specs = parameter_specs(TINY)
+    assert {n: a.shape for n, a in parameters.items()} == {n: s.shape for n, s in specs.items()}
+    for name, array in parameters.items():
+        if name.endswith("scale"):
+            np.testing.assert_array_equal(array, 1)
+        else:
+            assert 0.12 < np.std(array) < 0.18, name
+            assert abs(np.mean(array)) < 4 * 0.15 / array.size**0.5, name
+    assert not np.allclose(parameters["blocks.0.moe.experts.0.w1"], parameters["blocks.0.moe.experts.1.w1"])
+    again = parameters_of(DbrxForCausalLM(TINY, rngs=nnx.Rngs(0)))
+    assert all(np.array_equal(again[n], a) for n, a in parameters.items())
+
+
+def test_132b_is_described_without_memory():
+    specs = parameter_specs(DbrxConfig.from_name("132b-base"))
+    assert sum(s.size for s in specs.values()) == 131_596_523_520
+    assert specs["blocks.39.moe.experts.15.w2"].shape == (10752, 6144)
+    assert specs["blocks.0.attention.key"].axes == ("kv_heads", "head_dim", "embed")
+    assert all(len(s.axes) == len(s.shape) for s in specs.values())
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return DbrxForCausalLM(TINY, rngs=nnx.Rngs(1))
+
+
+def test_padding_left_or_right_does_not_matter(tiny):
+    ids = np.random.default_rng(0).integers(0, 101, 9)
+    alone = tiny(ids[None])[0]
+    left = tiny(np.r_[[5] * 4, ids][None], np.r_[[0] * 4, [1] * 9][None])[0, 4:]
+    right = tiny(np.r_[ids, [5] * 4][None], np.r_[[1] * 9, [0] * 4][None])[0, :9]
+    np.testing.assert_allclose(left, alone, atol=1e-5)
+    np.testing.assert_allclose(right, alone, atol=1e-5)
+
+
+def test_position_ids(tiny):
+    ids = np.random.default_rng(0).integers(0, 101, (1, 6))
+    np.testing.assert_array_equal(tiny(ids, position_ids=np.arange(6)[None]), tiny(ids))
+    # Rotary embeddings see distances only.
+    np.testing.assert_allclose(tiny(ids, position_ids=np.arange(6)[None] + 50), tiny(ids), atol=1e-4)
+    assert not np.allclose(tiny(ids, position_ids=np.arange(6)[None] * 3), tiny(ids), atol=1e-3)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 999), st.integers(0, 3))
+def test_a_rows_logits_do_not_depend_on_its_batch_bit_for_bit(tiny_rows, seed, row):
+    """At a fixed shape; lengths of the other rows vary as well."""
+    model, ids, mask, want = tiny_rows
+    rng = np.random.default_rng(seed)
+    other, other_mask = rng.integers(0, 101, ids.shape), (np.arange(24) >= rng.integers(0, 20, (4, 1))).astype(int)
+    other[row], other_mask[row] = ids[row], mask[row]
+    np.testing.assert_array_equal(model(other, other_mask)[row][mask[row] == 1], want[row][mask[row] == 1])
+
+
+@pytest.fixture(scope="module")
+def tiny_rows(tiny):
+    rng = np.random.default_rng(5)
+    ids, mask = rng.integers(0, 101, (4, 24)), (np.arange(24) >= np.array([[0], [3], [11], [20]])).astype(int)
+    return tiny, ids, mask, np.asarray(tiny(ids, mask))
+
+
+@pytest.mark.parametrize("variant", [{}, {"kv_n_heads": 1}, {"moe_num_experts": 1, "moe_top_k": 1}, {"clip_qkv": None}])
+def test_incremental_decoding_gives_the_full_forwards_logits(variant):
+    """A chunk into row 1 of a cache of 3, then tokens one by one, past the end of a block."""
+    model = DbrxForCausalLM(dataclasses.replace(TINY, **variant), rngs=nnx.Rngs(2))
+    total, first = PREFILL_CHUNK + 6, PREFILL_CHUNK - 5
+    ids = np.random.default_rng(0).integers(0, 101, total)
+    want = np.asarray(model(ids[None]))[0]
+    cache = create(model.config, 3, capacity(total), jnp.float32)
+    extend = jax.jit(lambda ids, valid, at, cache: model.extend(ids, valid, at, cache, 1))
+    head = jax.jit(lambda x: model.logits(model.norm_f(x)))
+    chunk = np.pad(ids[:first], (0, 5))[None]  # the last five fill the shape
+    valid, at = np.arange(PREFILL_CHUNK)[None] < first, np.arange(PREFILL_CHUNK)[None]
+    x, cache = extend(chunk, valid, at, cache)
+    np.testing.assert_allclose(head(x)[0, :first], want[:first], rtol=0, atol=1e-5)
+    for position in range(first, total):
+        x, cache = extend(ids[None, position : position + 1], np.ones((1, 1), bool), np.array([[position]]), cache)
+        np.testing.assert_allclose(head(x)[0, 0], want[position], rtol=0, atol=1e-5, err_msg=f"position {position}")
+    assert not np.asarray(cache[0].key[0]).any()
+    assert not np.asarray(cache[0].value[2]).any()
+
+
+def test_capacity():
+    assert PREFILL_CHUNK % CACHE_BLOCK == 0
+    for tokens in (1, 127, 128, 129, 1000, 4097, 20000, 32768):
+        positions = capacity(tokens)
+        assert positions >= tokens
+        assert positions % PREFILL_CHUNK == 0
+        assert positions <= max(tokens * 1.25, tokens + PREFILL_CHUNK)
+    assert len({capacity(t) for t in range(1, 32769)}) < 64
+
+
+def test_bfloat16_runs_in_bfloat16():
+    model = DbrxForCausalLM(TINY, rngs=nnx.Rngs(1), dtype="bfloat16")
+    out = model(np.arange(12)[None], output_hidden_states=True, output_router_probs=True)
+    assert {h.dtype for h in out.hidden_states} == {jnp.dtype("bfloat16")}
+    assert out.logits.dtype == out.router_probs[0].dtype == jnp.float32
+
+
+def test_jitter_reaches_the_router_alone():
+    moe = DbrxForCausalLM(dataclasses.replace(TINY, moe_jitter_eps=0.3), rngs=nnx.Rngs(1)).blocks[0].moe
+    x = jax.random.normal(jax.random.key(1), (6, TINY.d_model))
+    key = jax.random.key(2)
+    out, jittered = moe(x, jitter_key=key)
+    noise = jax.random.uniform(key, x.shape, minval=0.7, maxval=1.3)
+    np.testing.assert_allclose(jittered.probs, moe(x * noise)[1].probs, rtol=1e-5)
+    assert not np.allclose(jittered.probs, moe(x)[1].probs)
+    # The experts saw x itself.
+    want = reference_experts(x, jittered.weights, jittered.experts, moe._weights(), "silu")
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([1, 2],), "input_ids: expected integers of shape (batch, tokens)"),
+        (([[1.0, 2.0]],), "input_ids: expected integers"),
+        ((np.zeros((2, 0), int),), "input_ids: expected integers"),
+        (([[1, 101]],), "expected ids from 0 to 100 (the model's vocabulary), got 101"),
+        (([[1, -1]],), "got -1"),
+        (([[1, 2]], [[1]]), "attention_mask: expected the shape of input_ids (1, 2), got (1, 1)"),
+        (([[1, 2]], None, [[1]]), "position_ids: expected the shape"),
+    ],
+)
+def test_refusals(tiny, arguments, words):
+    with pytest.raises(GenerationError) as error:
+        tiny(*arguments)
+    assert words in str(error.value)

@@ -1,0 +1,63 @@
+"""Random models and the demo against a live oracle, in a Python of its own named by DBRX_ORACLE_PYTHON."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dbrx_jax import DbrxForCausalLM
+from dbrx_jax.convert.to_hf import to_hf
+from dbrx_jax.convert.to_orbax import to_orbax
+from dbrx_jax.demo import source_folder
+
+pytestmark = pytest.mark.slow
+FOLDERS = [f"random{i}" for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """The folder that make_answers.py filled; a copy of each random model that we wrote is asked about too."""
+    out = tmp_path_factory.mktemp("oracle")
+    ask(out, source_folder())
+    copies = []
+    for name in FOLDERS[:2]:
+        copies.append(out / "copies" / name)
+        to_orbax(out / name, out / "orbax" / name)
+        to_hf(out / "orbax" / name, copies[-1], max_shard_size=100_000)
+    ask(out, *copies)
+    return out
+
+
+def ask(out, *checkpoints):
+    python = os.environ["DBRX_ORACLE_PYTHON"]  # .ci/run makes it: torch 2.13.0 and transformers 4.57.6
+    script = Path(__file__).parent / "make_answers.py"
+    subprocess.run([python, script, out, *checkpoints], check=True, timeout=600)
+
+
+def check(model, expected):
+    logits = np.asarray(model(expected["ids"], expected["mask"]))
+    real = expected["mask"] == 1
+    np.testing.assert_allclose(logits[real], expected["logits"][real], rtol=0, atol=1e-4)
+    options = {"max_new_tokens": expected["greedy"].shape[1], "eos_token_id": None}
+    greedy = model.generate(expected["ids"], expected["mask"], **options)
+    np.testing.assert_array_equal(greedy[:, 30:], expected["greedy"])
+    penalised = model.generate(expected["ids"][:1], repetition_penalty=1.3, **options)
+    np.testing.assert_array_equal(penalised[:, 30:], expected["penalised"])
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_random_models(answers, name):
+    check(DbrxForCausalLM.from_pretrained(answers / name), dict(np.load(answers / name / "answers.npz")))
+
+
+def test_the_demo(answers):
+    check(DbrxForCausalLM.from_pretrained(source_folder(), dtype="float32"), dict(np.load(answers / "checkpoint.npz")))
+
+
+@pytest.mark.parametrize("name", FOLDERS[:2])
+def test_what_we_write_is_what_transformers_reads(answers, name):
+    theirs, copy = (np.load(answers / path) for path in (f"{name}/answers.npz", f"{name}.npz"))
+    check(DbrxForCausalLM.from_pretrained(answers / name), dict(copy))
+    assert theirs["logits"].shape == copy["logits"].shape

@@ -1,0 +1,216 @@
+"""DbrxConfig from published files, with their traps, and its refusals."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbrx_jax import DbrxConfig
+from dbrx_jax.config import names
+from dbrx_jax.errors import ConfigError
+from tests.conftest import CASES, GOLDEN
+
+PUBLISHED = {  # name: total, active, in billions
+    "9b": (9.17, 2.83),
+    "18b": (18.61, 5.53),
+    "35b": (35.65, 10.29),
+    "73b": (73.51, 20.66),
+    "132b-base": (131.60, 36.47),
+    "132b-instruct": (131.60, 36.47),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_family_sizes(name):
+    config = DbrxConfig.from_name(name)
+    assert (round(config.total_parameters / 1e9, 2), round(config.active_parameters / 1e9, 2)) == PUBLISHED[name]
+    assert (config.moe_num_experts, config.moe_top_k, config.kv_n_heads, config.head_dim) == (16, 4, 8, 128)
+    assert (config.clip_qkv, config.rope_theta, config.vocab_size) == (8.0, 5e5, 100352)
+
+
+def test_132b_to_the_parameter():
+    config = DbrxConfig.from_name("132b-base")
+    assert config.total_parameters == 131_596_523_520
+    assert config.active_parameters == 36_469_708_800
+
+
+def test_every_shipped_configuration_reads():
+    assert {"bench", "demo", "dense-a", *PUBLISHED} == set(names())
+    for name in names():
+        config = DbrxConfig.from_name(name)
+        assert DbrxConfig.from_dict(config.to_dict()) == config
+        assert config.ffn_hidden_size != config.d_model
+
+
+def test_bench_and_dense_sizes():
+    assert 0.7e9 < DbrxConfig.from_name("bench").total_parameters < 0.9e9
+    dense = DbrxConfig.from_name("dense-a")
+    assert dense.moe_num_experts == 1
+    assert round(dense.total_parameters / 1e9, 1) == 6.7
+    assert dense.total_parameters == dense.active_parameters
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_files(case):
+    config = DbrxConfig.from_file(GOLDEN / case)
+    assert config == DbrxConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert config == DbrxConfig.from_file(GOLDEN / case / "config.json")
+
+
+def test_defaults_of_missing_keys():
+    config = DbrxConfig.from_dict({"model_type": "dbrx", "attn_config": {}, "ffn_config": None})
+    assert config == DbrxConfig()
+    assert (config.d_model, config.n_heads, config.n_layers, config.max_seq_len, config.vocab_size) == (
+        2048,
+        16,
+        24,
+        2048,
+        32000,
+    )
+    assert (config.kv_n_heads, config.clip_qkv, config.rope_theta) == (1, None, 1e4)
+    assert (config.ffn_hidden_size, config.moe_num_experts, config.moe_top_k) == (3584, 4, 1)
+    assert (config.moe_loss_weight, config.moe_normalize_expert_weights) == (0.01, 1.0)
+    assert (config.ffn_act_fn, config.moe_jitter_eps) == ("silu", None)
+
+
+def test_null_means_not_normalised_and_missing_means_normalised():
+    assert (
+        DbrxConfig.from_dict({"ffn_config": {"moe_normalize_expert_weights": None}}).moe_normalize_expert_weights
+        is None
+    )
+    assert DbrxConfig.from_dict({"ffn_config": {}}).moe_normalize_expert_weights == 1.0
+
+
+def test_noise_of_resaved_copies_is_ignored():
+    noise = {"top_k": 50, "temperature": 1.0, "tie_word_embeddings": True, "id2label": {"0": "x"}, "return_dict": True}
+    data = DbrxConfig.from_name("demo").to_dict()
+    noisy = {**data, "attn_config": {**data["attn_config"], **noise}, "ffn_config": {**data["ffn_config"], **noise}}
+    assert DbrxConfig.from_dict(noisy) == DbrxConfig.from_name("demo")
+
+
+def test_numbers_may_be_int_or_float():
+    a = DbrxConfig.from_dict({"d_model": 96.0, "n_heads": 6, "attn_config": {"clip_qkv": 8, "rope_theta": 500000}})
+    b = DbrxConfig.from_dict({"d_model": 96, "n_heads": 6.0, "attn_config": {"clip_qkv": 8.0, "rope_theta": 5e5}})
+    assert a == b
+    assert hash(a) == hash(b)
+
+
+def test_dtype_under_either_name():
+    assert DbrxConfig.from_dict({"dtype": "float32"}).dtype == "float32"
+    assert DbrxConfig.from_dict({"torch_dtype": "torch.float16"}).dtype == "float16"
+
+
+class TestRopeTheta:
+    def test_attn_config_wins_and_a_difference_is_warned_of(self):
+        data = {
+            "attn_config": {"rope_theta": 500000},
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        }
+        with pytest.warns(UserWarning, match=r"500000 in attn_config and 10000\.0 outside"):
+            assert DbrxConfig.from_dict(data).rope_theta == 5e5
+
+    def test_no_warning_where_they_agree(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            DbrxConfig.from_dict({"attn_config": {"rope_theta": 5e5}, "rope_parameters": {"rope_theta": 500000}})
+
+    @pytest.mark.parametrize("data", [{"rope_parameters": {"rope_theta": 7e4}}, {"rope_theta": 7e4}])
+    def test_elsewhere_where_attn_config_has_none(self, data):
+        assert DbrxConfig.from_dict({"attn_config": {}, **data}).rope_theta == 7e4
+
+    def test_scaling_is_refused(self):
+        with pytest.raises(ConfigError, match="rotary scaling"):
+            DbrxConfig.from_dict({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"model_type": "mixtral"}, "model_type: expected 'dbrx', got 'mixtral'"),
+        ({"d_model": "big"}, "d_model: expected a whole number"),
+        ({"d_model": 10.5}, "d_model: expected a whole number"),
+        ({"d_model": True}, "d_model: expected a whole number"),
+        ({"d_model": 10**400}, "d_model: expected a whole number from 1 to"),
+        ({"attn_config": {"rope_theta": 10**400}}, "rope_theta: expected a number"),
+        ({"n_layers": 1024, "ffn_config": {"moe_num_experts": 1024}}, "moe_num_experts: at most"),
+        ({"d_model": 10**12}, "d_model: expected a whole number from 1 to"),
+        ({"d_model": float("nan")}, "d_model: expected a whole number"),
+        ({"n_layers": 0}, "n_layers: expected a whole number from 1"),
+        ({"n_layers": None}, "n_layers: expected a whole number"),
+        ({"n_heads": 7}, "n_heads: expected a divisor of d_model 2048, got 7"),
+        ({"d_model": 48, "n_heads": 16}, "must be even"),
+        ({"attn_config": {"kv_n_heads": 3}}, "kv_n_heads: expected a divisor of n_heads 16, got 3"),
+        ({"attn_config": {"clip_qkv": -1}}, "clip_qkv: expected a number"),
+        ({"attn_config": {"clip_qkv": 0}}, "clip_qkv: expected a number above 0"),
+        ({"attn_config": {"rope_theta": "x"}}, "rope_theta: expected a number"),
+        ({"attn_config": {"attn_pdrop": 0.1}}, "attn_pdrop: expected 0"),
+        ({"attn_config": [1]}, "attn_config: expected a JSON object"),
+        ({"ffn_config": {"moe_top_k": 9}}, "moe_top_k: expected at most moe_num_experts 4, got 9"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "mish"}}}, "ffn_act_fn: expected one of silu"),
+        (
+            {"ffn_config": {"moe_normalize_expert_weights": 0}},
+            "moe_normalize_expert_weights: expected a number above 0",
+        ),
+        ({"ffn_config": {"moe_jitter_eps": 1.5}}, "moe_jitter_eps: expected a number below 1"),
+        ({"torch_dtype": "int4"}, "torch_dtype: expected one of float32"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: expected false"),
+        ([1], "expected a JSON object, got list"),
+    ],
+)
+def test_refusals(data, words):
+    with pytest.raises(ConfigError) as error:
+        DbrxConfig.from_dict(data)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = [f.name for f in dataclasses.fields(DbrxConfig)] + [
+    "attn_config",
+    "ffn_config",
+    "rope_parameters",
+    "rope_scaling",
+    "ffn_act_fn",
+    "torch_dtype",
+    "model_type",
+]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON | st.dictionaries(st.sampled_from(KEYS), JSON)))
+@pytest.mark.filterwarnings("ignore:config.json gives rope_theta")
+def test_any_json_gives_a_configuration_or_a_config_error(data):
+    try:
+        config = DbrxConfig.from_dict(data)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert DbrxConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ('{"d_model": 1, "d_model": 2}', "'d_model' stands twice"),
+        ("[" * 99999, "not valid JSON"),
+        ('{"d_model": ' + "9" * 5000 + "}", "not valid JSON"),
+    ],
+)
+def test_damaged_files(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        DbrxConfig.from_file(tmp_path)
+
+
+def test_missing_file_and_unknown_name(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such file"):
+        DbrxConfig.from_file(tmp_path)
+    with pytest.raises(ConfigError, match=r"no configuration is called 'x': choose one of .*9b"):
+        DbrxConfig.from_name("x")
