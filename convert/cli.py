@@ -14,8 +14,8 @@ import tyro
 from dbrx_jax.console import progress, run, say
 from dbrx_jax.errors import CheckpointError, TokenizerError
 
-Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-Destination = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+Destination = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -27,35 +27,27 @@ class ToOrbax:
     """
 
     source: Source
-    """Folder with config.json and *.safetensors, in any published layout."""
+    """Folder with config.json and *.safetensors, in any published layout; or a URL such as gs://bucket/folder."""
     destination: Destination
-    """Folder to make; it appears when it is complete."""
+    """Folder or URL to make; it can be loaded when it is complete."""
     dtype: Dtype | None = None
     """Cast the weights; by default they stay as they are."""
     compress: bool = False
     """With zstd: slower, and trained weights hardly get smaller."""
     sha256: bool = False
     """Write SHA-256 digests of every file and parameter into the manifest."""
-    check_values: bool = False
-    """Also read every weight and warn of those that are not finite."""
     workers: int | None = None
     """Threads; by default as many as CPUs, at most 4."""
 
     def run(self) -> None:
-        from dbrx_jax.convert.folder import open_folder
-        from dbrx_jax.convert.inspect import not_finite
         from dbrx_jax.convert.to_orbax import to_orbax
 
-        def convert(advance: Callable[[int], None]) -> None:
-            to_orbax(self.source, self.destination, self.dtype, self.compress, self.sha256, self.workers, advance)
+        def convert(advance: Callable[[int], None]) -> dict[str, int]:
+            return to_orbax(
+                self.source, self.destination, self.dtype, self.compress, self.sha256, self.workers, advance
+            )
 
         _convert(self.source, self.destination, convert)
-        if self.check_values:
-            bad = not_finite(open_folder(self.destination))
-            for name, count in bad.items():
-                say(
-                    f"dbrx-convert: warning: {name}: {count} values are not finite; look at where the source comes from"
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +60,7 @@ class ToHf:
     source: Source
     """Orbax folder made by dbrx-convert, or Hugging Face folder in any published layout."""
     destination: Destination
-    """Folder to make; it appears when it is complete."""
+    """Folder or URL to make; it can be loaded when it is complete."""
     dtype: Dtype | None = None
     """Cast the weights; by default they stay as they are."""
     max_shard_size: str = "5GB"
@@ -81,8 +73,8 @@ class ToHf:
 
         size = _size(self.max_shard_size)
 
-        def convert(advance: Callable[[int], None]) -> None:
-            to_hf(self.source, self.destination, self.dtype, size, self.workers, advance)
+        def convert(advance: Callable[[int], None]) -> dict[str, int]:
+            return to_hf(self.source, self.destination, self.dtype, size, self.workers, advance)
 
         _convert(self.source, self.destination, convert)
 
@@ -91,9 +83,9 @@ class ToHf:
 class Verify:
     """Compare two checkpoints of either kind; exit 1 where they differ."""
 
-    first: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
     """Orbax or Hugging Face folder."""
-    second: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="B")] = None
+    second: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="B")] = None
     """Orbax or Hugging Face folder; without it A is checked against its own SHA-256 digests."""
     logits: bool = False
     """Compare what the models predict on --text, in float32, rather than their weights."""
@@ -110,7 +102,7 @@ class Verify:
         else:
             self._weights(self.second)
 
-    def _weights(self, second: Path) -> None:
+    def _weights(self, second: str) -> None:
         from dbrx_jax.convert.folder import open_folder
         from dbrx_jax.convert.verify import compare
 
@@ -162,7 +154,7 @@ class Verify:
 class Inspect:
     """Say what a checkpoint is, and what is wrong with it; exit 1 where anything is."""
 
-    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
     """Orbax or Hugging Face folder."""
     values: bool = False
     """Also read every weight and count those that are not finite."""
@@ -183,7 +175,7 @@ class Inspect:
         sys.exit(1 if facts["problems"] else 0)
 
 
-def _convert(source: Path, destination: Path, convert: Callable[[Callable[[int], None]], None]) -> None:
+def _convert(source: str, destination: str, convert: Callable[[Callable[[int], None]], dict[str, int]]) -> None:
     """Runs a conversion with its progress, and says what was done."""
     from dbrx_jax.convert.folder import open_folder
 
@@ -192,8 +184,10 @@ def _convert(source: Path, destination: Path, convert: Callable[[Callable[[int],
     say(f"{source}: DBRX of {folder.config.total_parameters:,} parameters, {folder.description}")
     begin = time.perf_counter()
     with progress("Converting", size) as advance:
-        convert(advance)
+        bad = convert(advance)
     seconds, gigabytes = time.perf_counter() - begin, size / 1e9
+    for name, count in bad.items():
+        say(f"dbrx-convert: warning: {name}: {count} values are not finite; look at where the source comes from")
     say(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
 
 

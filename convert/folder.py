@@ -8,6 +8,7 @@ import numpy as np
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.convert.layouts import stored_shape
 from dbrx_jax.errors import CheckpointError
+from dbrx_jax.files import location
 from dbrx_jax.parameters import parameter_specs
 
 # In a folder that a conversion is at work in, or was killed in; gone when it is complete.
@@ -64,7 +65,7 @@ def open_folder(path: str | Path) -> CheckpointFolder:
     from dbrx_jax.convert.orbax_folder import MANIFEST, PARAMS, OrbaxFolder, is_orbax
     from dbrx_jax.convert.source import HuggingFaceFolder
 
-    path = Path(path)
+    path = location(path)
     if (path / PLAN).exists():
         raise CheckpointError(
             f"{path}: is a conversion that was not finished; run the same command again to continue it"

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dbrx_jax.convert.folder import CheckpointFolder, open_folder, rows_per_block, shape_of
+from dbrx_jax.convert.folder import open_folder
+from dbrx_jax.convert.move import not_finite
 from dbrx_jax.errors import CheckpointError, DbrxError
+from dbrx_jax.files import location
 from dbrx_jax.parameters import parameter_specs
 from dbrx_jax.tokenizer import DbrxTokenizer
 
@@ -20,7 +20,7 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
     Raises:
       CheckpointError: there is no such folder.
     """
-    if not Path(path).is_dir():
+    if not location(path).is_dir():
         raise CheckpointError(f"{path}: there is no such folder")
     facts: dict[str, Any] = {"path": str(path), "problems": []}
     try:
@@ -56,22 +56,8 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
         facts["tokenizer"] = None
         facts["problems"].append(str(error))
     if values:
-        bad = not_finite(folder)
+        counts = {name: not_finite(folder, name, folder.parameter_dtype(name)) for name in parameter_specs(config)}
+        bad = {name: count for name, count in counts.items() if count}
         facts["not_finite"] = sum(bad.values())
         facts["problems"] += [f"{name}: {count} values are not finite" for name, count in bad.items()]
     return facts
-
-
-def not_finite(folder: CheckpointFolder) -> dict[str, int]:
-    """How many weights of each parameter are infinite or NaN, where any are."""
-    result = {}
-    for name in parameter_specs(folder.config):
-        shape = shape_of(folder, name)
-        step = rows_per_block(shape, folder.parameter_dtype(name).itemsize)
-        count = 0
-        for start in range(0, shape[0], step):
-            rows = folder.rows(name, start, min(start + step, shape[0]))
-            count += rows.size - int(np.isfinite(rows.astype(np.float32)).sum())
-        if count:
-            result[name] = count
-    return result

@@ -14,7 +14,7 @@ from dbrx_jax.config import DbrxConfig
 from dbrx_jax.convert.arrays import METADATA, chunk_name, read_bytes
 from dbrx_jax.convert.layouts import stored_shape
 from dbrx_jax.errors import CheckpointError, ConfigError
-from dbrx_jax.files import read_json
+from dbrx_jax.files import is_remote, location, read_json
 from dbrx_jax.parameters import parameter_specs
 
 FORMAT_VERSION = 1
@@ -67,7 +67,7 @@ class OrbaxFolder:
           CheckpointError: an array is missing, damaged, or not of the shape that config.json asks for.
           ConfigError: config.json is missing or cannot be used.
         """
-        folder = Path(path)
+        folder = location(path)
         config = DbrxConfig.from_file(folder)
         manifest = read_manifest(folder)
         arrays = {}
@@ -182,6 +182,8 @@ def _read_array(folder: Path) -> StoredArray:
 def _decoded(array: StoredArray, start: int, stop: int) -> np.ndarray:
     import tensorstore
 
+    if is_remote(array.folder):
+        raise CheckpointError(f"{array.folder}: is compressed; copy the checkpoint to a local folder to read it")
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{array.folder}/"}}
     try:
         return np.asarray(tensorstore.open(spec, open=True).result()[start:stop].read().result())

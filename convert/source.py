@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,7 @@ from dbrx_jax.config import DbrxConfig
 from dbrx_jax.convert.layouts import Layout, SourceTensor, expand, recognise
 from dbrx_jax.convert.stored import Fp8Tensor, MlxTensor, PlainTensor, StoredTensor
 from dbrx_jax.errors import CheckpointError, ConfigError
-from dbrx_jax.files import read_json
+from dbrx_jax.files import is_remote, location, read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -26,6 +27,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -50,7 +52,7 @@ class HuggingFaceFolder:
             wrong shape or dtype; the first one is named.
           ConfigError: config.json is missing or cannot be used.
         """
-        folder = Path(path)
+        folder = location(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder")
         config = DbrxConfig.from_file(folder / "config.json")
@@ -178,11 +180,7 @@ def _read_header(folder: Path, name: str) -> dict[str, PlainTensor]:
         check_link(folder, file)
         if not file.is_file():
             raise CheckpointError(f"{file}: there is no such file")
-        with safe_open(file, "numpy"):
-            pass
-        with file.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(length))
+        header, length = _checked_header(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
     header.pop("__metadata__", None)
@@ -193,6 +191,26 @@ def _read_header(folder: Path, name: str) -> dict[str, PlainTensor]:
         offset = 8 + length + entry["data_offsets"][0]
         result[tensor] = PlainTensor(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     return result
+
+
+def _checked_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header and its length in bytes, when safetensors' own library finds the file whole."""
+    with file.open("rb") as f:
+        begin = f.read(8)
+        (length,) = struct.unpack("<Q", begin.ljust(8, b"\0"))
+        if not is_remote(file):
+            with safe_open(file, "numpy"):
+                pass
+            return json.loads(f.read(length)), length
+        text = f.read(min(length, LARGEST_HEADER))
+    # The library reads local files alone: one with the same header, and nothing where the tensors are.
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as local:
+        local.write(begin + text)
+        local.truncate(file.stat().st_size)
+        local.flush()
+        with safe_open(local.name, "numpy"):
+            pass
+    return json.loads(text), length
 
 
 def check_link(folder: Path, file: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +12,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from dbrx_jax.convert.arrays import write_all
+from dbrx_jax.convert.arrays import write_all, writing
 from dbrx_jax.convert.folder import CheckpointFolder, open_folder, rows_per_block
 from dbrx_jax.convert.layouts import FUSED, SourceTensor, expand
-from dbrx_jax.convert.move import append_rows
+from dbrx_jax.convert.move import append_rows, not_finite
 from dbrx_jax.convert.source import INDEX
 from dbrx_jax.convert.to_orbax import copy_companions
-from dbrx_jax.convert.work import WorkFolder, fingerprint, parallel
+from dbrx_jax.convert.work import fingerprint, parallel, work_folder
 from dbrx_jax.errors import CheckpointError
-from dbrx_jax.files import read_json
+from dbrx_jax.files import location, read_json
 from dbrx_jax.model.causal_lm import DbrxForCausalLM
 from dbrx_jax.parameters import parameters_of
 
@@ -34,14 +35,17 @@ def to_hf(
     max_shard_size: int = SHARD,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> dict[str, int]:
     """Converts a checkpoint of either kind to a Hugging Face folder in the published layout.
 
     The destination appears when it is complete; a conversion that was killed is continued, file by
     file, by calling this again.
 
+    Returns how many values of each parameter are infinite or NaN, where any are.
+
     Args:
       source: an Orbax checkpoint of dbrx-convert's, or a Hugging Face folder in any published layout.
+        Either may be the URL of a file system that fsspec knows, such as gs://bucket/folder.
       destination: a folder that does not exist yet.
       dtype: to cast the weights to; by default they stay as they are.
       max_shard_size: bytes of a file, unless one tensor is larger.
@@ -55,18 +59,22 @@ def to_hf(
     """
     if max_shard_size < 1:
         raise CheckpointError(f"max_shard_size: expected a size above 0, got {max_shard_size}")
-    source, destination = Path(source).absolute(), Path(destination).absolute()
+    source, destination = location(source), location(destination)
     checkpoint = open_folder(source)
     target = np.dtype(checkpoint.dtype() if dtype is None else dtype)
     options = {"kind": "to-hf", "dtype": target.name, "max_shard_size": max_shard_size}
     size = checkpoint.config.total_parameters * target.itemsize
-    with WorkFolder(destination, {**options, "source": fingerprint(checkpoint)}, size) as folder:
+    bad: Counter[str] = Counter()
+    with work_folder(destination, {**options, "source": fingerprint(checkpoint)}, size) as folder:
         shards = plan_shards(expand(FUSED, checkpoint.config), target, max_shard_size)
 
         def write(shard: Shard) -> None:
             if not (folder / shard.file).exists():
-                _write_shard(checkpoint, folder / shard.file, shard, target, progress)
-            elif progress is not None:
+                bad.update(_write_shard(checkpoint, folder / shard.file, shard, target, progress))
+                return
+            for part in (p for tensor in shard.tensors.values() for p in tensor.parts):
+                bad[part.parameter] += not_finite(checkpoint, part.parameter, target)
+            if progress is not None:
                 progress(shard.size(target))
 
         parallel(write, shards, workers)
@@ -75,6 +83,7 @@ def to_hf(
         config = {**checkpoint.config.to_dict(), **_kept(source), "torch_dtype": target.name}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(source, folder)
+    return {name: count for name, count in sorted(bad.items()) if count}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +127,8 @@ def _write_shard(
     shard: Shard,
     dtype: np.dtype,
     progress: Callable[[int], None] | None,
-) -> None:
-    """One safetensors file: the length of its header, the header, the tensors; renamed when it is whole."""
+) -> Counter[str]:
+    """One safetensors file (the length of its header, the header, the tensors); counts what is not finite."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in shard.tensors.items():
@@ -128,18 +137,18 @@ def _write_shard(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    aside = file.with_name(f"{file.name}.part")
-    with aside.open("wb", buffering=0) as f:
-        write_all(f.fileno(), np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8))
+    bad: Counter[str] = Counter()
+    with writing(file) as f:
+        write_all(f, np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8))
         for tensor in shard.tensors.values():
             for part in tensor.parts:
                 rows, step = part.stop - part.start, rows_per_block(tensor.shape, dtype.itemsize)
                 for start in range(0, rows, step):
                     stop = min(start + step, rows)
-                    append_rows(checkpoint, part.parameter, start, stop, dtype, f.fileno())
+                    bad[part.parameter] += append_rows(checkpoint, part.parameter, start, stop, dtype, f)
                     if progress is not None:
                         progress((stop - start) * math.prod(tensor.shape[1:]) * dtype.itemsize)
-    aside.rename(file)
+    return bad
 
 
 def _write_index(path: Path, shards: list[Shard], parameters: int, dtype: np.dtype) -> None:

@@ -4,21 +4,22 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from dbrx_jax.convert.arrays import write_array, write_compressed
+from dbrx_jax.convert.arrays import METADATA, count_not_finite, write_array, write_compressed
 from dbrx_jax.convert.folder import CheckpointFolder, open_folder, shape_of
-from dbrx_jax.convert.move import append_rows, digest
+from dbrx_jax.convert.move import append_rows, digest, not_finite
 from dbrx_jax.convert.orbax_folder import FORMAT_VERSION, MANIFEST, PARAMS, STATE
 from dbrx_jax.convert.source import check_link
-from dbrx_jax.convert.work import WorkFolder, fingerprint, parallel
+from dbrx_jax.convert.work import fingerprint, parallel, work_folder
 from dbrx_jax.errors import CheckpointError
-from dbrx_jax.files import read_json
+from dbrx_jax.files import is_remote, location, read_json
 from dbrx_jax.parameters import ParameterSpec, nest, parameter_specs
 from dbrx_jax.tokenizer import TOKENIZER_FILES
 
@@ -31,15 +32,18 @@ def to_orbax(
     sha256: bool = False,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> dict[str, int]:
     """Converts a Hugging Face folder to a folder that :meth:`DbrxForCausalLM.from_pretrained` loads.
 
     The destination appears when it is complete, and not before. A conversion that was killed is
     continued by calling this again with the same arguments. Bytes that need no change are copied
     by the operating system; others go through memory a few rows, or one expert, at a time.
 
+    Returns how many values of each parameter are infinite or NaN, where any are; the manifest says so too.
+
     Args:
-      source: a folder in any published layout (or an Orbax checkpoint, to change its dtype).
+      source: a folder in any published layout (or an Orbax checkpoint, to change its dtype). Either
+        may be the URL of a file system that fsspec knows, such as gs://bucket/folder.
       destination: a folder that does not exist yet.
       dtype: to cast the weights to; by default they stay as they are.
       compress: with zstd; slower, and trained weights hardly get smaller.
@@ -52,22 +56,25 @@ def to_orbax(
         the destination exists, or the disk is too small.
       ConfigError: the source's config.json is missing or cannot be used.
     """
-    source, destination = Path(source).absolute(), Path(destination).absolute()
+    source, destination = location(source), location(destination)
     checkpoint = open_folder(source)
     target = np.dtype(checkpoint.dtype() if dtype is None else dtype)
     options = {"kind": "to-orbax", "dtype": target.name, "compress": compress, "format_version": FORMAT_VERSION}
     size = checkpoint.config.total_parameters * target.itemsize
-    with WorkFolder(destination, {**options, "source": fingerprint(checkpoint)}, size) as folder:
+    if compress and is_remote(destination):
+        raise CheckpointError(f"{destination}: compressed checkpoints can be written to local folders only")
+    with work_folder(destination, {**options, "source": fingerprint(checkpoint)}, size) as folder:
         state = folder / PARAMS / STATE
-        digests = _write_parameters(checkpoint, state, target, compress, sha256, workers, progress)
+        digests, bad = _write_parameters(checkpoint, state, target, compress, sha256, workers, progress)
         _write_orbax_metadata(folder / PARAMS, parameter_specs(checkpoint.config))
         config = {**read_json(source / "config.json"), "torch_dtype": target.name}
         for key in ("dtype", "quantization", "quantization_config"):  # of the source's weights
             config.pop(key, None)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(source, folder)
-        manifest = _manifest(checkpoint, options, digests)
+        manifest = _manifest(checkpoint, options, digests, bad)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return bad
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -81,7 +88,7 @@ def copy_companions(source: Path, folder: Path) -> None:
             check_link(source, file)
             if not file.is_file():
                 raise CheckpointError(f"{file}: not a regular file")
-            shutil.copyfile(file, folder / file.name)
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def _write_parameters(
@@ -92,28 +99,36 @@ def _write_parameters(
     sha256: bool,
     workers: int | None,
     progress: Callable[[int], None] | None,
-) -> dict[str, str]:
-    """All parameters that are not there yet; returns their digests where asked for."""
+) -> tuple[dict[str, str], dict[str, int]]:
+    """All parameters that are not there yet; returns digests where asked for, and counts of what is not finite."""
     specs = parameter_specs(checkpoint.config)
     share = checkpoint.size / checkpoint.config.total_parameters  # source bytes a weight, on average
     digests: dict[str, str] = {}
+    bad: dict[str, int] = {}
 
     def write(name: str) -> None:
-        spec, folder = specs[name], state / name
+        spec, folder, count = specs[name], state / name, 0
         factor = shape_of(checkpoint, name)[0] // spec.shape[0]  # a row of heads is several published rows
 
-        def append(descriptor: int, start: int, stop: int) -> None:
-            append_rows(checkpoint, name, start * factor, stop * factor, dtype, descriptor)
+        def append(file: BinaryIO, start: int, stop: int) -> None:
+            nonlocal count
+            count += append_rows(checkpoint, name, start * factor, stop * factor, dtype, file)
 
         def read(start: int, stop: int) -> np.ndarray:
-            rows = checkpoint.rows(name, start * factor, stop * factor)
-            return rows.astype(dtype, copy=False).reshape(stop - start, *spec.shape[1:])
+            nonlocal count
+            with np.errstate(over="ignore"):
+                rows = checkpoint.rows(name, start * factor, stop * factor).astype(dtype, copy=False)
+            count += count_not_finite(rows)
+            return rows.reshape(stop - start, *spec.shape[1:])
 
-        if not folder.is_dir():
-            if compress:
-                write_compressed(folder, spec.shape, dtype, read)
-            else:
-                write_array(folder, spec.shape, dtype, append)
+        if (folder / METADATA).exists():
+            count = not_finite(checkpoint, name, dtype)
+        elif compress:
+            write_compressed(folder, spec.shape, dtype, read)
+        else:
+            write_array(folder, spec.shape, dtype, append)
+        if count:
+            bad[name] = count
         if sha256:
             digests[name] = digest(checkpoint, name, dtype)
         if progress is not None:
@@ -121,25 +136,26 @@ def _write_parameters(
 
     state.mkdir(parents=True, exist_ok=True)
     parallel(write, specs, workers)
-    return digests
+    return dict(sorted(digests.items())), dict(sorted(bad.items()))
 
 
 def _write_orbax_metadata(path: Path, specs: Mapping[str, ParameterSpec]) -> None:
     """What Orbax keeps beside the arrays: it writes that itself, of a tree with these names and tiny arrays."""
     from orbax.checkpoint import v1 as ocp
 
-    skeleton = path.with_name(f"{path.name}.skeleton")
-    for left in path.parent.glob(f"{skeleton.name}*"):  # by a run that was killed, some under Orbax's own names
-        shutil.rmtree(left)
     context = ocp.Context()
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
     context.array.saving.use_compression = False
-    with context, _quiet_orbax():
-        ocp.save(skeleton, nest({name: np.zeros(1, np.float32) for name in specs}))
-    for name in specs:
-        shutil.rmtree(skeleton / STATE / name)
-    shutil.copytree(skeleton, path, dirs_exist_ok=True)
-    shutil.rmtree(skeleton)
+    with tempfile.TemporaryDirectory() as temporary:
+        skeleton = Path(temporary) / path.name
+        with context, _quiet_orbax():
+            ocp.save(skeleton, nest({name: np.zeros(1, np.float32) for name in specs}))
+        for file in sorted(skeleton.rglob("*")):
+            parts = file.relative_to(skeleton).parts
+            if file.is_file() and not (len(parts) > 2 and parts[1] in specs):
+                target = path.joinpath(*parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
 
 
 @contextlib.contextmanager
@@ -154,7 +170,7 @@ def _quiet_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _manifest(checkpoint: CheckpointFolder, options: dict, digests: dict[str, str]) -> dict:
+def _manifest(checkpoint: CheckpointFolder, options: dict, digests: dict[str, str], bad: dict[str, int]) -> dict:
     sources: dict[str, dict[str, int | str]] = {}
     for file in checkpoint.files:
         name = file.relative_to(checkpoint.path).as_posix()
@@ -170,4 +186,4 @@ def _manifest(checkpoint: CheckpointFolder, options: dict, digests: dict[str, st
         "source": checkpoint.description,
         "source_files": sources,
     }
-    return {**manifest, "sha256": dict(sorted(digests.items()))} if digests else manifest
+    return manifest | ({"not_finite": bad} if bad else {}) | ({"sha256": digests} if digests else {})

@@ -14,6 +14,12 @@ from typing import Any
 
 from dbrx_jax.convert.folder import PLAN, CheckpointFolder
 from dbrx_jax.errors import CheckpointError
+from dbrx_jax.files import is_remote
+
+
+def work_folder(destination: Path, plan: dict[str, Any], needed: int) -> "WorkFolder | RemoteWorkFolder":
+    """The one of the two that fits the destination."""
+    return RemoteWorkFolder(destination, plan) if is_remote(destination) else WorkFolder(destination, plan, needed)
 
 
 class WorkFolder:
@@ -69,20 +75,11 @@ class WorkFolder:
 
     def _begin(self) -> None:
         path = self.folder / PLAN
-        plan = json.loads(json.dumps(self.plan))
         if path.exists():
-            try:
-                begun = json.loads(path.read_text())
-            except ValueError:
-                begun = None
-            if begun != plan:
-                what = _difference(begun, plan)
-                raise CheckpointError(
-                    f"{self.folder}: was begun with another {what}; remove it to begin anew, or undo that change"
-                )
+            _check_plan(path, self.plan)
             return
         aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(plan, indent=2))
+        aside.write_text(json.dumps(self.plan, indent=2))
         aside.rename(path)
 
     def __exit__(
@@ -101,6 +98,62 @@ class WorkFolder:
                 ) from None
         finally:
             os.close(self._lock)
+
+
+class RemoteWorkFolder:
+    """A destination behind a URL, where nothing can be renamed: while PLAN lies in it, it is not complete.
+
+    There is no lock and no look at the free space: two runs at once would write the same bytes twice.
+
+    Args:
+      destination: a folder as :func:`dbrx_jax.files.location` gives them.
+      plan: what identifies the work.
+
+    Raises (also on entering and leaving):
+      CheckpointError: the destination exists, the plan is another than that of the run that was
+        killed, or nothing can be written.
+    """
+
+    def __init__(self, destination: Path, plan: dict[str, Any]):
+        self.destination, self.plan = destination, plan
+
+    def __enter__(self) -> Path:
+        with _said(self.destination):
+            path = self.destination / PLAN
+            if path.exists():
+                _check_plan(path, self.plan)
+            elif self.destination.exists() and any(self.destination.iterdir()):
+                raise CheckpointError(f"{self.destination}: exists already; choose another folder or remove it")
+            else:
+                self.destination.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(self.plan, indent=2))
+        return self.destination
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            with _said(self.destination):
+                (self.destination / PLAN).unlink()
+        elif isinstance(error, OSError):
+            raise CheckpointError(
+                f"{self.destination}: cannot be written ({error.strerror or error}); "
+                "run the same command again to continue"
+            ) from None
+
+
+def _check_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Whether a run that was killed had the same plan."""
+    plan = json.loads(json.dumps(plan))
+    try:
+        begun = json.loads(path.read_text())
+    except ValueError:
+        begun = None
+    if begun != plan:
+        what = _difference(begun, plan)
+        raise CheckpointError(
+            f"{path.parent}: was begun with another {what}; remove it to begin anew, or undo that change"
+        )
 
 
 @contextlib.contextmanager
@@ -123,7 +176,8 @@ def fingerprint(checkpoint: CheckpointFolder) -> str:
     digest = hashlib.sha256()
     for file in (*checkpoint.files, checkpoint.path / "config.json"):
         status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        changed = file.fs.ukey(file.path) if is_remote(file) else status.st_mtime_ns
+        digest.update(f"{file.name} {status.st_size} {changed}\n".encode())
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from dbrx_jax.convert.folder import CheckpointFolder, open_folder
 from dbrx_jax.convert.layouts import stored_shape
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.generation_config import GenerationConfig
-from dbrx_jax.hub import local_folder
+from dbrx_jax.hub import checkpoint_folder
 from dbrx_jax.model.causal_lm import DbrxForCausalLM
 from dbrx_jax.parameters import ParameterSpec, model_from_parameters, parameter_specs
 from dbrx_jax.tokenizer import stop_tokens
@@ -23,7 +23,7 @@ READERS = 4  # threads
 
 def load_model(path: str | Path, dtype: DTypeLike | None = None) -> DbrxForCausalLM:
     """As :meth:`DbrxForCausalLM.from_pretrained`."""
-    path = local_folder(path)
+    path = checkpoint_folder(path)
     if dtype is not None and str(np.dtype(dtype)) not in DTYPES:
         raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     folder = open_folder(path)

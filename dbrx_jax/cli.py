@@ -62,7 +62,7 @@ class Options:
 class Generate(Options):
     """Continue a prompt, or a file of prompts. Without CHECKPOINT the demo that comes along is used."""
 
-    checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="CHECKPOINT")] = None
+    checkpoint: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Orbax folder made by dbrx-convert, or Hugging Face folder of safetensors."""
     prompt: str | None = None
     """Text to continue; its continuation streams to stdout."""
@@ -122,7 +122,7 @@ class Generate(Options):
 class Chat(Options):
     """Talk with a checkpoint. Without CHECKPOINT the demo that comes along is used."""
 
-    checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="CHECKPOINT")] = None
+    checkpoint: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Orbax folder made by dbrx-convert, or Hugging Face folder of safetensors."""
     system: str | None = None
     """System message to begin with."""
@@ -240,7 +240,7 @@ def _batch(model, tokenizer, jobs, stop, rates, options) -> Iterator[dict[str, A
         }
 
 
-def _load(checkpoint: Path | None, options: Options) -> tuple["DbrxForCausalLM", "DbrxTokenizer"]:
+def _load(checkpoint: str | None, options: Options) -> tuple["DbrxForCausalLM", "DbrxTokenizer"]:
     from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
     from dbrx_jax.demo import cached_checkpoint
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dbrx_jax.errors import ConfigError
-from dbrx_jax.files import read_json
+from dbrx_jax.files import location, read_json
 
 ACTIVATIONS = ("silu", "gelu", "relu")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -167,7 +167,7 @@ class DbrxConfig:
         Raises:
           ConfigError: there is no such file, it is not JSON, or as in :meth:`from_dict`.
         """
-        path = Path(path)
+        path = location(path)
         if path.is_dir():
             path = path / "config.json"
         data = read_json(path)

@@ -1,4 +1,4 @@
-"""Reading small files of a checkpoint that comes from strangers."""
+"""Where files are, and reading the small ones of a checkpoint that comes from strangers."""
 
 import json
 import stat
@@ -6,9 +6,37 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dbrx_jax.errors import ConfigError
+from dbrx_jax.errors import CheckpointError, ConfigError
 
 LARGEST_JSON = 64 << 20  # bytes; a tokenizer.json of 100k entries is under 10 MB
+
+
+def location(path: str | Path) -> Path:
+    """A local path, made absolute; for a URL such as gs://bucket/folder a UPath, which has a Path's methods.
+
+    Raises:
+      CheckpointError: the file system of such URLs is not installed, or there is none.
+    """
+    if "://" not in str(path):
+        return Path(path).absolute()
+    try:
+        from upath import UPath
+
+        found = UPath(path)
+        _ = found.fs
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: needs the file system's client ({error}); pip install 'dbrx-jax[gcs]' for gs://, "
+            "and s3fs besides for s3://"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no such kind of location ({error})") from None
+    return Path(found.path) if found.protocol in ("file", "local") else found
+
+
+def is_remote(path: Path) -> bool:
+    """Whether :func:`location` gave a UPath."""
+    return not isinstance(path, Path)
 
 
 def read_text(path: Path) -> str:

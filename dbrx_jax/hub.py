@@ -1,27 +1,28 @@
-"""Checkpoints by their name on the Hugging Face hub. Needs the extra [hub]."""
+"""Finding a checkpoint's folder: local, by URL, or by its name on the Hugging Face hub (extra [hub])."""
 
 from pathlib import Path
 
 from dbrx_jax.errors import CheckpointError
+from dbrx_jax.files import location
 
 SCHEME = "hf://"
 # What a checkpoint consists of; never the pickled weights that a repository may hold beside them.
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "*.tiktoken")
 
 
-def local_folder(path: str | Path) -> Path:
+def checkpoint_folder(path: str | Path) -> Path:
     """The folder itself, or for `hf://owner/name` the local copy of that repository, downloaded if need be.
 
     Raises:
       CheckpointError: there is no such folder, and no such repository that can be read.
     """
     if not str(path).startswith(SCHEME):
-        folder = Path(path).absolute()
+        folder = location(path)
         try:
             if folder.is_dir():
                 return folder
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
         raise CheckpointError(f"{path}: there is no such folder")
     name = str(path).removeprefix(SCHEME)
     try:

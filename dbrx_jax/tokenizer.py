@@ -16,7 +16,7 @@ import tiktoken
 from dbrx_jax.chat_template import DEFAULT_TEMPLATE, TemplateFailure, render
 from dbrx_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dbrx_jax.files import read_json, read_text
-from dbrx_jax.hub import local_folder
+from dbrx_jax.hub import checkpoint_folder
 from dbrx_jax.vocabulary import load_ranks, special_tokens
 
 # How cl100k_base splits text before byte-pair encoding; DBRX's also where its tokenizer_class says GPT2.
@@ -79,7 +79,7 @@ class DbrxTokenizer:
           TokenizerError: there is no vocabulary, or a file is damaged; the message says which.
         """
         try:
-            folder = local_folder(path)
+            folder = checkpoint_folder(path)
             config, special = _read_config(folder)
             ranks = load_ranks(folder, Path(ranks_file) if ranks_file else None, special)
             template = _chat_template(folder, config)

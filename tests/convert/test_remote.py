@@ -1,0 +1,134 @@
+"""Checkpoints behind URLs, on fsspec's file systems in memory and of local files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from upath import UPath
+
+import dbrx_jax.demo
+from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
+from dbrx_jax.convert.arrays import writing
+from dbrx_jax.convert.folder import PLAN, open_folder
+from dbrx_jax.convert.to_hf import to_hf
+from dbrx_jax.convert.to_orbax import to_orbax
+from dbrx_jax.convert.verify import compare
+from dbrx_jax.errors import CheckpointError
+from tests.conftest import GOLDEN
+
+
+def names(folder):
+    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+
+
+@pytest.fixture
+def bucket():
+    folder = UPath("memory://bucket")
+    yield folder
+    if folder.exists():
+        folder.rmdir(recursive=True)
+
+
+def upload(source, target):
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return str(target)
+
+
+def test_there_and_back(bucket, tmp_path):
+    source = upload(GOLDEN / "fused", bucket / "source")
+    to_orbax(source, str(bucket / "orbax"), sha256=True)
+    to_orbax(GOLDEN / "fused", tmp_path / "orbax", sha256=True)
+    remote, local = open_folder(bucket / "orbax"), open_folder(tmp_path / "orbax")
+    assert list(compare(remote, local)) == []
+    assert remote.manifest == local.manifest
+    assert names(bucket / "orbax") == names(tmp_path / "orbax")
+    to_hf(str(bucket / "orbax"), str(bucket / "back"), max_shard_size=100_000)
+    assert list(compare(open_folder(bucket / "back"), open_folder(GOLDEN / "fused"))) == []
+    assert not (bucket / "back" / PLAN).exists()
+
+
+def test_loads_and_generates(bucket):
+    to_orbax(GOLDEN / "fused", str(bucket / "orbax"))
+    expected = DbrxForCausalLM.from_pretrained(GOLDEN / "fused")
+    model = DbrxForCausalLM.from_pretrained(str(bucket / "orbax"))
+    ids = [[5, 6, 7]]
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=4), expected.generate(ids, max_new_tokens=4))
+
+
+def test_tokenizer_of_a_url(bucket):
+    demo_folder = Path(dbrx_jax.demo.__file__).parent / "checkpoint"
+    path = upload(demo_folder, bucket / "demo")
+    assert DbrxTokenizer.from_pretrained(path).encode("hello") == DbrxTokenizer.from_pretrained(demo_folder).encode(
+        "hello"
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("convert", [to_orbax, to_hf])
+def test_continues_where_it_was_stopped(bucket, convert):
+    def stop(_):
+        raise Killed
+
+    destination = bucket / "there"
+    for _ in range(3):
+        with pytest.raises(Killed):
+            convert(GOLDEN / "fused", str(destination), workers=1, progress=stop)
+        with pytest.raises(CheckpointError, match="not finished"):
+            open_folder(destination)
+    with pytest.raises(CheckpointError, match="begun with another dtype"):
+        convert(GOLDEN / "fused", str(destination), dtype="bfloat16")
+    convert(GOLDEN / "fused", str(destination))
+    assert list(compare(open_folder(destination), open_folder(GOLDEN / "fused"))) == []
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(GOLDEN / "fused", str(destination))
+
+
+def test_a_file_that_was_not_completed_does_not_appear(bucket):
+    bucket.mkdir()
+
+    def fail():
+        with writing(bucket / "x") as f:
+            f.write(b"half")
+            raise Killed
+
+    with pytest.raises(Killed):
+        fail()
+    assert not (bucket / "x").exists()
+
+
+def test_a_damaged_header_is_found(bucket):
+    source = upload(GOLDEN / "dense", bucket / "source")
+    file = next(iter(sorted((bucket / "source").glob("*.safetensors"))))
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        open_folder(source)
+
+
+def test_refusals(bucket, tmp_path):
+    with pytest.raises(CheckpointError, match="no such kind of location"):
+        open_folder("nosuch://bucket/x")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_folder(str(bucket / "nothing"))
+    with pytest.raises(CheckpointError, match="local folders only"):
+        to_orbax(GOLDEN / "fused", str(bucket / "x"), compress=True)
+    assert not (bucket / "x").exists()
+
+
+def test_command_line_takes_urls(tmp_path):
+    def command(*words):
+        program = [sys.executable, "-c", "from dbrx_jax.convert.cli import main; main()"]
+        return subprocess.run([*program, *map(str, words)], capture_output=True, text=True, timeout=120)
+
+    done = command("to-orbax", f"file://{GOLDEN / 'fused'}", f"file://{tmp_path}/orbax")
+    assert done.returncode == 0, done.stderr
+    shown = command("inspect", "--json", f"file://{tmp_path}/orbax")
+    assert json.loads(shown.stdout)["kind"] == "Orbax", shown.stderr
+    assert command("verify", tmp_path / "orbax", GOLDEN / "fused").returncode == 0
