@@ -1,4 +1,7 @@
-"""The part of generation that runs on the device: prompts in chunks, and the loop that adds a token at a time."""
+"""The part of generation that runs on the devices: prompts in chunks, and the loop that adds a token at a time.
+
+On a mesh each function is one program that every device runs on its rows, heads and vocabulary.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -8,10 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, UInt32
 
-from dbrx_jax.cache import Cache, create
-from dbrx_jax.sampling import Sampling, choose
+from dbrx_jax.cache import Cache, create, specs
+from dbrx_jax.model.causal_lm import parameter_places
+from dbrx_jax.sampling import Sampling, choose, log_probability
+from dbrx_jax.sharding import ROWS, VOCABULARY, Partition
 
 MOST_EOS = 8  # ids that can end a row, at most; a fixed shape
 
@@ -23,6 +28,7 @@ class DecodeState(NamedTuple):
     token: Int[Array, "B"]  # chosen, and not yet through the model
     position: Int[Array, "B"]  # of that token
     done: Bool[Array, "B"]
+    running: Bool[Array, ""]  # whether any row is not done
     step: Int[Array, ""]  # tokens chosen so far
     tokens: Int[Array, "B S"]  # the chosen tokens
     logprobs: Float[Array, "B S"]
@@ -33,71 +39,157 @@ class Settings(NamedTuple):
     """What the loop needs to know, as arrays."""
 
     sampling: Sampling
-    keys: Key[Array, "B"] | None  # None: greedy
+    keys: UInt32[Array, "B 2"] | None  # None: greedy
     eos: Int[ArrayLike, "8"]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty(config, rows, positions, dtype):
+class Places(NamedTuple):
+    """Where the arguments of the functions here lie on a mesh."""
+
+    cache: Cache
+    logits: jax.sharding.PartitionSpec
+    state: DecodeState
+    settings: Settings
+    row: jax.sharding.PartitionSpec  # one number a row, or a group of rows
+    same: jax.sharding.PartitionSpec  # the same on all devices
+
+
+def places(config, partition: Partition, sampled: bool = False) -> Places:
+    """Where things lie; `sampled` says whether the settings have keys."""
+    cache = specs(config, partition)
+    row, columns, same = partition.place(ROWS), partition.place(ROWS, None), partition.place()
+    vocabulary = partition.place(ROWS, VOCABULARY)
+    state = DecodeState(cache, row, row, row, same, same, columns, columns, vocabulary)
+    settings = Settings(Sampling(*[same] * len(Sampling._fields)), columns if sampled else None, same)
+    return Places(cache, vocabulary, state, settings, row, same)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty(config, partition, rows, positions, dtype):
     """A cache, and the place of each row's logits."""
-    return create(config, rows, positions, dtype), jnp.zeros((rows, config.vocab_size), jnp.float32)
+    where = places(config, partition)
+
+    def run():
+        vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
+        logits = jnp.zeros((rows // partition.size(*ROWS), vocabulary), jnp.float32)
+        return create(config, rows, positions, dtype, partition), logits
+
+    return partition.over(run, (), (where.cache, where.logits))()
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def prefill_chunk(graph, params, cache, logits, tokens, at):
-    """One chunk (1, C) of one row; `at` is its row, its first position and how many of its tokens count."""
+    """One chunk of one row of each group of rows, tokens (groups, C).
+
+    `at` (groups, 3) has its row within the group, its first position and how many of its tokens count:
+    0 where the group has no more. On one device, or along `expert` and `tensor` alone, there is one group.
+    """
     model = nnx.merge(graph, params)
-    row, start, count = at
-    place = jnp.arange(tokens.shape[1])[None]
-    x, cache = model.extend(tokens, place < count, start + place, cache, row)
-    last = model.norm_f(lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)[:, 0])
-    return cache, lax.dynamic_update_slice(logits, model.logits(last), (row, 0))
+    partition, config = model.partition, model.config
+
+    def run(params, cache, logits, tokens, at):
+        model = nnx.merge(graph, params)
+        row, start, count = at[0]
+        place = jnp.arange(tokens.shape[1])[None]
+        x, cache = model.extend(tokens, place < count, start + place, cache, row)
+        last = model.norm_f(lax.dynamic_slice_in_dim(x, jnp.maximum(count - 1, 0), 1, axis=1)[:, 0])
+        new = model.logits(last)
+        if partition.size(*ROWS) > 1:
+            new = jnp.where(count > 0, new, lax.dynamic_slice(logits, (row, 0), new.shape))
+        return cache, lax.dynamic_update_slice(logits, new, (row, 0))
+
+    where = places(config, partition)
+    columns = partition.place(ROWS, None)
+    inside = (parameter_places(params, partition), where.cache, where.logits, columns, columns)
+    return partition.over(run, inside, (where.cache, where.logits))(params, cache, logits, tokens, at)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(2,))
-def first_token(filtered, settings, cache, logits, seen, lengths):
-    """Each row's first new token, after prompts of `lengths` (B,) tokens that gave `logits` (B, V)."""
-    rows, positions = lengths.shape[0], cache[0].key.shape[2]
-    state = DecodeState(
-        cache=cache,
-        token=jnp.zeros(rows, jnp.int32),
-        position=lengths - 1,
-        done=jnp.zeros(rows, bool),
-        step=jnp.int32(0),
-        tokens=jnp.zeros((rows, positions), jnp.int32),
-        logprobs=jnp.zeros((rows, positions), jnp.float32),
-        seen=seen,
-    )
-    return _add_token(filtered, settings, state, logits)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def first_token(config, partition, filtered, settings, cache, logits, prompts, lengths, done):
+    """Each row's first new token, after prompts (B, T) of `lengths` (B,) tokens that gave `logits` (B, V).
+
+    Rows that are `done` (B,) from the start only fill the batch.
+    """
+    where = places(config, partition, settings.keys is not None)
+    columns = partition.place(ROWS, None)
+
+    def run(settings, cache, logits, prompts, lengths, done):
+        rows, positions = lengths.shape[0], cache[0].key.shape[2] * partition.size("expert")
+        local = prompts - partition.index(*VOCABULARY) * logits.shape[1]
+        here = (jnp.arange(prompts.shape[1]) < lengths[:, None]) & (local >= 0)
+        local = jnp.where(here, local, logits.shape[1])  # behind the end: dropped
+        state = DecodeState(
+            cache=cache,
+            token=jnp.zeros(rows, jnp.int32),
+            position=lengths - 1,
+            done=done,
+            running=jnp.array(True),
+            step=jnp.int32(0),
+            tokens=jnp.zeros((rows, positions), jnp.int32),
+            logprobs=jnp.zeros((rows, positions), jnp.float32),
+            seen=jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], local].set(True, mode="drop"),
+        )
+        return _add_token(filtered, settings, state, logits, partition)
+
+    inside = (where.settings, where.cache, where.logits, columns, where.row, where.row)
+    return partition.over(run, inside, where.state)(settings, cache, logits, prompts, lengths, done)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def decode(graph, filtered, params, settings, state, steps):
     """Up to `steps` more tokens of every row that is not done."""
     model = nnx.merge(graph, params)
-    end = state.step + steps
+    partition, config = model.partition, model.config
 
-    def body(state: DecodeState) -> DecodeState:
-        x, cache = model.extend(state.token[:, None], ~state.done[:, None], state.position[:, None], state.cache)
-        logits = model.logits(model.norm_f(x[:, 0]))
-        return _add_token(filtered, settings, state._replace(cache=cache), logits)
+    def run(params, settings, state, steps):
+        model = nnx.merge(graph, params)
+        end = state.step + steps
 
-    return lax.while_loop(lambda s: (s.step < end) & ~s.done.all(), body, state)
+        def body(state: DecodeState) -> DecodeState:
+            x, cache = model.extend(state.token[:, None], ~state.done[:, None], state.position[:, None], state.cache)
+            logits = model.logits(model.norm_f(x[:, 0]))
+            return _add_token(filtered, settings, state._replace(cache=cache), logits, partition)
+
+        return lax.while_loop(lambda s: (s.step < end) & s.running, body, state)
+
+    where = places(config, partition, settings.keys is not None)
+    inside = (parameter_places(params, partition), where.settings, where.state, where.same)
+    return partition.over(run, inside, where.state)(params, settings, state, steps)
 
 
-def _add_token(filtered: bool, settings: Settings, state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
+def _add_token(
+    filtered: bool, settings: Settings, state: DecodeState, logits: Float[Array, "B V"], partition: Partition
+) -> DecodeState:
     """Chooses each row's next token and notes it. What it notes for rows that are done, nobody reads."""
     position = jnp.where(state.done, state.position, state.position + 1)  # an ended row looks no further
-    token = choose(logits, state.seen, settings.keys, position, settings.sampling, filtered)
-    rows = jnp.arange(token.shape[0])
-    logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
-    ended = jnp.any(token[:, None] == settings.eos, axis=1)
+    token = choose(logits, state.seen, settings.keys, position, settings.sampling, filtered, partition)
+    local = token - partition.index(*VOCABULARY) * logits.shape[1]
+    local = jnp.where(local >= 0, local, logits.shape[1])  # another device's: dropped
+    done = state.done | jnp.any(token[:, None] == settings.eos, axis=1)
     return state._replace(
         token=token,
         position=position,
-        done=state.done | ended,
+        done=done,
+        running=partition.max(jnp.any(~done).astype(jnp.int32), *ROWS) > 0,
         step=state.step + 1,
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
-        logprobs=lax.dynamic_update_slice(state.logprobs, logprob[:, None], (0, state.step)),
-        seen=state.seen.at[rows, token].set(True),
+        logprobs=lax.dynamic_update_slice(
+            state.logprobs, log_probability(logits, token, partition)[:, None], (0, state.step)
+        ),
+        seen=state.seen.at[jnp.arange(token.shape[0]), local].set(True, mode="drop"),
     )
+
+
+@partial(jax.jit, static_argnums=0)
+def on_every_device(partition, arrays):
+    """Arrays that are split over rows, whole on every device, so that every process can read them."""
+    return lax.with_sharding_constraint(arrays, partition.sharding(partition.place()))
+
+
+@partial(jax.jit, static_argnums=0)
+def stop_rows(partition, state_done, stopped):
+    """The rows that are done, with those that the host has stopped; and whether any other is left."""
+    done = state_done | stopped
+    if partition.mesh is not None:
+        done = lax.with_sharding_constraint(done, partition.sharding(partition.place(ROWS)))
+    return done, ~done.all()

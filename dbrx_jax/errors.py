@@ -19,3 +19,11 @@ class TokenizerError(DbrxError):
 
 class GenerationError(DbrxError):
     """Arguments of generate that do not fit each other or the model."""
+
+
+class MeshError(DbrxError):
+    """A mesh of devices does not fit the model, or the devices that there are."""
+
+
+class PlanError(DbrxError):
+    """A plan names an accelerator or a slice that is unknown, or needs a compiler that is not installed."""

@@ -1,8 +1,9 @@
 """Generation: prompts through the model in chunks, then a loop on the device that adds a token at a time.
 
 Shapes are few, so that little is compiled, and fixed, so that a row's numbers depend on nothing but
-the row: padding is taken out first, prompts go through row by row in chunks of PREFILL_CHUNK tokens at
-their absolute positions, and all rows decode together, one token a step.
+the row: padding is taken out first, prompts go through row by row in chunks of equal length at their
+absolute positions, and all rows decode together, one token a step. On a mesh whose devices share out
+the rows, each group of devices has a row's chunk at a time.
 """
 
 import dataclasses
@@ -20,11 +21,23 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-from dbrx_jax.cache import PREFILL_CHUNK, capacity
-from dbrx_jax.decoding import MOST_EOS, DecodeState, Settings, decode, empty, first_token, prefill_chunk
+from dbrx_jax.cache import capacity, chunk_length
+from dbrx_jax.decoding import (
+    MOST_EOS,
+    DecodeState,
+    Settings,
+    decode,
+    empty,
+    first_token,
+    on_every_device,
+    places,
+    prefill_chunk,
+    stop_rows,
+)
 from dbrx_jax.errors import GenerationError
-from dbrx_jax.model.causal_lm import check_ids, split
+from dbrx_jax.model.causal_lm import check_ids, parameter_places, split
 from dbrx_jax.sampling import Sampling, row_keys
+from dbrx_jax.sharding import ROWS
 
 if TYPE_CHECKING:
     from dbrx_jax.model.causal_lm import DbrxForCausalLM
@@ -162,8 +175,13 @@ class TokenStream(Iterator[np.ndarray]):
         self._burst = min(burst or (BURST if self._stops else max_new_tokens), max_new_tokens)
         self._filtered = do_sample and any(f is not None for f in (top_k, top_p, min_p))
         sampling = _sampling(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
+        self._partition = model.partition
+        self._groups = self._partition.size(*ROWS)
+        self._filling = -len(rows) % self._groups  # rows that only fill the batch
         seeds, row_numbers = _seeds(seed, len(rows))
-        keys = _keys(seeds, row_numbers) if do_sample else None
+        keys = None
+        if do_sample:
+            keys = np.pad(np.asarray(_keys(seeds, row_numbers)), ((0, self._filling), (0, 0)))
         padded_eos = np.array(eos + [-1] * (MOST_EOS - len(eos)), np.int32)
         self._settings = Settings(sampling, keys, padded_eos)
         self._eos = eos
@@ -174,7 +192,7 @@ class TokenStream(Iterator[np.ndarray]):
         self._rows, self._steps = rows, 0
         self._state: DecodeState | None = None
         self.timings = Timings()
-        self._positions = capacity(max(longest + max_new_tokens, cache_length or 0))
+        self._positions = capacity(max(longest + max_new_tokens, cache_length or 0), self._partition)
 
     def compile(self) -> None:
         """Compiles what this stream will run, the two large programs side by side; else the first steps do.
@@ -182,18 +200,14 @@ class TokenStream(Iterator[np.ndarray]):
         A second stream of the same shapes has nothing left to compile.
         """
         begin = time.perf_counter()
-        model = nnx.merge(self._graph, self._params)
-        rows = len(self._rows)
-        cache, logits = jax.eval_shape(partial(empty, model.config, rows, self._positions, model.dtype))
-        tokens, at = np.zeros((1, PREFILL_CHUNK), np.int32), np.zeros(3, np.int32)
-        seen, lengths = np.zeros((rows, model.config.vocab_size), bool), np.zeros(rows, np.int32)
-        state = jax.eval_shape(partial(first_token, self._filtered), self._settings, cache, logits, seen, lengths)
-        lowered = [
-            prefill_chunk.lower(self._graph, self._params, cache, logits, tokens, at),
-            decode.lower(self._graph, self._filtered, self._params, self._settings, state, np.int32(1)),
-            first_token.lower(self._filtered, self._settings, cache, logits, seen, lengths),
-            empty.lower(model.config, rows, self._positions, model.dtype),
-        ]
+        lowered = lower(
+            self._graph,
+            self._params,
+            self._settings,
+            self._filtered,
+            len(self._rows) + self._filling,
+            self._positions,
+        ).values()
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda program: program.compile(), lowered))
         self.timings.compile += time.perf_counter() - begin
@@ -220,25 +234,30 @@ class TokenStream(Iterator[np.ndarray]):
     def _prefill(self) -> DecodeState:
         """All prompts through the model, and the first token of each chosen."""
         model = nnx.merge(self._graph, self._params)
-        rows, vocabulary = len(self._rows), model.config.vocab_size
-        cache, logits = empty(model.config, rows, self._positions, model.dtype)
-        for row, ids in enumerate(self._rows):
-            for start in range(0, len(ids), PREFILL_CHUNK):
-                chunk = ids[start : start + PREFILL_CHUNK]
-                tokens = np.pad(chunk, (0, PREFILL_CHUNK - len(chunk)))[None]
-                at = np.array([row, start, len(chunk)], np.int32)
+        rows = [*self._rows, *[np.zeros(0, np.int32)] * self._filling]
+        cache, logits = empty(model.config, self._partition, len(rows), self._positions, model.dtype)
+        chunk, each = chunk_length(self._partition), len(rows) // self._groups
+        for row in range(each):
+            mine = rows[row::each]  # of each group
+            for start in range(0, max(map(len, mine)), chunk):
+                pieces = [ids[start : start + chunk] for ids in mine]
+                tokens = np.stack([np.pad(piece, (0, chunk - len(piece))) for piece in pieces])
+                at = np.array([[row, start if len(piece) else 0, len(piece)] for piece in pieces], np.int32)
                 cache, logits = prefill_chunk(self._graph, self._params, cache, logits, tokens, at)
-        seen = np.zeros((rows, vocabulary), bool)
-        for row, ids in enumerate(self._rows):
-            seen[row, ids] = True
-        lengths = np.array([len(ids) for ids in self._rows], np.int32)
-        return first_token(self._filtered, self._settings, cache, logits, seen, lengths)
+        prompts = np.stack([np.pad(ids, (0, self._positions - len(ids))) for ids in rows]).astype(np.int32)
+        lengths = np.array([max(1, len(ids)) for ids in rows], np.int32)
+        done = np.array([not len(ids) for ids in rows])
+        return first_token(
+            model.config, self._partition, self._filtered, self._settings, cache, logits, prompts, lengths, done
+        )
 
     def _take(self, state: DecodeState) -> np.ndarray:
         """The tokens since the last look, cut where a stop string was completed."""
         begin, end = self._steps, int(state.step)
-        tokens = np.array(np.asarray(state.tokens)[:, begin:end])
-        logprobs = np.array(np.asarray(state.logprobs)[:, begin:end])
+        found = [state.tokens, state.logprobs]
+        if self._groups > 1:
+            found = on_every_device(self._partition, found)
+        tokens, logprobs = (np.array(np.asarray(x)[: len(self._rows), begin:end]) for x in found)
         stopped = np.zeros(len(tokens), bool)
         for row in np.flatnonzero(~self._ended):
             length = next((i + 1 for i, t in enumerate(tokens[row]) if t in self._eos), None)
@@ -251,7 +270,8 @@ class TokenStream(Iterator[np.ndarray]):
         behind = begin + np.arange(end - begin) >= self._lengths[:, None]
         tokens[behind], logprobs[behind] = self.pad_token_id, np.nan
         if stopped.any():
-            self._state = state._replace(done=_either(state.done, stopped))
+            done, running = stop_rows(self._partition, state.done, np.pad(stopped, (0, self._filling)))
+            self._state = state._replace(done=done, running=running)
         self._steps = end
         kept = max(1, int(self._lengths.max()) - begin)  # fewer where stop strings ended the last rows
         self._chunks.append((tokens[:, :kept], logprobs[:, :kept]))
@@ -304,8 +324,35 @@ class _StopSearch:
         return None
 
 
+def lower(graph, params, settings: Settings, filtered: bool, rows: int, positions: int) -> dict[str, Any]:
+    """The programs of a generation, lowered for the devices of the model's mesh, by name.
+
+    The parameters and settings may be shapes without memory behind them; `rows` and `positions` are
+    those of the cache.
+    """
+    model = nnx.merge(graph, params)
+    config, partition = model.config, model.partition
+    groups, chunk = partition.size(*ROWS), chunk_length(partition)
+    where = places(config, partition, settings.keys is not None)
+
+    def int32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    params = partition.abstract(params, parameter_places(params, partition)) if partition.mesh else params
+    cache, logits = jax.eval_shape(partial(empty, config, partition, rows, positions, model.dtype))
+    cache, logits = partition.abstract(cache, where.cache), partition.abstract(logits, where.logits)
+    begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
+    state = jax.eval_shape(partial(first_token, config, partition, filtered), settings, cache, logits, *begin)
+    state = partition.abstract(state, where.state)
+    return {
+        "prefill": prefill_chunk.lower(graph, params, cache, logits, int32(groups, chunk), int32(groups, 3)),
+        "decode": decode.lower(graph, filtered, params, settings, state, int32()),
+        "first_token": first_token.lower(config, partition, filtered, settings, cache, logits, *begin),
+        "empty": empty.lower(config, partition, rows, positions, model.dtype),
+    }
+
+
 _keys = jax.jit(row_keys)
-_either = jax.jit(jnp.logical_or)
 
 
 def _unpadded(model, input_ids, attention_mask) -> tuple[np.ndarray, list[np.ndarray]]:

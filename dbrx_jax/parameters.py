@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.model.causal_lm import DbrxForCausalLM
@@ -26,26 +28,68 @@ class ParameterSpec:
         return math.prod(self.shape)
 
 
-def abstract_model(config: DbrxConfig, dtype: Any = None) -> DbrxForCausalLM:
+@dataclasses.dataclass(frozen=True)
+class PlacedArray:
+    """An array of a model on a mesh: where it lies, and the parameters in it, one an entry of its first dimension.
+
+    With one parameter it is that one, with zeros behind where the vocabulary is filled up.
+    """
+
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    parameters: tuple[str, ...]
+
+
+def abstract_model(config: DbrxConfig, dtype: Any = None, mesh: Mesh | None = None) -> DbrxForCausalLM:
     """A model whose parameters are shapes without memory behind them."""
-    return DbrxForCausalLM(config, rngs=None, dtype=dtype)
+    return DbrxForCausalLM(config, rngs=None, dtype=dtype, mesh=mesh)
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_specs(config: DbrxConfig) -> Mapping[str, ParameterSpec]:
     """Every parameter by its dotted name, such as ``blocks.0.moe.experts.3.w1``, in the model's order."""
-    state = nnx.state(abstract_model(config), nnx.Param)
     return {
-        ".".join(map(str, path)): ParameterSpec(tuple(leaf.get_value().shape), leaf.get_metadata("axes"))
-        for path, leaf in nnx.to_flat_state(state)
+        name: ParameterSpec(tuple(leaf.get_value().shape), leaf.get_metadata("axes"))
+        for name, leaf in _leaves(abstract_model(config))
     }
 
 
-def model_from_parameters(config: DbrxConfig, parameters: Mapping[str, jax.Array]) -> DbrxForCausalLM:
-    """The model with these arrays, given under the names of :func:`parameter_specs`, as its parameters."""
-    graph, state = nnx.split(abstract_model(config, next(iter(parameters.values())).dtype))
-    flat = [(path, leaf.replace(parameters[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+@functools.lru_cache(maxsize=8)
+def placed_arrays(config: DbrxConfig, mesh: Mesh | None) -> Mapping[str, PlacedArray]:
+    """The arrays of a model on a mesh by their dotted names in it, which are the parameters' where there is no mesh."""
+    model = abstract_model(config, mesh=mesh)
+    devices, result = model.partition.size("expert"), {}
+    for name, leaf in _leaves(model):
+        parameters = [name]
+        if devices > 1 and ".experts." in name:
+            block, _, rest = name.partition(".experts.")
+            place, weight = rest.split(".")
+            each = config.moe_num_experts // devices
+            parameters = [f"{block}.experts.{x * each + int(place)}.{weight}" for x in range(devices)]
+        spec = model.partition.spec(leaf.get_metadata("axes"))
+        result[name] = PlacedArray(tuple(leaf.get_value().shape), spec, tuple(parameters))
+    return result
+
+
+def model_from_arrays(config: DbrxConfig, arrays: Mapping[str, jax.Array], mesh: Mesh | None) -> DbrxForCausalLM:
+    """The model with these arrays, given under the names of :func:`placed_arrays`."""
+    graph, state = nnx.split(abstract_model(config, next(iter(arrays.values())).dtype, mesh))
+    flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def model_from_parameters(
+    config: DbrxConfig, parameters: Mapping[str, ArrayLike], mesh: Mesh | None = None
+) -> DbrxForCausalLM:
+    """The model with these arrays, given under the names of :func:`parameter_specs`, as its parameters."""
+    arrays, partition = {}, abstract_model(config, mesh=mesh).partition
+    for name, placed in placed_arrays(config, mesh).items():
+        parts = [jnp.asarray(parameters[p]) for p in placed.parameters]
+        array = jnp.stack(parts) if len(parts) > 1 else parts[0]
+        missing = [(0, want - have) for want, have in zip(placed.shape, array.shape, strict=True)]
+        array = jnp.pad(array, missing) if any(m for _, m in missing) else array
+        arrays[name] = jax.device_put(array, partition.sharding(placed.spec)) if mesh else array
+    return model_from_arrays(config, arrays, mesh)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +114,24 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def parameters_of(model: DbrxForCausalLM) -> dict[str, jax.Array]:
-    """The model's arrays by dotted name."""
-    state = nnx.state(model, nnx.Param)
-    return {".".join(map(str, path)): jnp.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
+    """The model's parameters under the names of :func:`parameter_specs`, whatever mesh it lies on."""
+    return parameters_from_state(model.config, nnx.state(model, nnx.Param), model.partition.mesh)
+
+
+def parameters_from_state(config: DbrxConfig, state: nnx.State, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """The same of a state of the model's, such as its gradients."""
+    arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    specs, found = parameter_specs(config), {}
+    for name, placed in placed_arrays(config, mesh).items():
+        if len(placed.parameters) > 1:
+            found |= {parameter: arrays[name][x] for x, parameter in enumerate(placed.parameters)}
+        elif arrays[name].shape != specs[name].shape:
+            found[name] = arrays[name][: specs[name].shape[0]]
+        else:
+            found[name] = jnp.asarray(arrays[name])
+    return {name: found[name] for name in specs}
+
+
+def _leaves(model: DbrxForCausalLM) -> Iterator[tuple[str, Any]]:
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        yield ".".join(map(str, path)), leaf

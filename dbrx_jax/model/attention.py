@@ -8,12 +8,17 @@ from jaxtyping import Bool, Float, Int
 from dbrx_jax.cache import CACHE_BLOCK, LayerCache, write
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.model.parameter import Init
-from dbrx_jax.ops.attention import cached_attention, reference_attention
+from dbrx_jax.ops.attention import cached_attention, join_stripes, reference_attention
 from dbrx_jax.ops.rope import rotate
+from dbrx_jax.sharding import STRIPES, Partition
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with H query heads, G key and value heads and K elements a head."""
+    """Grouped-query attention with H query heads, G key and value heads and K elements a head.
+
+    On a mesh each device has its heads along `tensor`, and along `expert` a part of every weight's
+    embedding dimension: it computes a part of each sum for all tokens, and the sums are joined.
+    """
 
     def __init__(self, config: DbrxConfig, init: Init):
         H, G, K, D = config.n_heads, config.kv_n_heads, config.head_dim, config.d_model
@@ -25,25 +30,50 @@ class Attention(nnx.Module):
         self.clip = config.clip_qkv
         self.theta = config.rope_theta
 
-    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]) -> Array:
-        """Attention among x's own tokens, (B, T, D)."""
-        return self._project_out(reference_attention(*self._project_in(x, positions), mask))
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"], partition: Partition
+    ) -> Array:
+        """Attention among x's own tokens; x and the result are (B, T, D), or this device's tokens of it."""
+        q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
+        y = reference_attention(partition.own_tokens(q), k, v, partition.own_tokens(mask))
+        return self._project_out(partition.all_tokens(y), partition)
 
     def extend(
-        self, x: Float[Array, "R T D"], positions: Int[Array, "R T"], cache: LayerCache, first_row: Int[Array, ""] | int
+        self,
+        x: Float[Array, "R T D"],
+        positions: Int[Array, "R T"],
+        cache: LayerCache,
+        first_row: Int[Array, ""] | int,
+        partition: Partition,
+        active: Bool[Array, ""] | bool = True,
     ) -> tuple[Float[Array, "R T D"], LayerCache]:
-        """Attention of new tokens to themselves and to what the cache holds, and the cache with them in it."""
-        q, k, v = self._project_in(x, positions)
-        cache = write(cache, k, v, positions, first_row)
-        out = cached_attention(q, cache.key, cache.value, positions, first_row, CACHE_BLOCK)
-        return self._project_out(out), cache
+        """Attention of new tokens to themselves and to what the cache holds, and the cache with them in it.
 
-    def _project_in(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """Query, key and value (B, T, heads, K): clamped first, values too, then rotated."""
-        q, k, v = (jnp.einsum("btd,hkd->bthk", x, w[...]) for w in (self.query, self.key, self.value))
+        Args:
+          active: False leaves the cache as it is: there is no new token.
+        """
+        q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
+        stripe = partition.index(STRIPES), partition.size(STRIPES)
+        cache = write(cache, k, v, positions, first_row, stripe, active)
+        part = cached_attention(
+            q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, stripe, partition.platform
+        )
+        return self._project_out(join_stripes(part, x.dtype, partition), partition), cache
+
+    def _project_in(self, x: Array, positions: Array, partition: Partition) -> tuple[Array, Array, Array]:
+        """Query, key and value (B, T, heads, K) of all tokens: clamped first, values too, then rotated."""
+        x = partition.own(x, 2, "expert")
+        weights = [partition.whole(w) for w in (self.query, self.key, self.value)]
+        parts = [jnp.einsum("btd,hkd->bthk", x, w) for w in weights]
+        if partition.size("expert") > 1:
+            heads = [w.shape[0] for w in weights]
+            joined = partition.sum(jnp.concatenate(parts, axis=2), "expert")
+            parts = jnp.split(joined, [heads[0], heads[0] + heads[1]], axis=2)
+        q, k, v = parts
         if self.clip is not None:
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
         return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v
 
-    def _project_out(self, y: Array) -> Array:
-        return jnp.einsum("bthk,dhk->btd", y, self.out[...])
+    def _project_out(self, y: Array, partition: Partition) -> Array:
+        out = jnp.einsum("bthk,dhk->btd", y, partition.whole(self.out))
+        return partition.turn(partition.sum(out, "tensor"))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -21,6 +22,7 @@ from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.model.decoder import Block, Norm
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.routing import Routing
+from dbrx_jax.sharding import ROWS, VOCABULARY, Partition, check_mesh
 
 
 class CausalLMOutput(NamedTuple):
@@ -38,11 +40,26 @@ class DbrxForCausalLM(nnx.Module):
       config: the sizes.
       rngs: source of the initial weights (stream "params"); None gives parameters that are shapes only.
       dtype: of weights and activations; the configuration's by default.
+      mesh: the devices that it lies on, see :mod:`dbrx_jax.sharding`; None is one device.
+
+    Raises:
+      MeshError: the mesh does not fit the configuration.
     """
 
-    def __init__(self, config: DbrxConfig, *, rngs: nnx.Rngs | None, dtype: DTypeLike | None = None):
-        init = Init(None if rngs is None else rngs.params(), config.dtype if dtype is None else dtype)
-        V, D, std = config.vocab_size, config.d_model, config.initializer_range
+    def __init__(
+        self,
+        config: DbrxConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
+    ):
+        if mesh is not None:
+            check_mesh(config, mesh)
+        self.partition = Partition(mesh)
+        dtype = config.dtype if dtype is None else dtype
+        init = Init(None if rngs is None else rngs.params(), dtype, self.partition)
+        V, D, std = self.partition.pad_vocabulary(config.vocab_size), config.d_model, config.initializer_range
         self.embedding = init.normal((V, D), ("vocab", "embed"), std)
         self.blocks = nnx.List([Block(config, init) for _ in range(config.n_layers)])
         self.norm_f = Norm(config, init)
@@ -51,25 +68,33 @@ class DbrxForCausalLM(nnx.Module):
         self.generation_config = GenerationConfig()
 
     @staticmethod
-    def from_pretrained(path: str | Path, *, dtype: DTypeLike | None = None) -> "DbrxForCausalLM":
+    def from_pretrained(
+        path: str | Path, mesh: Mesh | str | None = None, *, dtype: DTypeLike | None = None
+    ) -> "DbrxForCausalLM":
         """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
 
+        Every shard is read straight to its device.
+
         Args:
-          path: a local folder, or `hf://owner/name` on the Hugging Face hub (extra [hub]).
+          path: a local folder, a URL such as gs://bucket/folder (extra [gcs]), or `hf://owner/name` on the
+            Hugging Face hub (extra [hub]).
+          mesh: the devices to lay it over: a jax Mesh, the name of a recipe such as "v5e-64", or axes such
+            as "expert=16,tensor=4" over all devices; None is one device.
           dtype: to cast the weights to; None keeps what the checkpoint holds.
 
         Raises:
           CheckpointError: the folder is not a complete checkpoint of a DBRX; the message says what is wrong.
           ConfigError: its config.json is missing or has a value that cannot be used.
+          MeshError: the mesh does not fit the model or the devices.
         """
         from dbrx_jax.checkpoint import load_model
 
-        return load_model(path, dtype)
+        return load_model(path, mesh, dtype)
 
     @property
     def dtype(self) -> np.dtype:
         """Of the weights and activations."""
-        return self.embedding[...].dtype
+        return self.embedding.get_value().dtype
 
     def __call__(
         self,
@@ -105,8 +130,21 @@ class DbrxForCausalLM(nnx.Module):
             )
         else:
             positions = _same_shape("position_ids", position_ids, ids)
+        B, T = ids.shape
+        wide = ((0, -B % self.partition.size(*ROWS)), (0, -T % self.partition.size("expert")))
+        ids, mask, positions = (
+            a if wide == ((0, 0), (0, 0)) else (np if isinstance(a, np.ndarray) else jnp).pad(a, wide)
+            for a in (ids, mask, positions)
+        )
         graph, state = split(self)
-        return _forward(graph, state, ids, mask, positions, output_hidden_states, output_router_probs)
+        out = _forward(graph, state, ids, mask, positions, output_hidden_states, output_router_probs)
+        if self.partition.mesh is not None:
+            out = out._replace(
+                logits=out.logits[:B, :T, : self.config.vocab_size],
+                hidden_states=[x[:B, :T] for x in out.hidden_states or ()] or None,
+                router_probs=[x[:B, :T] for x in out.router_probs or ()] or None,
+            )
+        return out if output_hidden_states or output_router_probs else out.logits
 
     def generate(
         self, input_ids: Int[ArrayLike, "B T"], attention_mask: Int[ArrayLike, "B T"] | None = None, **options: Any
@@ -125,6 +163,8 @@ class DbrxForCausalLM(nnx.Module):
     ) -> tuple[list[Float[Array, "B T D"]], list[Routing]]:
         """Hidden states (embeddings, then after each block; the last is after norm_f) and each layer's routing.
 
+        On a mesh, this is what each device runs, on its rows; of the states it has its own tokens.
+
         Args:
           mask: False for padding.
           jitter_key: in training, the random key of the router's jitter.
@@ -132,12 +172,14 @@ class DbrxForCausalLM(nnx.Module):
         T = input_ids.shape[1]
         visible = jnp.tril(jnp.ones((T, T), bool)) & mask[:, None, :]
 
-        states, routings = [self.embedding[...][input_ids]], []
+        partition = self.partition.with_split(T)
+
+        states, routings = [self.embed(input_ids, partition)], []
         for i, block in enumerate(self.blocks):
             key = None if jitter_key is None else jax.random.fold_in(jitter_key, i)
             with jax.named_scope(f"block_{i}"):
-                x = states[-1] + block.attention(block.norm_1(states[-1]), positions, visible)
-                x, routing = block.feed_forward(x, mask, key)
+                x = states[-1] + block.attention(block.norm_1(states[-1]), positions, visible, partition)
+                x, routing = block.feed_forward(x, partition, mask, key)
             states.append(x)
             routings.append(routing)
         states[-1] = self.norm_f(states[-1])
@@ -155,18 +197,41 @@ class DbrxForCausalLM(nnx.Module):
 
         Args:
           valid: False for tokens that only fill the shape; they change nothing that is ever looked at.
+
+        On a mesh, this is what each device runs, on its rows; the states are of all their tokens.
         """
-        x, layers = self.embedding[...][input_ids], []
+        T = input_ids.shape[1]
+        partition = self.partition.with_split(T)
+        # Of several groups of rows, some may have nothing to do where others have a prompt's chunk.
+        active = jnp.any(valid) if T > 1 and partition.size(*ROWS) > 1 else True
+        x, layers = self.embed(input_ids, partition), []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
-                y, layer = block.attention.extend(block.norm_1(x), positions, layer, first_row)
-                x, _ = block.feed_forward(x + y, valid)
+                y, layer = block.attention.extend(block.norm_1(x), positions, layer, first_row, partition, active)
+                x, _ = block.feed_forward(x + y, partition, valid)
             layers.append(layer)
-        return x, layers
+        return partition.all_tokens(x), layers
+
+    def embed(self, input_ids: Int[Array, "B T"], partition: Partition) -> Float[Array, "B T D"]:
+        """Embeddings of the ids, of this device's tokens; each device looks up what its part of the table has."""
+        table = partition.whole(self.embedding)
+        if partition.size(*VOCABULARY) == 1:
+            return table[input_ids]
+        local = input_ids - partition.index(*VOCABULARY) * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        return partition.join(jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0))
 
     def logits(self, normed: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """The head on hidden states after norm_f, in float32."""
-        return (normed @ self.lm_head[...].T).astype(jnp.float32)
+        """The head on hidden states after norm_f, in float32; on a mesh, of this device's part of the vocabulary.
+
+        Entries that only fill the vocabulary up are the least number: they are never chosen and weigh nothing.
+        """
+        head = self.partition.whole(self.lm_head)
+        logits = (normed @ head.T).astype(jnp.float32)
+        if self.partition.pad_vocabulary(self.config.vocab_size) == self.config.vocab_size:
+            return logits
+        ids = self.partition.index(*VOCABULARY) * head.shape[0] + jnp.arange(head.shape[0])
+        return jnp.where(ids < self.config.vocab_size, logits, jnp.finfo(jnp.float32).min)
 
 
 def split(model: DbrxForCausalLM) -> tuple[nnx.GraphDef, nnx.State]:
@@ -177,6 +242,12 @@ def split(model: DbrxForCausalLM) -> tuple[nnx.GraphDef, nnx.State]:
     bare = copy.copy(model)
     bare.generation_config = GenerationConfig()
     return nnx.split(bare)
+
+
+def parameter_places(state: nnx.State, partition: Partition) -> nnx.State:
+    """Where each parameter lies on the mesh, in the tree of the parameters."""
+    flat = [(path, leaf.replace(partition.spec(leaf.get_metadata("axes")))) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(flat)
 
 
 def check_ids(input_ids: Any, vocab_size: int) -> Array | np.ndarray:
@@ -213,9 +284,22 @@ def _same_shape(name: str, value: Any, ids: Array | np.ndarray) -> Array | np.nd
 @partial(jax.jit, static_argnums=(0, 5, 6))
 def _forward(graph, state, ids, mask, positions, output_hidden_states, output_router_probs):
     model = nnx.merge(graph, state)
-    states, routings = model.hidden(ids, mask, positions)
-    logits = model.logits(states[-1])
-    if not (output_hidden_states or output_router_probs):
-        return logits
-    probs = [r.probs.reshape(*ids.shape, -1) for r in routings]
-    return CausalLMOutput(logits, states if output_hidden_states else None, probs if output_router_probs else None)
+    partition = model.partition.with_split(ids.shape[1])
+
+    def run(state, ids, mask, positions):
+        model = nnx.merge(graph, state)
+        states, routings = model.hidden(ids, mask, positions)
+        logits = model.logits(partition.all_tokens(states[-1]))
+        probs = [r.probs.reshape(*ids.shape, -1) for r in routings]
+        return CausalLMOutput(logits, states if output_hidden_states else None, probs if output_router_probs else None)
+
+    rows = partition.place(ROWS, None)
+    tokens = partition.place(ROWS, "expert" if partition.split else None, None)
+    places = CausalLMOutput(
+        partition.place(ROWS, None, VOCABULARY),
+        [tokens] * (model.config.n_layers + 1) if output_hidden_states else None,
+        [partition.place(ROWS, None, None)] * model.config.n_layers if output_router_probs else None,
+    )
+    return partition.over(run, (parameter_places(state, partition), rows, rows, rows), places)(
+        state, ids, mask, positions
+    )

@@ -10,13 +10,14 @@ from dbrx_jax.model.moe import MoE
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.norm import layer_norm
 from dbrx_jax.ops.routing import Routing
+from dbrx_jax.sharding import Partition
 
 
 class Norm(nnx.Module):
     """Layer normalisation with a scale only."""
 
     def __init__(self, config: DbrxConfig, init: Init):
-        self.scale = init.ones((config.d_model,), ("embed",))
+        self.scale = init.ones((config.d_model,), ("whole",))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return layer_norm(x, self.scale[...])
@@ -35,9 +36,12 @@ class Block(nnx.Module):
         self.moe = MoE(config, init)
 
     def feed_forward(
-        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None, jitter_key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        partition: Partition,
+        valid: Bool[Array, "B T"] | None = None,
+        jitter_key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """The second half of the block; the routing is over the B * T tokens in order."""
-        rows = self.norm_2(x).reshape(-1, x.shape[-1])
-        y, routing = self.moe(rows, None if valid is None else valid.reshape(-1), jitter_key)
-        return x + y.reshape(x.shape), routing
+        """The second half of the block; the routing is over all B * T tokens in order."""
+        y, routing = self.moe(self.norm_2(x), partition, valid, jitter_key)
+        return x + y, routing

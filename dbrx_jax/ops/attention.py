@@ -1,11 +1,15 @@
 """Grouped-query attention: query head i reads key and value head i // (H / G), for H query and G kv heads."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
+
+from dbrx_jax.sharding import STRIPES, Partition
 
 # Not -inf: a row that may see nothing must give some number rather than NaN.
 MASKED = -1e30
@@ -27,6 +31,14 @@ def reference_attention(
     return out.reshape(B, T, H, K)
 
 
+class AttentionPart(NamedTuple):
+    """Attention to some of the keys: what joins to the whole. A query that saw none has total and out 0."""
+
+    largest: Float[Array, "R T H"]  # score, float32
+    total: Float[Array, "R T H"]  # sum of exp(score - largest)
+    out: Float[Array, "R T H K"]  # sum of exp(score - largest) value, float32
+
+
 def cached_attention(
     query: Float[Array, "R T H K"],
     key: Float[Array, "B G S K"],
@@ -34,34 +46,60 @@ def cached_attention(
     positions: Int[Array, "R T"],
     first_row: Int[Array, ""] | int,
     block: int,
-) -> Float[Array, "R T H K"]:
+    stripe: tuple[Int[Array, ""] | int, int] = (0, 1),
+    platform: str = "cpu",
+) -> AttentionPart:
     """Attention of rows first_row … first_row + R of a cache: a query at position p sees positions 0 … p.
 
     The cache is read in blocks of `block` positions, and only as far as some query looks. Sums are
     kept as a running maximum, normaliser and output (Milakov and Gimelshein 2018, arXiv:1805.02867):
     a block that a query does not see changes none of its bits, so the result does not depend on
     the cache's length nor on how far the other rows have come.
+
+    Args:
+      stripe: (x, X) where the cache holds every X-th position from x on; (0, 1) for all.
+      platform: on a CPU products are of float32, elsewhere of the cache's dtype with float32 sums.
     """
     R, T, H, K = query.shape
     G = key.shape[1]
+    dtype = jnp.float32 if platform == "cpu" else key.dtype
+    offset, stride = stripe
     q = query.reshape(R, T, G, H // G, K).transpose(0, 2, 3, 1, 4)  # (R, G, H/G, T, K)
-    q = q.astype(jnp.float32) / math.sqrt(K)
+    q = (q.astype(jnp.float32) / math.sqrt(K)).astype(dtype)
 
     def add(i, carry):
         largest, total, out = carry
         start = (first_row, 0, i * block, 0)
-        k, v = (lax.dynamic_slice(x, start, (R, G, block, K)).astype(jnp.float32) for x in (key, value))
-        scores = jnp.einsum("rgitk,rgsk->rgits", q, k)
-        seen = i * block + jnp.arange(block) <= positions[:, :, None]  # (R, T, block)
+        k, v = (lax.dynamic_slice(x, start, (R, G, block, K)).astype(dtype) for x in (key, value))
+        scores = jnp.einsum("rgitk,rgsk->rgits", q, k, preferred_element_type=jnp.float32)
+        place = (i * block + jnp.arange(block)) * stride + offset
+        seen = place <= positions[:, :, None]  # (R, T, block)
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
         new = jnp.maximum(largest, scores.max(axis=-1))
         old_share = jnp.exp(largest - new)
         probs = jnp.exp(scores - new[..., None])
         total = total * old_share + probs.sum(axis=-1)
-        return new, total, out * old_share[..., None] + jnp.einsum("rgits,rgsk->rgitk", probs, v)
+        more = jnp.einsum("rgits,rgsk->rgitk", probs.astype(dtype), v, preferred_element_type=jnp.float32)
+        return new, total, out * old_share[..., None] + more
 
     shape = q.shape[:-1]
-    initial = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(q.shape))
-    _, total, out = lax.fori_loop(0, jnp.max(positions) // block + 1, add, initial)
-    out = (out / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(R, T, H, K)
-    return out.astype(query.dtype)
+    initial = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32))
+    with jax.named_scope("cache_blocks"):
+        blocks = jnp.max(positions) // (block * stride) + 1
+        largest, total, out = lax.fori_loop(0, blocks, add, initial)
+    return AttentionPart(
+        largest.transpose(0, 3, 1, 2).reshape(R, T, H),
+        total.transpose(0, 3, 1, 2).reshape(R, T, H),
+        out.transpose(0, 3, 1, 2, 4).reshape(R, T, H, K),
+    )
+
+
+def join_stripes(part: AttentionPart, dtype: DTypeLike, partition: Partition) -> Float[Array, "R T H K"]:
+    """The attention to all keys from that to each device's stripe of the cache."""
+    total, out = part.total, part.out
+    if partition.size(STRIPES) > 1:
+        share = jnp.exp(part.largest - partition.max(part.largest, STRIPES))
+        both = jnp.concatenate([out, total[..., None]], axis=-1) * share[..., None]
+        both = partition.sum(both, STRIPES)
+        out, total = both[..., :-1], both[..., -1]
+    return (out / total[..., None]).astype(dtype)

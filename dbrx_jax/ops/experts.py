@@ -21,10 +21,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
 }
-# Rows of one matrix product in the grouped arrangement: on a CPU 64 was 1.5 times as fast as 32.
-TILE = 64
-# Up to so many tokens, each expert that was chosen runs on all of them: gathering rows costs more.
-FEW_TOKENS = 16
+# Rows of one matrix product in the grouped arrangement. On a CPU 64 was 1.5 times as fast as 32; elsewhere
+# so many that the product takes longer than reading the weights.
+TILE = {"cpu": 64}
+TILE_ELSEWHERE = 512
+# Up to so many tokens, each expert runs on all of them: gathering rows costs more.
+FEW_TOKENS = {"cpu": 16}
+FEW_TOKENS_ELSEWHERE = 256
+# Up to so many of them, an expert that no token chose is likely, and is skipped.
+SKIP_TOKENS = 16
 
 
 class ExpertWeights(NamedTuple):
@@ -69,19 +74,24 @@ def apply_experts(
     expert_weights: ExpertWeights,
     activation: str,
     valid: Bool[Array, "N"] | None = None,
+    platform: str = "cpu",
 ) -> Float[Array, "N D"]:
     """The same sum as :func:`reference_experts`, computing only what was chosen.
 
     Args:
+      experts: numbers below 0 or from E on are experts of other devices: what they give is left out.
       valid: False for rows whose output does not matter (padding); they cost nothing and give 0.
+      platform: that of the devices, which decides on the arrangement.
     """
     weights = weights.astype(x.dtype)
+    here = (experts >= 0) & (experts < len(expert_weights.w1))
     if valid is not None:
-        # One past the last expert: such rows sort behind all groups and match no expert.
-        experts = jnp.where(valid[:, None], experts, len(expert_weights.w1))
-    if x.shape[0] <= FEW_TOKENS:
+        here = here & valid[:, None]
+    # One past the last expert: such rows sort behind all groups and match no expert.
+    experts = jnp.where(here, experts, len(expert_weights.w1))
+    if x.shape[0] <= FEW_TOKENS.get(platform, FEW_TOKENS_ELSEWHERE):
         return _few_tokens(x, weights, experts, expert_weights, activation)
-    return _many_tokens(x, weights, experts, expert_weights, activation)
+    return _many_tokens(x, weights, experts, expert_weights, activation, TILE.get(platform, TILE_ELSEWHERE))
 
 
 def _few_tokens(x, weights, experts, expert_weights, activation):
@@ -92,45 +102,64 @@ def _few_tokens(x, weights, experts, expert_weights, activation):
         weight = jnp.sum(jnp.where(mine, weights, 0), axis=1, keepdims=True)
 
         def add(y, e=e, mine=mine, weight=weight):
-            out = expert_mlp(x, *expert_weights.one(e), activation)
-            # Not a product with 0: a row's infinity in an expert it did not choose must not reach it.
-            return jnp.where(mine.any(axis=1, keepdims=True), y + weight * out, y)
+            # Others' rows are taken out before, not multiplied by 0 after: an infinity of theirs would give NaN.
+            rows = jnp.where(mine.any(axis=1, keepdims=True), x, 0)
+            return y + weight * expert_mlp(rows, *expert_weights.one(e), activation)
 
-        y = lax.cond(mine.any(), add, lambda y: y, y)
+        y = lax.cond(mine.any(), add, lambda y: y, y) if x.shape[0] <= SKIP_TOKENS else add(y)
     return y
 
 
 class _Groups(NamedTuple):
-    """The N * K (token, expert) pairs, sorted by expert."""
+    """The (token, expert) pairs sorted by expert, those of E experts in P places: each pair's, were all to come."""
 
-    order: Int[Array, "P"]  # place in the sorted list -> pair, TILE entries longer than the list
-    inverse: Int[Array, "N*K"]  # pair -> place in the sorted list
+    order: Int[Array, "P"]  # place -> pair, a tile longer than the places
+    inverse: Int[Array, "N K"]  # pair -> place
+    here: Bool[Array, "N K"]  # whether the pair is of one of the experts
     ends: Int[Array, "E"]  # where each expert's places end
     starts: Int[Array, "E"]
+    tile_rows: int
 
     def tiles(self, e: int) -> Array:
-        return (self.ends[e] - self.starts[e] + TILE - 1) // TILE
+        return (self.ends[e] - self.starts[e] + self.tile_rows - 1) // self.tile_rows
 
     def tile(self, e: int, i: Array) -> tuple[Array, Array, Array]:
-        """First place, pairs (TILE,) and whether each is the expert's own (TILE, 1), of expert e's tile i."""
-        start = self.starts[e] + i * TILE
-        own = start + jnp.arange(TILE) < self.ends[e]
-        return start, lax.dynamic_slice(self.order, (start,), (TILE,)), own[:, None]
+        """First place, pairs (M,) and whether each is the expert's own (M, 1), of expert e's tile i of M rows."""
+        start = self.starts[e] + i * self.tile_rows
+        own = start + jnp.arange(self.tile_rows) < self.ends[e]
+        return start, lax.dynamic_slice(self.order, (start,), (self.tile_rows,)), own[:, None]
+
+    def total(self, rows: Float[Array, "P D"], weights: Float[Array, "N K"]) -> Float[Array, "N D"]:
+        """Each token's weighted sum of its rows, one of its K experts after the other to save memory."""
+        y = jnp.zeros((weights.shape[0], rows.shape[1]), rows.dtype)
+        for k in range(weights.shape[1]):
+            y = y + jnp.where(self.here[:, k, None], rows[self.inverse[:, k]] * weights[:, k, None], 0)
+        return y
 
 
-def _group(experts: Int[Array, "N K"], num_experts: int) -> _Groups:
+def _group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> _Groups:
+    N, K = experts.shape
     pairs = experts.reshape(-1)
     order = jnp.argsort(pairs, stable=True)
     sizes = jnp.sum(pairs[:, None] == jnp.arange(num_experts), axis=0)
     ends = jnp.cumsum(sizes)
-    # A tile may reach past its expert's places, so one more tile lies behind the last.
-    return _Groups(jnp.pad(order, (0, TILE)), jnp.argsort(order), ends, ends - sizes)
+    # A token goes to each expert once at most. A tile may reach past its expert's places, so one more lies behind.
+    places = N * min(K, num_experts)
+    inverse = jnp.minimum(jnp.argsort(order), places).reshape(N, K)
+    return _Groups(
+        jnp.pad(order, (0, tile_rows))[: places + tile_rows],
+        inverse,
+        experts < num_experts,
+        ends,
+        ends - sizes,
+        tile_rows,
+    )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _many_tokens(x, weights, experts, expert_weights, activation):
-    """Sorts the pairs by expert and runs each expert's rows through it, TILE at a time."""
-    groups = _group(experts, len(expert_weights.w1))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _many_tokens(x, weights, experts, expert_weights, activation, tile_rows):
+    """Sorts the pairs by expert and runs each expert's rows through it, `tile_rows` at a time."""
+    groups = _group(experts, len(expert_weights.w1), tile_rows)
     top_k = experts.shape[1]
     y = jnp.zeros((groups.order.shape[0], x.shape[1]), x.dtype)
     for e in range(len(expert_weights.w1)):
@@ -141,8 +170,7 @@ def _many_tokens(x, weights, experts, expert_weights, activation):
             return _write(y, start, own, out)
 
         y = lax.fori_loop(0, groups.tiles(e), add, y)
-    y = y[groups.inverse].reshape(*experts.shape, -1)  # (N, K, D)
-    return jnp.sum(y * weights[:, :, None], axis=1)
+    return groups.total(y, weights)
 
 
 def _write(y: Array, start: Array, own: Array, rows: Array) -> Array:
@@ -151,14 +179,15 @@ def _write(y: Array, start: Array, own: Array, rows: Array) -> Array:
     return lax.dynamic_update_slice(y, jnp.where(own, rows, old), (start, 0))
 
 
-def _many_tokens_forward(x, weights, experts, expert_weights, activation):
-    return _many_tokens(x, weights, experts, expert_weights, activation), (x, weights, experts, expert_weights)
+def _many_tokens_forward(x, weights, experts, expert_weights, activation, tile_rows):
+    y = _many_tokens(x, weights, experts, expert_weights, activation, tile_rows)
+    return y, (x, weights, experts, expert_weights)
 
 
-def _many_tokens_backward(activation, saved, dy):
+def _many_tokens_backward(activation, tile_rows, saved, dy):
     """Tile by tile again: recomputes each expert's rows and sums its weights' gradients in float32."""
     x, weights, experts, expert_weights = saved
-    groups = _group(experts, len(expert_weights.w1))
+    groups = _group(experts, len(expert_weights.w1), tile_rows)
     top_k = experts.shape[1]
     places = groups.order.shape[0]
     dx, dweights = jnp.zeros((places, x.shape[1]), x.dtype), jnp.zeros((places, 1), weights.dtype)
@@ -169,9 +198,10 @@ def _many_tokens_backward(activation, saved, dy):
         def add(i, carry, e=e, own_weights=own_weights):
             dx, dweights, sums = carry
             start, pairs, own = groups.tile(e, i)
-            rows = pairs // top_k
-            out, pull = jax.vjp(lambda *a: expert_mlp(*a, activation), x[rows], *own_weights)
-            dout = jnp.where(own, dy[rows], 0)
+            tokens = pairs // top_k
+            # What else the tile reaches over is taken out, so that nothing of it comes into the weights' sums.
+            rows, dout = jnp.where(own, x[tokens], 0), jnp.where(own, dy[tokens], 0)
+            out, pull = jax.vjp(lambda *a: expert_mlp(*a, activation), rows, *own_weights)
             dx_rows, *dw = pull(dout * weights.reshape(-1, 1)[pairs])
             dweight_rows = jnp.sum(out * dout, axis=1, keepdims=True).astype(weights.dtype)
             sums = tuple(s + d.astype(jnp.float32) for s, d in zip(sums, dw, strict=True))
@@ -180,8 +210,8 @@ def _many_tokens_backward(activation, saved, dy):
         zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in own_weights)
         dx, dweights, sums = lax.fori_loop(0, groups.tiles(e), add, (dx, dweights, zeros))
         gradients.append(tuple(s.astype(w.dtype) for s, w in zip(sums, own_weights, strict=True)))
-    dx = dx[groups.inverse].reshape(*experts.shape, -1).sum(axis=1)
-    dweights = dweights[groups.inverse].reshape(weights.shape)
+    dx = groups.total(dx, jnp.ones_like(weights))
+    dweights = jnp.where(groups.here, dweights[groups.inverse, 0], 0)
     stack = [jnp.stack if isinstance(w, Array) else tuple for w in expert_weights]
     by_weight = ExpertWeights(*(s(g) for s, g in zip(stack, zip(*gradients, strict=True), strict=True)))
     return dx, dweights, np.zeros(experts.shape, jax.dtypes.float0), by_weight

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from dbrx_jax.sharding import ONE_DEVICE, ROWS, Partition
+
 
 class Routing(NamedTuple):
     """What the router decided for N tokens: E experts, of which each token goes to K."""
@@ -30,7 +32,10 @@ def route(logits: Float[Array, "N E"], top_k: int, norm: float | None) -> Routin
 
 
 def load_balancing_loss(
-    layers: Sequence[Routing], valid: Float[Array, "N"] | None = None, pooled: bool = False
+    layers: Sequence[Routing],
+    valid: Float[Array, "N"] | None = None,
+    pooled: bool = False,
+    partition: Partition = ONE_DEVICE,
 ) -> Float[Array, ""]:
     """The auxiliary loss that is least when every expert gets the same share of tokens.
 
@@ -42,15 +47,16 @@ def load_balancing_loss(
     Args:
       layers: the routing of each layer, for the same N tokens.
       valid: 1 for tokens that count and 0 for padding; None counts all.
+      partition: where the tokens are those of one of several devices' rows; the loss is of all.
     """
     counts, means = [], []
     for probs, _, experts in layers:
         n, num_experts = probs.shape
         chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=1)  # (N, E)
         weight = jnp.ones(n) if valid is None else valid.astype(jnp.float32)
-        total = jnp.maximum(weight.sum(), 1.0)
-        counts.append(weight @ chosen / total)
-        means.append(weight @ probs / total)
+        total = jnp.maximum(partition.sum(weight.sum(), *ROWS), 1.0)
+        counts.append(partition.sum(weight @ chosen, *ROWS) / total)
+        means.append(partition.sum(weight @ probs, *ROWS) / total)
     share, mean_prob = jnp.stack(counts), jnp.stack(means)  # (L, E) each; a row of share sums to K
     num_experts, top_k = share.shape[1], layers[0].experts.shape[1]
     if pooled:

@@ -10,8 +10,10 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from dbrx_jax.model.causal_lm import DbrxForCausalLM
+from dbrx_jax.model.causal_lm import DbrxForCausalLM, parameter_places
 from dbrx_jax.ops.routing import load_balancing_loss
+from dbrx_jax.sampling import log_probability
+from dbrx_jax.sharding import ROWS
 
 
 class Losses(NamedTuple):
@@ -25,7 +27,7 @@ class Losses(NamedTuple):
 def losses(
     model: DbrxForCausalLM, tokens: Int[Array, "B T"], target_mask: Float[Array, "B T"], jitter_key: Array | None = None
 ) -> Losses:
-    """Next-token cross entropy and the load-balancing loss.
+    """Next-token cross entropy and the load-balancing loss. On a mesh, what each device runs, on its rows.
 
     Args:
       tokens: a batch of token ids, packed without padding; position t predicts token t + 1.
@@ -35,9 +37,11 @@ def losses(
     inputs, targets, weight = tokens[:, :-1], tokens[:, 1:], target_mask[:, 1:].astype(jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     states, routings = model.hidden(inputs, jnp.ones(inputs.shape, bool), positions, jitter_key)
-    per_token = optax.softmax_cross_entropy_with_integer_labels(model.logits(states[-1]), targets)
-    cross_entropy = jnp.sum(per_token * weight) / jnp.maximum(weight.sum(), 1)
-    balance = load_balancing_loss(routings)
+    partition = model.partition.with_split(inputs.shape[1])
+    learnt = -log_probability(model.logits(partition.all_tokens(states[-1])), targets, partition)
+    total = partition.sum(weight.sum(), *ROWS)
+    cross_entropy = partition.sum(jnp.sum(learnt * weight), *ROWS) / jnp.maximum(total, 1)
+    balance = load_balancing_loss(routings, partition=partition)
     return Losses(cross_entropy + model.config.moe_loss_weight * balance, cross_entropy, balance)
 
 
@@ -51,8 +55,15 @@ def make_step(
     """
 
     def step(params, optimizer_state, tokens, target_mask, key=None):
+        partition = nnx.merge(graph, params).partition
+        rows, same = partition.place(ROWS, None), partition.place()
+        inside = (parameter_places(params, partition), rows, rows, same)
+
+        def run(params, tokens, target_mask, key):
+            return losses(nnx.merge(graph, params), tokens, target_mask, key)
+
         def loss(params):
-            result = losses(nnx.merge(graph, params), tokens, target_mask, key)
+            result = partition.over(run, inside, Losses(same, same, same))(params, tokens, target_mask, key)
             return result.total, result
 
         gradients, result = jax.grad(loss, has_aux=True)(params)

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
-from dbrx_jax.cache import CACHE_BLOCK, PREFILL_CHUNK, capacity, create
+from dbrx_jax.cache import CACHE_BLOCK, capacity, chunk_length, create
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.ops.experts import reference_experts
 from dbrx_jax.parameters import parameter_specs, parameters_of
+from dbrx_jax.sharding import ONE_DEVICE
 
+CHUNK = chunk_length(ONE_DEVICE)
 TINY = DbrxConfig(
     d_model=48,
     n_heads=6,
@@ -99,14 +101,14 @@ def tiny_rows(tiny):
 def test_incremental_decoding_gives_the_full_forwards_logits(variant):
     """A chunk into row 1 of a cache of 3, then tokens one by one, past the end of a block."""
     model = DbrxForCausalLM(dataclasses.replace(TINY, **variant), rngs=nnx.Rngs(2))
-    total, first = PREFILL_CHUNK + 6, PREFILL_CHUNK - 5
+    total, first = CHUNK + 6, CHUNK - 5
     ids = np.random.default_rng(0).integers(0, 101, total)
     want = np.asarray(model(ids[None]))[0]
-    cache = create(model.config, 3, capacity(total), jnp.float32)
+    cache = create(model.config, 3, capacity(total, ONE_DEVICE), jnp.float32, ONE_DEVICE)
     extend = jax.jit(lambda ids, valid, at, cache: model.extend(ids, valid, at, cache, 1))
     head = jax.jit(lambda x: model.logits(model.norm_f(x)))
     chunk = np.pad(ids[:first], (0, 5))[None]  # the last five fill the shape
-    valid, at = np.arange(PREFILL_CHUNK)[None] < first, np.arange(PREFILL_CHUNK)[None]
+    valid, at = np.arange(CHUNK)[None] < first, np.arange(CHUNK)[None]
     x, cache = extend(chunk, valid, at, cache)
     np.testing.assert_allclose(head(x)[0, :first], want[:first], rtol=0, atol=1e-5)
     for position in range(first, total):
@@ -117,13 +119,13 @@ def test_incremental_decoding_gives_the_full_forwards_logits(variant):
 
 
 def test_capacity():
-    assert PREFILL_CHUNK % CACHE_BLOCK == 0
+    assert CHUNK % CACHE_BLOCK == 0
     for tokens in (1, 127, 128, 129, 1000, 4097, 20000, 32768):
-        positions = capacity(tokens)
+        positions = capacity(tokens, ONE_DEVICE)
         assert positions >= tokens
-        assert positions % PREFILL_CHUNK == 0
-        assert positions <= max(tokens * 1.25, tokens + PREFILL_CHUNK)
-    assert len({capacity(t) for t in range(1, 32769)}) < 64
+        assert positions % CHUNK == 0
+        assert positions <= max(tokens * 1.25, tokens + CHUNK)
+    assert len({capacity(t, ONE_DEVICE) for t in range(1, 32769)}) < 64
 
 
 def test_bfloat16_runs_in_bfloat16():
@@ -135,15 +137,15 @@ def test_bfloat16_runs_in_bfloat16():
 
 def test_jitter_reaches_the_router_alone():
     moe = DbrxForCausalLM(dataclasses.replace(TINY, moe_jitter_eps=0.3), rngs=nnx.Rngs(1)).blocks[0].moe
-    x = jax.random.normal(jax.random.key(1), (6, TINY.d_model))
+    x = jax.random.normal(jax.random.key(1), (2, 3, TINY.d_model))
     key = jax.random.key(2)
-    out, jittered = moe(x, jitter_key=key)
-    noise = jax.random.uniform(key, x.shape, minval=0.7, maxval=1.3)
-    np.testing.assert_allclose(jittered.probs, moe(x * noise)[1].probs, rtol=1e-5)
-    assert not np.allclose(jittered.probs, moe(x)[1].probs)
+    out, jittered = moe(x, ONE_DEVICE, jitter_key=key)
+    noise = jax.random.uniform(key, (6, TINY.d_model), minval=0.7, maxval=1.3).reshape(x.shape)
+    np.testing.assert_allclose(jittered.probs, moe(x * noise, ONE_DEVICE)[1].probs, rtol=1e-5)
+    assert not np.allclose(jittered.probs, moe(x, ONE_DEVICE)[1].probs)
     # The experts saw x itself.
-    want = reference_experts(x, jittered.weights, jittered.experts, moe._weights(), "silu")
-    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+    want = reference_experts(x.reshape(6, -1), jittered.weights, jittered.experts, moe._weights(ONE_DEVICE), "silu")
+    np.testing.assert_allclose(out.reshape(6, -1), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

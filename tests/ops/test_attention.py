@@ -1,5 +1,7 @@
 """Attention through a cache against the plain one, rotary embeddings and normalisation against their formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbrx_jax.ops.attention import cached_attention, reference_attention
+from dbrx_jax.ops.attention import cached_attention, join_stripes, reference_attention
 from dbrx_jax.ops.norm import layer_norm
 from dbrx_jax.ops.rope import rotate
+from dbrx_jax.sharding import ONE_DEVICE
 
 H, G, K = 6, 2, 10  # query heads, key-value heads, elements
 
@@ -18,7 +21,9 @@ def random(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-cached = jax.jit(cached_attention, static_argnums=5)
+@functools.partial(jax.jit, static_argnums=5)
+def cached(query, key, value, positions, first_row, block):
+    return join_stripes(cached_attention(query, key, value, positions, first_row, block), query.dtype, ONE_DEVICE)
 
 
 @settings(max_examples=40)

@@ -1,0 +1,247 @@
+"""Meshes of devices: their axes, what lies where on them, and the sums that join what was computed apart.
+
+The only place that knows a mesh axis by name. A model runs as one program on every device
+(jax.shard_map); with no mesh every function here does nothing, so the same code runs on one device.
+
+Axes: rows of a batch are split over `data` and `fsdp`; over `fsdp` weights too, each gathered when it
+is used. Experts are split over `expert` and inner dimensions over `tensor`: no weight moves there,
+only tokens. Positions of the key-value cache are dealt out over `expert` one by one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.errors import MeshError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp")  # of a batch
+VOCABULARY = ("expert", "tensor")
+STRIPES = "expert"  # position p of the cache is on device p modulo the axis' size
+
+# Logical axis of a parameter -> mesh axes. Each takes what an earlier dimension of the parameter left.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "vocab": VOCABULARY,
+    "experts": ("expert",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "embed": ("expert", "fsdp"),
+    "head_dim": (),
+    "whole": (),  # norms and routers: small, and needed whole everywhere
+}
+# Vocabulary entries that share one draw of random numbers; a device holds a multiple of it.
+VOCABULARY_BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """How a model lies on a mesh. Its functions on arrays are called inside :meth:`over`.
+
+    Args:
+      mesh: with axes among AXES; None is one device.
+      split: whether the tokens between two layers are split over `expert` too, along dimension 1 (the
+        ring: all-gather, compute, reduce-scatter), or are whole on each device of a row (decode).
+    """
+
+    mesh: Mesh | None = None
+    split: bool = False
+
+    @property
+    def platform(self) -> str:
+        """Of the devices: "cpu", "gpu", "cuda" or "tpu"."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    def size(self, *axes: str) -> int:
+        """Devices along these axes."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
+
+    def with_split(self, tokens: int) -> "Partition":
+        """With tokens split over `expert`, where there are several and they divide."""
+        experts = self.size("expert")
+        return dataclasses.replace(self, split=experts > 1 and tokens % experts == 0)
+
+    def pad_vocabulary(self, entries: int) -> int:
+        """The vocabulary's size in memory: on a mesh, a multiple that every device has equal shares of."""
+        if self.mesh is None:
+            return entries
+        unit = self.size(*VOCABULARY) * VOCABULARY_BLOCK
+        return -(-entries // unit) * unit
+
+    # Where arrays lie.
+
+    def spec(self, axes: Sequence[str]) -> PartitionSpec:
+        """A parameter's, from the names of its logical axes."""
+        taken: set[str] = set()
+        dimensions = []
+        for axis in axes:
+            mine = [a for a in RULES[axis] if self.size(a) > 1 and a not in taken]
+            taken.update(mine)
+            dimensions.append(tuple(mine) or None)
+        return PartitionSpec(*dimensions)
+
+    def place(self, *dimensions: str | tuple[str, ...] | None) -> PartitionSpec:
+        """Of an array whose dimensions are split over these axes, without those that the mesh has not."""
+        names = [(d,) if isinstance(d, str) else d or () for d in dimensions]
+        return PartitionSpec(*(tuple(a for a in axes if self.size(a) > 1) or None for axes in names))
+
+    def sharding(self, spec: PartitionSpec) -> NamedSharding | None:
+        return None if self.mesh is None else NamedSharding(self.mesh, spec)
+
+    def over(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """The function as a program that every device runs on its own part of the arguments."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def abstract(self, shapes: Any, specs: Any) -> Any:
+        """Shapes (a tree of ShapeDtypeStructs) with their places, for compiling ahead; specs as in :meth:`over`."""
+        if self.mesh is None:
+            return shapes
+
+        def one(spec, tree):
+            sharding = NamedSharding(self.mesh, spec)
+            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
+
+        return jax.tree.map(one, specs, shapes, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+    # What devices say to each other.
+
+    def _real(self, axes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if self.size(axis) > 1)
+
+    def index(self, *axes: str) -> Array | int:
+        """This device's number along the axes, the first the slowest."""
+        real = self._real(axes)
+        return lax.axis_index(real) if real else 0
+
+    def sum(self, x: Array, *axes: str) -> Array:
+        real = self._real(axes)
+        return lax.psum(x, real) if real else x
+
+    def max(self, x: Array, *axes: str) -> Array:
+        real = self._real(axes)
+        return lax.pmax(x, real) if real else x
+
+    def gather(self, x: Array, dimension: int, *axes: str) -> Array:
+        """The parts of all devices along the axes, joined along a dimension."""
+        real = self._real(axes)
+        return lax.all_gather(x, real, axis=dimension, tiled=True) if real else x
+
+    def own(self, x: Array, dimension: int, *axes: str) -> Array:
+        """This device's part of an array that all devices along the axes hold."""
+        count = self.size(*axes)
+        if count == 1:
+            return x
+        part = x.shape[dimension] // count
+        return lax.dynamic_slice_in_dim(x, self.index(*axes) * part, part, axis=dimension)
+
+    def whole(self, parameter: Any) -> Array:
+        """A parameter for use: what is split over `fsdp` is gathered, all else stays where it is."""
+        value = parameter[...]
+        for dimension, axes in enumerate(self.spec(parameter.get_metadata("axes"))):
+            if axes and "fsdp" in axes:
+                value = self.gather(value, dimension, "fsdp")
+        return value
+
+    # Tokens (B, T, …), between layers whole or split along T.
+
+    def all_tokens(self, x: Array) -> Array:
+        """The tokens of all devices of a row, before a layer computes on them."""
+        return self.gather(x, 1, "expert") if self.split else x
+
+    def own_tokens(self, x: Array) -> Array:
+        """This device's tokens of an array that holds all."""
+        return self.own(x, 1, "expert") if self.split else x
+
+    def join(self, partial: Array) -> Array:
+        """Sums over `expert` and `tensor` of what each device computed for all tokens: this device's tokens."""
+        if self.split:
+            partial = lax.psum_scatter(partial, "expert", scatter_dimension=1, tiled=True)
+            return self.sum(partial, "tensor")
+        return self.sum(partial, "expert", "tensor")
+
+    def turn(self, x: Array) -> Array:
+        """From all tokens with a share of the last dimension (over `expert`) to this device's tokens, whole."""
+        if not self.split:
+            return self.gather(x, x.ndim - 1, "expert")
+        return lax.all_to_all(x, "expert", split_axis=1, concat_axis=x.ndim - 1, tiled=True)
+
+
+ONE_DEVICE = Partition()
+
+
+def check_mesh(config: DbrxConfig, mesh: Mesh) -> None:
+    """Whether the model can be laid over the mesh.
+
+    Raises:
+      MeshError: an axis is unknown, or does not divide what it splits; the message says what would fit.
+    """
+    if unknown := [axis for axis in mesh.axis_names if axis not in AXES]:
+        raise MeshError(f"mesh: no axis is called {unknown[0]!r}: choose among {', '.join(AXES)}")
+    partition = Partition(mesh)
+    tensor, experts, fsdp = (partition.size(axis) for axis in ("tensor", "expert", "fsdp"))
+    for axis, size, name in (
+        ("tensor", tensor, "kv_n_heads"),
+        ("tensor", tensor, "ffn_hidden_size"),
+        ("expert", experts, "moe_num_experts"),
+        ("expert", experts, "d_model"),
+        ("expert times fsdp", experts * fsdp, "d_model"),
+    ):
+        value = getattr(config, name)
+        if value % size:
+            fitting = ", ".join(str(n) for n in range(1, min(value, 2 * size) + 1) if value % n == 0)
+            raise MeshError(f"mesh: {axis}={size} does not divide {name} {value}; {fitting} would")
+
+
+def parse_axes(text: str) -> dict[str, int]:
+    """Sizes of mesh axes from a text such as "expert=16,tensor=4".
+
+    Raises:
+      MeshError: it is not of that form, or an axis is unknown or named twice.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in AXES or axis in sizes or not size.isdecimal() or not 0 < int(size) < 1 << 20:
+            raise MeshError(f'mesh: expected a recipe or axes such as "expert=16,tensor=4", got {text!r:.80}')
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these sizes over the devices (all there are by default), laid out along their network.
+
+    Where the devices lie in several slices (or GPUs in several hosts), `data`, else `fsdp`, goes between
+    them: the axes that say least.
+
+    Raises:
+      MeshError: the sizes do not make up the number of devices, or no axis fits the slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = [axes.get(axis, 1) for axis in AXES]
+    if math.prod(shape) != len(devices):
+        text = ",".join(f"{axis}={size}" for axis, size in axes.items())
+        raise MeshError(f"mesh: {text} makes {math.prod(shape)} devices, and there are {len(devices)}")
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1:
+        between = [1, 1, 1, 1]
+        place = next((i for i in range(len(ROWS)) if shape[i] % slices == 0), None)
+        if place is None:
+            raise MeshError(f"mesh: data or fsdp must be a multiple of the {slices} slices, to go between them")
+        between[place] = slices
+        shape[place] //= slices
+        grid = mesh_utils.create_hybrid_device_mesh(shape, between, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:  # all of a host are equally near, hosts come one after another
+        grid = np.array(devices).reshape(shape)
+    return Mesh(grid, AXES)
