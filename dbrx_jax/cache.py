@@ -1,6 +1,7 @@
 """The key-value cache: per layer one array of keys and one of values, (B, G, S, K).
 
-B rows, G key and value heads, S positions, K elements a head. On a mesh a device has its rows, its
+B rows, G key and value heads, S positions, K elements a head. On a TPU they lie as (B, S, G, K): its
+compiler would turn the whole cache round before and after each step. On a mesh a device has its rows, its
 heads, and every X-th position: position p is at place p // X on device p mod X along STRIPES. So the
 devices share the work of attention equally, whatever the length, and long sequences fit. On each
 device S is a multiple of CACHE_BLOCK, the unit in which attention reads it.
@@ -49,8 +50,14 @@ def chunk_length(partition: Partition) -> int:
 
 def specs(config: DbrxConfig, partition: Partition) -> Cache:
     """Where the cache lies on a mesh."""
-    spec = partition.place(ROWS, "tensor", STRIPES, None)
+    axes = ("tensor", STRIPES)
+    spec = partition.place(ROWS, *(axes[::-1] if partition.platform == "tpu" else axes), None)
     return [LayerCache(spec, spec) for _ in range(config.n_layers)]
+
+
+def turned(cache: LayerCache, platform: str) -> LayerCache:
+    """From how a layer's cache lies to (B, G, S, K), and back: on a TPU another view of the same bytes."""
+    return LayerCache(*(x.swapaxes(1, 2) for x in cache)) if platform == "tpu" else cache
 
 
 def create(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, partition: Partition) -> Cache:
@@ -61,7 +68,10 @@ def create(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, part
         positions // partition.size(STRIPES),
         config.head_dim,
     )
-    return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
+    return [
+        turned(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), partition.platform)
+        for _ in range(config.n_layers)
+    ]
 
 
 def write(
@@ -95,9 +105,9 @@ def write(
             return lax.dynamic_update_slice(into, mine, start)
 
         return LayerCache(put_chunk(cache.key, key), put_chunk(cache.value, value))
-    rows = first_row + jnp.arange(R)[:, None]
     # What is another device's lies behind the end, and is dropped.
-    place = jnp.where((positions % stride == offset) & active, positions // stride, cache.key.shape[2])
+    mine = (positions % stride == offset) & active
+    rows, place = first_row + jnp.arange(R)[:, None], jnp.where(mine, positions // stride, cache.key.shape[2])
 
     def put(into: Array, new: Array) -> Array:
         return into.at[rows, :, place].set(new, unique_indices=True, mode="drop")

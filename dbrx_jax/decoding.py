@@ -114,7 +114,7 @@ def first_token(config, partition, filtered, settings, cache, logits, prompts, l
     columns = partition.place(ROWS, None)
 
     def run(settings, cache, logits, prompts, lengths, done):
-        rows, positions = lengths.shape[0], cache[0].key.shape[2] * partition.size("expert")
+        rows, positions = prompts.shape
         local = prompts - partition.index(*VOCABULARY) * logits.shape[1]
         here = (jnp.arange(prompts.shape[1]) < lengths[:, None]) & (local >= 0)
         local = jnp.where(here, local, logits.shape[1])  # behind the end: dropped

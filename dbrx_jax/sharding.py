@@ -24,6 +24,7 @@ from dbrx_jax.errors import MeshError
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp")  # of a batch
+GPU = ("gpu", "cuda")  # what JAX calls the platform
 VOCABULARY = ("expert", "tensor")
 STRIPES = "expert"  # position p of the cache is on device p modulo the axis' size
 

@@ -5,7 +5,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.cache import CACHE_BLOCK, LayerCache, write
+from dbrx_jax.cache import CACHE_BLOCK, LayerCache, turned, write
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.attention import cached_attention, join_stripes, reference_attention
@@ -54,11 +54,11 @@ class Attention(nnx.Module):
         """
         q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
         stripe = partition.index(STRIPES), partition.size(STRIPES)
-        cache = write(cache, k, v, positions, first_row, stripe, active)
+        cache = write(turned(cache, partition.platform), k, v, positions, first_row, stripe, active)
         part = cached_attention(
             q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, stripe, partition.platform
         )
-        return self._project_out(join_stripes(part, x.dtype, partition), partition), cache
+        return self._project_out(join_stripes(part, x.dtype, partition), partition), turned(cache, partition.platform)
 
     def _project_in(self, x: Array, positions: Array, partition: Partition) -> tuple[Array, Array, Array]:
         """Query, key and value (B, T, heads, K) of all tokens: clamped first, values too, then rotated."""

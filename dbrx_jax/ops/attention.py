@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.sharding import STRIPES, Partition
+from dbrx_jax.sharding import GPU, STRIPES, Partition
 
 # Not -inf: a row that may see nothing must give some number rather than NaN.
 MASKED = -1e30
@@ -51,8 +51,8 @@ def cached_attention(
 ) -> AttentionPart:
     """Attention of rows first_row … first_row + R of a cache: a query at position p sees positions 0 … p.
 
-    The cache is read in blocks of `block` positions, and only as far as some query looks. Sums are
-    kept as a running maximum, normaliser and output (Milakov and Gimelshein 2018, arXiv:1805.02867):
+    The cache is read in blocks of `block` positions, and only as far as some query looks (on a GPU all at
+    once). Sums are kept as a running maximum, normaliser and output (Milakov and Gimelshein 2018, arXiv:1805.02867):
     a block that a query does not see changes none of its bits, so the result does not depend on
     the cache's length nor on how far the other rows have come.
 
@@ -61,7 +61,9 @@ def cached_attention(
       platform: on a CPU products are of float32, elsewhere of the cache's dtype with float32 sums.
     """
     R, T, H, K = query.shape
-    G = key.shape[1]
+    G, S = key.shape[1:3]
+    if platform in GPU:
+        block = S  # its products take no slices: each block would be copied
     dtype = jnp.float32 if platform == "cpu" else key.dtype
     offset, stride = stripe
     q = query.reshape(R, T, G, H // G, K).transpose(0, 2, 3, 1, 4)  # (R, G, H/G, T, K)
@@ -86,7 +88,7 @@ def cached_attention(
     initial = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32))
     with jax.named_scope("cache_blocks"):
         blocks = jnp.max(positions) // (block * stride) + 1
-        largest, total, out = lax.fori_loop(0, blocks, add, initial)
+        largest, total, out = add(0, initial) if block == S else lax.fori_loop(0, blocks, add, initial)
     return AttentionPart(
         largest.transpose(0, 3, 1, 2).reshape(R, T, H),
         total.transpose(0, 3, 1, 2).reshape(R, T, H),
