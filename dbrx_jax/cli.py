@@ -1,4 +1,4 @@
-"""dbrx-jax: generate, chat and info on the command line."""
+"""dbrx-jax: generate, chat, plan and info on the command line."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import tyro
 
 from dbrx_jax.console import run, say
 from dbrx_jax.errors import GenerationError
+from dbrx_jax.plan_command import Plan
 
 if TYPE_CHECKING:
     from dbrx_jax.generation import TokenStream
@@ -315,6 +316,6 @@ def main() -> None:
     """The command dbrx-jax."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on the machine are not the user's concern
     command = tyro.extras.subcommand_cli_from_dict(
-        {"generate": Generate, "chat": Chat, "info": Info}, prog="dbrx-jax", description="DBRX in JAX."
+        {"generate": Generate, "chat": Chat, "plan": Plan, "info": Info}, prog="dbrx-jax", description="DBRX in JAX."
     )
     run("dbrx-jax", command.run)

@@ -119,7 +119,12 @@ def _working(setting: Setting, rows: int, tokens: int) -> int:
 
 
 def _share(shape: tuple[int, ...], spec, partition: Partition) -> tuple[int, ...]:
-    return tuple(n // partition.size(*(axes or ())) for n, axes in zip(shape, spec, strict=True))
+    return tuple(n // partition.size(*_names(axes)) for n, axes in zip(shape, spec, strict=True))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _group(name: str) -> str:
@@ -199,7 +204,7 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
         add("all-reduce", "the chosen token", experts * tensor, tokens * 4, 5)
         add("all-reduce", "whether a row is left", partition.size(*ROWS), 4, 1)
     for name, array in placed_arrays(config, partition.mesh).items():
-        if fsdp > 1 and any("fsdp" in (axes or ()) for axes in array.spec):
+        if fsdp > 1 and any("fsdp" in _names(entry) for entry in array.spec):
             whole = math.prod(_share(array.shape, array.spec, partition)) * fsdp
             add("all-gather", f"weights ({_group(name)})", fsdp, whole * b, 1)
     return result

@@ -80,6 +80,11 @@ def target(kind: str) -> Target:
     return TARGETS[kind]
 
 
+def slice_sizes(kind: str) -> tuple[int, ...]:
+    """Numbers of chips of the usual slices, the smallest first."""
+    return tuple(_SLICES[kind])
+
+
 def topology_for(kind: str, chips: int) -> str:
     """The usual slice of so many chips, such as "8x8" for 64 chips of v5e.
 

@@ -1,0 +1,110 @@
+"""What the real compiler makes of a model on devices that are not there. Needs the extra [compile]."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dbrx_jax import hlo, targets
+from dbrx_jax.cache import CACHE_BLOCK
+from dbrx_jax.decoding import Settings
+from dbrx_jax.errors import PlanError
+from dbrx_jax.generation import lower
+from dbrx_jax.model.causal_lm import split
+from dbrx_jax.parameters import abstract_model
+from dbrx_jax.plan import PREFILL, Setting, cache_bytes, memory, messages
+from dbrx_jax.sampling import Sampling
+from dbrx_jax.sharding import STRIPES, make_mesh
+
+# Without a card XLA cannot try out how often to split a product's sum, and splits the small ones often, with
+# partial sums that a card would hold in its cache but that count as traffic here.
+CUDA_OPTIONS = {"xla_gpu_experimental_force_split_k": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program, by its optimised HLO; bytes of one device."""
+
+    program: str  # "decode" or "prefill"
+    compile_seconds: float
+    arguments: int
+    temporaries: int
+    total: int  # arguments, temporaries, and outputs that are no arguments
+    planned: int  # the estimate of the same, see :func:`dbrx_jax.plan.memory`
+    traffic: int  # read and written in HBM, with every position of the cache live
+    least_traffic: int  # all weights and the live cache read once
+    collectives: dict[str, int]  # how many of each kind
+    moved: int  # bytes that the device sends in them, around rings
+    planned_moved: int
+    weights_moved: list[str]  # parameters that are operands of collectives
+    largest_temporary: str
+
+
+def compile_programs(setting: Setting) -> list[Compiled]:
+    """A decode step of the whole batch, and a chunk of a prompt of one row (of each group of devices).
+
+    Raises:
+      PlanError: the compiler is not installed, the weights are quantised, or it does not fit.
+    """
+    if setting.precision not in ("bfloat16", "float32"):
+        raise PlanError(f"--compile: cannot compile {setting.precision} weights yet; choose bfloat16")
+    mesh = make_mesh(setting.axes, targets.devices(setting.target.name, _chips(setting)))
+    lowered = _lower(setting, mesh)
+    return [_compile(setting, name, lowered[name]) for name in ("decode", "prefill")]
+
+
+def _chips(setting: Setting) -> int:
+    return setting.devices // setting.target.devices_per_chip
+
+
+def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
+    graph, params = split(abstract_model(setting.config, jnp.dtype(setting.precision), mesh))
+    number, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    sampling = Sampling(number, whole, number, number, number)
+    settings = Settings(sampling, None, jax.ShapeDtypeStruct((8,), jnp.int32))
+    rows = setting.rows * setting.partition.size("data", "fsdp")
+    return lower(graph, params, settings, False, rows, setting.positions)
+
+
+def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
+    begin = time.perf_counter()
+    try:
+        program = lowered.compile(CUDA_OPTIONS if setting.target.platform == "cuda" else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise PlanError(
+            f"{name}: the compiler says that it does not fit: {' '.join(str(error).split())[:300]}"
+        ) from None
+    seconds = time.perf_counter() - begin
+    sizes, text = program.memory_analysis(), program.as_text()
+    arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    total = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    local = setting.positions // setting.partition.size(STRIPES)
+    trips = {"cache_blocks": math.ceil(local / CACHE_BLOCK), "cache_rows": setting.rows}
+    traffic = hlo.hbm_traffic(text, trips)
+    found = hlo.collectives(text, trips)
+    kinds: dict[str, int] = {}
+    for collective in found:
+        kinds[collective.kind] = kinds.get(collective.kind, 0) + collective.runs
+    tokens, split_tokens = (setting.rows, False) if name == "decode" else (PREFILL, True)
+    largest = hlo.largest_temporaries(text, 1)
+    return Compiled(
+        program=name,
+        compile_seconds=round(seconds, 1),
+        arguments=arguments,
+        temporaries=temporaries,
+        total=total,
+        planned=memory(setting).total,
+        traffic=traffic.read + traffic.written,
+        least_traffic=sum(memory(setting).parameters.values()) + cache_bytes(setting),
+        collectives=kinds,
+        moved=round(sum(hlo.bytes_moved(c) * c.runs for c in found)),
+        planned_moved=round(sum(m.moved for m in messages(setting, tokens, split_tokens))),
+        weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("params")}),
+        largest_temporary=f"{largest[0].shape} ({largest[0].bytes / 1e6:.1f} MB)" if largest else "",
+    )
