@@ -185,7 +185,9 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
     def joined(what: str, times: int) -> None:
         """Partial sums of all tokens over experts and tensor."""
         if split:
-            add("reduce-scatter", what, experts, hidden, times)
+            # Over a whole slice a TPU's compiler makes an all-reduce of it, and keeps a part.
+            whole = setting.target.platform == "tpu" and experts == setting.devices
+            add("all-reduce" if whole else "reduce-scatter", what, experts, hidden, times)
             add("all-reduce", what, tensor, hidden // experts, times)
         else:
             add("all-reduce", what, experts * tensor, hidden, times)
@@ -237,7 +239,8 @@ def decode_roofline(setting: Setting) -> Roofline:
     parameters = dict(memory(setting).parameters)
     experts, table = parameters.pop("experts"), parameters.pop("embedding")
     del table  # a few rows of it
-    read = round(experts * distinct / config.moe_num_experts) + sum(parameters.values()) + cache_bytes(setting)
+    live = cache_bytes(setting) * setting.context // setting.positions
+    read = round(experts * distinct / config.moe_num_experts) + sum(parameters.values()) + live
     flops = 2 * setting.batch * config.active_parameters / setting.devices
     return _roofline(setting, setting.batch, read, flops, messages(setting, setting.rows, False), distinct, target)
 

@@ -38,8 +38,11 @@ class Plan:
         setting = self._setting()
         facts = collect(setting)
         if self.compile:
+            import jax
+
             from dbrx_jax.compiled import compile_programs
 
+            jax.config.update("jax_platforms", "cpu")  # the plugins look for their devices otherwise, at length
             say(f"Compiling {self.model} for {self.on}; this takes a minute or two for each of two programs")
             facts["compiled"] = [dataclasses.asdict(program) for program in compile_programs(setting)]
         if self.json:

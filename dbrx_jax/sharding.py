@@ -166,8 +166,10 @@ class Partition:
     def join(self, partial: Array) -> Array:
         """Sums over `expert` and `tensor` of what each device computed for all tokens: this device's tokens."""
         if self.split:
-            partial = lax.psum_scatter(partial, "expert", scatter_dimension=1, tiled=True)
-            return self.sum(partial, "tensor")
+            # Parts as a dimension of their own: along an inner one a TPU's compiler sums all for all.
+            B, T, *rest = partial.shape
+            parts = partial.reshape(B, self.size("expert"), T // self.size("expert"), *rest).swapaxes(0, 1)
+            return self.sum(lax.psum_scatter(parts, "expert", scatter_dimension=0), "tensor")
         return self.sum(partial, "expert", "tensor")
 
     def turn(self, x: Array) -> Array:

@@ -13,6 +13,8 @@ from dbrx_jax.sharding import GPU, STRIPES, Partition
 
 # Not -inf: a row that may see nothing must give some number rather than NaN.
 MASKED = -1e30
+# Positions that a prompt's chunk looks at together, but on a CPU: as many scores as their matrix units like.
+PROMPT_BLOCK = 1024
 
 
 def reference_attention(
@@ -51,10 +53,10 @@ def cached_attention(
 ) -> AttentionPart:
     """Attention of rows first_row … first_row + R of a cache: a query at position p sees positions 0 … p.
 
-    The cache is read in blocks of `block` positions, and only as far as some query looks (on a GPU all at
-    once). Sums are kept as a running maximum, normaliser and output (Milakov and Gimelshein 2018, arXiv:1805.02867):
-    a block that a query does not see changes none of its bits, so the result does not depend on
-    the cache's length nor on how far the other rows have come.
+    The cache is read in blocks of `block` positions, and only as far as some query looks (by a single query
+    on a GPU, all at once). Sums are kept as a running maximum, normaliser and output (Milakov and
+    Gimelshein 2018, arXiv:1805.02867): a block that a query does not see changes none of its bits, so the
+    result does not depend on the cache's length nor on how far the other rows have come.
 
     Args:
       stripe: (x, X) where the cache holds every X-th position from x on; (0, 1) for all.
@@ -62,8 +64,10 @@ def cached_attention(
     """
     R, T, H, K = query.shape
     G, S = key.shape[1:3]
-    if platform in GPU:
+    if platform in GPU and T == 1:
         block = S  # its products take no slices: each block would be copied
+    elif platform != "cpu" and T > 1:
+        block = math.gcd(S, PROMPT_BLOCK)
     dtype = jnp.float32 if platform == "cpu" else key.dtype
     offset, stride = stripe
     q = query.reshape(R, T, G, H // G, K).transpose(0, 2, 3, 1, 4)  # (R, G, H/G, T, K)
