@@ -185,8 +185,8 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
     def joined(what: str, times: int) -> None:
         """Partial sums of all tokens over experts and tensor."""
         if split:
-            # Over a whole slice a TPU's compiler makes an all-reduce of it, and keeps a part.
-            whole = setting.target.platform == "tpu" and experts == setting.devices
+            # Over a whole slice of 16 the TPU's compiler makes an all-reduce of it, and keeps a part.
+            whole = setting.target.platform == "tpu" and experts == setting.devices >= 16
             add("all-reduce" if whole else "reduce-scatter", what, experts, hidden, times)
             add("all-reduce", what, tensor, hidden // experts, times)
         else:

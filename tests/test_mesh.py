@@ -133,7 +133,7 @@ def meshes(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(meshes(), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0, 3]), st.integers(0, 99))
 def test_any_mesh_any_batch_any_routing(axes, rows, longest, skew, seed):
     parameters = small_parameters(skew)
@@ -148,7 +148,7 @@ def test_any_mesh_any_batch_any_routing(axes, rows, longest, skew, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
 @given(meshes(), st.integers(8, 60), st.sampled_from([0, 3]), st.integers(0, 99))
 def test_gradients_on_any_mesh(axes, length, skew, seed):
     tokens = np.random.default_rng(seed).integers(0, SMALL.vocab_size, (8, length + 1))
