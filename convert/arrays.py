@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,7 +25,11 @@ CHUNK = 64 << 20  # bytes, at most unless one row is larger
 METADATA = ".zarray"
 ALIGNMENT = 64  # bytes
 ZARR_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
-EXPONENTS = {"float32": np.uint32(0x7F800000), "float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
+EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
+    "float32": np.uint32(0x7F800000),
+    "float16": np.uint16(0x7C00),
+    "bfloat16": np.uint16(0x7F80),
+}
 CACHED = 1 << 17  # elements
 
 
@@ -126,7 +130,7 @@ def writing(file: Path) -> Iterator[BinaryIO]:
             yield f
         aside.rename(file)
         return
-    remote = file.open("wb")
+    remote: Any = file.open("wb")
     try:
         yield remote
     except BaseException:
@@ -160,7 +164,7 @@ def read_bytes(pieces: Iterable[tuple[Path, int, int]]) -> np.ndarray:
     return buffer[start:at]
 
 
-def _read_into(file: Path, offset: int, buffer: memoryview) -> int:
+def _read_into(file: Any, offset: int, buffer: memoryview) -> int:
     """Fills the buffer from a file; returns how many bytes there were."""
     if is_remote(file):
         data = file.fs.cat_file(file.path, offset, offset + len(buffer))  # one request

@@ -174,7 +174,8 @@ def _difference(begun: Any, plan: dict[str, Any]) -> str:
 def fingerprint(checkpoint: CheckpointFolder) -> str:
     """Changes when a file of the checkpoint does, by name, size or time of last change."""
     digest = hashlib.sha256()
-    for file in (*checkpoint.files, checkpoint.path / "config.json"):
+    files: list[Any] = [*checkpoint.files, checkpoint.path / "config.json"]
+    for file in files:
         status = file.stat()
         changed = file.fs.ukey(file.path) if is_remote(file) else status.st_mtime_ns
         digest.update(f"{file.name} {status.st_size} {changed}\n".encode())

@@ -8,7 +8,7 @@ device S is a multiple of CACHE_BLOCK, the unit in which attention reads it.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -52,7 +52,8 @@ def specs(config: DbrxConfig, partition: Partition) -> Cache:
     """Where the cache lies on a mesh."""
     axes = ("tensor", STRIPES)
     spec = partition.place(ROWS, *(axes[::-1] if partition.platform == "tpu" else axes), None)
-    return [LayerCache(spec, spec) for _ in range(config.n_layers)]
+    layer: Any = LayerCache
+    return [layer(spec, spec) for _ in range(config.n_layers)]
 
 
 def turned(cache: LayerCache, platform: str) -> LayerCache:

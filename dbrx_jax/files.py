@@ -22,7 +22,7 @@ def location(path: str | Path) -> Path:
     try:
         from upath import UPath
 
-        found = UPath(path)
+        found: Any = UPath(path)
         _ = found.fs
     except ImportError as error:
         raise CheckpointError(

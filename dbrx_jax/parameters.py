@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.model.causal_lm import DbrxForCausalLM
+
+AnyMesh = Mesh | AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class PlacedArray:
     parameters: tuple[str, ...]
 
 
-def abstract_model(config: DbrxConfig, dtype: Any = None, mesh: Mesh | None = None) -> DbrxForCausalLM:
+def abstract_model(config: DbrxConfig, dtype: Any = None, mesh: AnyMesh | None = None) -> DbrxForCausalLM:
     """A model whose parameters are shapes without memory behind them."""
     return DbrxForCausalLM(config, rngs=None, dtype=dtype, mesh=mesh)
 
@@ -55,7 +57,7 @@ def parameter_specs(config: DbrxConfig) -> Mapping[str, ParameterSpec]:
 
 
 @functools.lru_cache(maxsize=8)
-def placed_arrays(config: DbrxConfig, mesh: Mesh | None) -> Mapping[str, PlacedArray]:
+def placed_arrays(config: DbrxConfig, mesh: AnyMesh | None) -> Mapping[str, PlacedArray]:
     """The arrays of a model on a mesh by their dotted names in it, which are the parameters' where there is no mesh."""
     model = abstract_model(config, mesh=mesh)
     devices, result = model.partition.size("expert"), {}
@@ -118,10 +120,11 @@ def parameters_of(model: DbrxForCausalLM) -> dict[str, jax.Array]:
     return parameters_from_state(model.config, nnx.state(model, nnx.Param), model.partition.mesh)
 
 
-def parameters_from_state(config: DbrxConfig, state: nnx.State, mesh: Mesh | None) -> dict[str, jax.Array]:
+def parameters_from_state(config: DbrxConfig, state: nnx.State, mesh: AnyMesh | None) -> dict[str, jax.Array]:
     """The same of a state of the model's, such as its gradients."""
     arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-    specs, found = parameter_specs(config), {}
+    specs = parameter_specs(config)
+    found: dict[str, jax.Array] = {}
     for name, placed in placed_arrays(config, mesh).items():
         if len(placed.parameters) > 1:
             found |= {parameter: arrays[name][x] for x, parameter in enumerate(placed.parameters)}

@@ -105,7 +105,7 @@ def _threshold(logits: Float[Array, "B V"], sampling: Sampling, partition: Parti
     def outside(least: Array) -> Array:
         """Whether what is more probable than `least` reaches top_p already, so that `least` is not needed."""
         above = partition.sum(jnp.where(logits > least[:, None], weights, 0).sum(axis=-1), *VOCABULARY)
-        return (above >= sampling.top_p * total) & (sampling.top_p < 1)
+        return (above >= sampling.top_p * total) & jnp.less(sampling.top_p, 1)
 
     # The most probable stays whatever top_p is.
     unneeded = _largest_number(outside, logits.shape[0])[:, None]

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MeshError
@@ -53,13 +53,13 @@ class Partition:
         ring: all-gather, compute, reduce-scatter), or are whole on each device of a row (decode).
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     split: bool = False
 
     @property
     def platform(self) -> str:
         """Of the devices: "cpu", "gpu", "cuda" or "tpu"."""
-        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else jax.default_backend()
 
     def size(self, *axes: str) -> int:
         """Devices along these axes."""
@@ -182,7 +182,7 @@ class Partition:
 ONE_DEVICE = Partition()
 
 
-def check_mesh(config: DbrxConfig, mesh: Mesh) -> None:
+def check_mesh(config: DbrxConfig, mesh: Mesh | AbstractMesh) -> None:
     """Whether the model can be laid over the mesh.
 
     Raises:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -52,7 +52,7 @@ class DbrxForCausalLM(nnx.Module):
         *,
         rngs: nnx.Rngs | None,
         dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
     ):
         if mesh is not None:
             check_mesh(config, mesh)

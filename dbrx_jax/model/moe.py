@@ -20,7 +20,8 @@ class Expert(nnx.Module):
     """
 
     def __init__(self, config: DbrxConfig, init: Init):
-        shape, axes = (config.ffn_hidden_size, config.d_model), ("ffn", "embed")
+        shape: tuple[int, ...] = (config.ffn_hidden_size, config.d_model)
+        axes: tuple[str, ...] = ("ffn", "embed")
         if (devices := init.partition.size("expert")) > 1:
             shape, axes = (devices, *shape), ("experts", *axes)
         self.w1, self.v1, self.w2 = (init.normal(shape, axes, config.initializer_range) for _ in range(3))
