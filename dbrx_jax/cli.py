@@ -30,6 +30,8 @@ class Options:
 
     dtype: Literal["float32", "bfloat16"] | None = None
     """Cast the weights on loading; by default they stay as they are."""
+    mesh: str | None = None
+    """Devices to lay the model over: a recipe such as v5e-64, or axes such as expert=16,tensor=4; by default one."""
     ranks_file: Path | None = None
     """A tiktoken ranks file, for checkpoints that hold no vocabulary."""
     max_new_tokens: int = 256
@@ -79,6 +81,14 @@ class Generate(Options):
     """Texts that end a completion; they are cut off."""
     batch_size: int = 8
     """Prompts of --file that run together."""
+    distributed: bool = False
+    """Run as one of several processes, each started with this command; the first alone prints and writes."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process; JAX finds it, and the next two, on Cloud TPU, GKE and SLURM."""
+    processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """This process' number, from 0."""
 
     def run(self) -> None:
         if (self.prompt is None) == (self.file is None):
@@ -87,7 +97,27 @@ class Generate(Options):
             raise GenerationError("--output goes with --file; the completion of --prompt goes to stdout")
         if self.batch_size < 1:
             raise GenerationError(f"--batch-size: expected a whole number above 0, got {self.batch_size}")
-        jobs = _read_jobs(self.file) if self.file else [_Job({"prompt": self.prompt}, self.prompt, None)]
+        if not self.distributed:
+            if (self.coordinator, self.processes, self.process_id) != (None, None, None):
+                raise GenerationError("--coordinator, --processes and --process-id go with --distributed")
+            self._generate(self._jobs(), self.output)
+            return
+        if self.mesh is None:
+            raise GenerationError("--distributed needs --mesh, to lay the model over the devices of all processes")
+        from dbrx_jax import distributed
+
+        with distributed.start(self.coordinator, self.processes, self.process_id) as first:
+            jobs = self._jobs()
+            own: dict[str, Any] = dict.fromkeys(
+                ("process_id", "coordinator", "checkpoint", "ranks_file", "file", "output")
+            )
+            distributed.check_same("options and prompts", repr((dataclasses.replace(self, **own), jobs)))
+            self._generate(jobs, self.output if first else None)
+
+    def _jobs(self) -> list["_Job"]:
+        return _read_jobs(self.file) if self.file else [_Job({"prompt": self.prompt}, self.prompt, None)]
+
+    def _generate(self, jobs: list["_Job"], output: Path | None) -> None:
         model, tokenizer = _load(self.checkpoint, self)
         options = self.of_generate(self.temperature) | {"stop_strings": self.stop, "tokenizer": tokenizer}
         if self.prompt is not None:
@@ -107,7 +137,7 @@ class Generate(Options):
                     f"{self.file}, prompt {number}: with {self.max_new_tokens} new tokens it is "
                     f"{self.max_new_tokens - room} over the model's {model.config.max_seq_len}; shorten it"
                 )
-        with _Results(self.output) as out:
+        with _Results(output) as out:
             rates = _Rates()
             for start in range(0, len(jobs), self.batch_size):
                 for result in _batch(
@@ -248,7 +278,7 @@ def _load(checkpoint: str | None, options: Options) -> tuple["DbrxForCausalLM", 
     folder = checkpoint or cached_checkpoint(say)
     begin = time.perf_counter()
     tokenizer = DbrxTokenizer.from_pretrained(folder, options.ranks_file)
-    model = DbrxForCausalLM.from_pretrained(folder, dtype=options.dtype)
+    model = DbrxForCausalLM.from_pretrained(folder, options.mesh, dtype=options.dtype)
     millions = model.config.total_parameters / 1e6
     say(f"Loaded {folder} ({millions:,.1f}M parameters, {model.dtype}) in {time.perf_counter() - begin:.1f} s")
     return model, tokenizer

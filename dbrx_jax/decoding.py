@@ -4,10 +4,11 @@ On a mesh each function is one program that every device runs on its rows, heads
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -59,8 +60,9 @@ def places(config, partition: Partition, sampled: bool = False) -> Places:
     cache = specs(config, partition)
     row, columns, same = partition.place(ROWS), partition.place(ROWS, None), partition.place()
     vocabulary = partition.place(ROWS, VOCABULARY)
-    state = DecodeState(cache, row, row, row, same, same, columns, columns, vocabulary)
-    settings = Settings(Sampling(*[same] * len(Sampling._fields)), columns if sampled else None, same)
+    kinds: Any = (DecodeState, Settings, Sampling)  # with places in them rather than arrays
+    state = kinds[0](cache, row, row, row, same, same, columns, columns, vocabulary)
+    settings = kinds[1](kinds[2](*[same] * len(Sampling._fields)), columns if sampled else None, same)
     return Places(cache, vocabulary, state, settings, row, same)
 
 
@@ -184,6 +186,15 @@ def _add_token(
 def on_every_device(partition, arrays):
     """Arrays that are split over rows, whole on every device, so that every process can read them."""
     return lax.with_sharding_constraint(arrays, partition.sharding(partition.place()))
+
+
+def agreed(partition: Partition, number: int) -> int:
+    """One number (32 bits) for all processes of the mesh, where each comes with its own."""
+    if partition.mesh is None or not partition.mesh.is_multi_process:
+        return number
+    apart = jax.sharding.NamedSharding(partition.mesh, jax.sharding.PartitionSpec(partition.mesh.axis_names))
+    numbers = jax.make_array_from_callback((partition.mesh.size,), apart, lambda _: np.array([number], np.uint32))
+    return int(np.asarray(on_every_device(partition, numbers))[0])
 
 
 @partial(jax.jit, static_argnums=0)

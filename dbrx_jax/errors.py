@@ -27,3 +27,7 @@ class MeshError(DbrxError):
 
 class PlanError(DbrxError):
     """A plan names an accelerator or a slice that is unknown, or needs a compiler that is not installed."""
+
+
+class DistributedError(DbrxError):
+    """The processes of a run cannot be joined, or were not started alike."""

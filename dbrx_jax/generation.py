@@ -26,6 +26,7 @@ from dbrx_jax.decoding import (
     MOST_EOS,
     DecodeState,
     Settings,
+    agreed,
     decode,
     empty,
     first_token,
@@ -37,7 +38,7 @@ from dbrx_jax.decoding import (
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.model.causal_lm import check_ids, parameter_places, split
 from dbrx_jax.sampling import Sampling, row_keys
-from dbrx_jax.sharding import ROWS
+from dbrx_jax.sharding import ROWS, Partition
 
 if TYPE_CHECKING:
     from dbrx_jax.model.causal_lm import DbrxForCausalLM
@@ -178,8 +179,8 @@ class TokenStream(Iterator[np.ndarray]):
         self._partition = model.partition
         self._groups = self._partition.size(*ROWS)
         self._filling = -len(rows) % self._groups  # rows that only fill the batch
-        seeds, row_numbers = _seeds(seed, len(rows))
-        keys = None
+        seeds, row_numbers = _seeds(seed, len(rows), self._partition)
+        keys: Any = None
         if do_sample:
             keys = np.pad(np.asarray(_keys(seeds, row_numbers)), ((0, self._filling), (0, 0)))
         padded_eos = np.array(eos + [-1] * (MOST_EOS - len(eos)), np.int32)
@@ -254,10 +255,10 @@ class TokenStream(Iterator[np.ndarray]):
     def _take(self, state: DecodeState) -> np.ndarray:
         """The tokens since the last look, cut where a stop string was completed."""
         begin, end = self._steps, int(state.step)
-        found = [state.tokens, state.logprobs]
+        chosen = [state.tokens, state.logprobs]
         if self._groups > 1:
-            found = on_every_device(self._partition, found)
-        tokens, logprobs = (np.array(np.asarray(x)[: len(self._rows), begin:end]) for x in found)
+            chosen = on_every_device(self._partition, chosen)
+        tokens, logprobs = (np.array(np.asarray(x)[: len(self._rows), begin:end]) for x in chosen)
         stopped = np.zeros(len(tokens), bool)
         for row in np.flatnonzero(~self._ended):
             length = next((i + 1 for i, t in enumerate(tokens[row]) if t in self._eos), None)
@@ -419,11 +420,11 @@ def _positive(name: str, value: Any, whole: bool = False) -> None:
         raise GenerationError(f"{name}: expected a {'whole ' if whole else ''}number above 0, got {value!r}")
 
 
-def _seeds(seed: int | Sequence[int] | None, rows: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _seeds(seed: int | Sequence[int] | None, rows: int, partition: Partition) -> tuple[np.ndarray, np.ndarray | None]:
     """Each row's seed, and the row numbers to fold in where all rows share one."""
     shared = seed is None or isinstance(seed, int | np.integer)
     if seed is None:
-        seed = secrets.randbits(32)
+        seed = agreed(partition, secrets.randbits(32))
     seeds = [seed] * rows if isinstance(seed, int | np.integer) else list(seed)
     if len(seeds) != rows:
         raise GenerationError(f"seed: expected one for each of {rows} rows, got {len(seeds)}")
