@@ -26,7 +26,9 @@ from dbrx_jax.tokenizer import stop_tokens
 READERS = 4  # threads
 
 
-def load_model(path: str | Path, mesh: Mesh | str | None = None, dtype: DTypeLike | None = None) -> DbrxForCausalLM:
+def load_model(
+    path: str | Path, mesh: Mesh | str | None = None, dtype: DTypeLike | None = None, all_to_all: bool = False
+) -> DbrxForCausalLM:
     """As :meth:`DbrxForCausalLM.from_pretrained`."""
     path = checkpoint_folder(path)
     if dtype is not None and str(np.dtype(dtype)) not in DTYPES:
@@ -47,7 +49,7 @@ def load_model(path: str | Path, mesh: Mesh | str | None = None, dtype: DTypeLik
     with ThreadPoolExecutor(READERS) as pool:
         arrays = dict(zip(placed, pool.map(read, placed), strict=True))
     config = dataclasses.replace(folder.config, dtype=target.name)
-    model = model_from_arrays(config, arrays, mesh)
+    model = model_from_arrays(config, arrays, mesh, all_to_all)
     model.generation_config = _generation_config(path)
     return model
 

@@ -42,9 +42,11 @@ class PlacedArray:
     parameters: tuple[str, ...]
 
 
-def abstract_model(config: DbrxConfig, dtype: Any = None, mesh: AnyMesh | None = None) -> DbrxForCausalLM:
+def abstract_model(
+    config: DbrxConfig, dtype: Any = None, mesh: AnyMesh | None = None, all_to_all: bool = False
+) -> DbrxForCausalLM:
     """A model whose parameters are shapes without memory behind them."""
-    return DbrxForCausalLM(config, rngs=None, dtype=dtype, mesh=mesh)
+    return DbrxForCausalLM(config, rngs=None, dtype=dtype, mesh=mesh, all_to_all=all_to_all)
 
 
 @functools.lru_cache(maxsize=8)
@@ -73,15 +75,17 @@ def placed_arrays(config: DbrxConfig, mesh: AnyMesh | None) -> Mapping[str, Plac
     return result
 
 
-def model_from_arrays(config: DbrxConfig, arrays: Mapping[str, jax.Array], mesh: Mesh | None) -> DbrxForCausalLM:
+def model_from_arrays(
+    config: DbrxConfig, arrays: Mapping[str, jax.Array], mesh: Mesh | None, all_to_all: bool = False
+) -> DbrxForCausalLM:
     """The model with these arrays, given under the names of :func:`placed_arrays`."""
-    graph, state = nnx.split(abstract_model(config, next(iter(arrays.values())).dtype, mesh))
+    graph, state = nnx.split(abstract_model(config, next(iter(arrays.values())).dtype, mesh, all_to_all))
     flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def model_from_parameters(
-    config: DbrxConfig, parameters: Mapping[str, ArrayLike], mesh: Mesh | None = None
+    config: DbrxConfig, parameters: Mapping[str, ArrayLike], mesh: Mesh | None = None, all_to_all: bool = False
 ) -> DbrxForCausalLM:
     """The model with these arrays, given under the names of :func:`parameter_specs`, as its parameters."""
     arrays, partition = {}, abstract_model(config, mesh=mesh).partition
@@ -91,7 +95,7 @@ def model_from_parameters(
         missing = [(0, want - have) for want, have in zip(placed.shape, array.shape, strict=True)]
         array = jnp.pad(array, missing) if any(m for _, m in missing) else array
         arrays[name] = jax.device_put(array, partition.sharding(placed.spec)) if mesh else array
-    return model_from_arrays(config, arrays, mesh)
+    return model_from_arrays(config, arrays, mesh, all_to_all)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

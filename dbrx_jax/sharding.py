@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import mesh_utils
@@ -51,10 +52,12 @@ class Partition:
       mesh: with axes among AXES; None is one device.
       split: whether the tokens between two layers are split over `expert` too, along dimension 1 (the
         ring: all-gather, compute, reduce-scatter), or are whole on each device of a row (decode).
+      all_to_all: whether split tokens go to their experts' devices alone, rather than round the ring.
     """
 
     mesh: Mesh | AbstractMesh | None = None
     split: bool = False
+    all_to_all: bool = False
 
     @property
     def platform(self) -> str:
@@ -178,6 +181,31 @@ class Partition:
             return self.gather(x, x.ndim - 1, "expert")
         return lax.all_to_all(x, "expert", split_axis=1, concat_axis=x.ndim - 1, tiled=True)
 
+    def send_rows(self, rows: Array, sizes: Array, room: int) -> Array:
+        """Rows (N, …) in runs, the first sizes[0] for device 0 along `expert`, and so on: the rows sent here.
+
+        Args:
+          sizes: (devices, devices), how many rows each device sends to each; the same everywhere.
+          room: rows of the result (room, …), in the order of their senders, with zeros behind.
+        """
+        me = self.index("expert")
+        begins = jnp.cumsum(sizes, axis=1) - sizes  # of each run where it is sent from
+        places = jnp.cumsum(sizes, axis=0) - sizes  # and where it arrives
+        if self.platform == "cpu":  # which has no such operation
+            return self._pick_rows(lax.all_gather(rows, "expert"), begins[:, me], places[:, me], sizes[:, me], room)
+        arriving = jnp.zeros((room, *rows.shape[1:]), rows.dtype)
+        return lax.ragged_all_to_all(
+            rows, arriving, begins[me], sizes[me], places[me], sizes[:, me], axis_name="expert"
+        )
+
+    def _pick_rows(self, rows: Array, begins: Array, places: Array, sizes: Array, room: int) -> Array:
+        """The same from the rows of all devices (devices, N, …)."""
+        place = jnp.arange(room)
+        sender = jnp.sum(place[:, None] >= (places + sizes)[None], axis=1)
+        real, sender = sender < len(sizes), jnp.minimum(sender, len(sizes) - 1)
+        picked = rows[sender, jnp.where(real, begins[sender] + place - places[sender], 0)]
+        return jnp.where(real.reshape(-1, *[1] * (picked.ndim - 1)), picked, 0)
+
 
 ONE_DEVICE = Partition()
 
@@ -203,6 +231,16 @@ def check_mesh(config: DbrxConfig, mesh: Mesh | AbstractMesh) -> None:
         if value % size:
             fitting = ", ".join(str(n) for n in range(1, min(value, 2 * size) + 1) if value % n == 0)
             raise MeshError(f"mesh: {axis}={size} does not divide {name} {value}; {fitting} would")
+
+
+def check_all_to_all(mesh: Mesh | AbstractMesh) -> None:
+    """Whether tokens can be sent to their experts' devices alone.
+
+    Raises:
+      MeshError: the devices' network cannot.
+    """
+    if isinstance(mesh, Mesh) and "v5 lite" in mesh.devices.flat[0].device_kind:
+        raise MeshError("all_to_all: the network of TPU v5e cannot; leave it out")
 
 
 def parse_axes(text: str) -> dict[str, int]:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
 from dbrx_jax.checkpoint import load_model
@@ -73,9 +74,9 @@ def test_golden_of_other_shapes(case, axes, expected):
     np.testing.assert_array_equal(new[:, e["tokens"].shape[1] :], e["greedy"])
 
 
-def gradients(config, parameters, mesh, tokens):
+def gradients(config, parameters, mesh, tokens, all_to_all=False):
     """Of the training loss, by the parameters' names."""
-    model = model_from_parameters(config, parameters, mesh)
+    model = model_from_parameters(config, parameters, mesh, all_to_all)
     graph, params = nnx.split(model)
     partition = model.partition
     rows, same = partition.place(("data", "fsdp"), None), partition.place()
@@ -122,6 +123,21 @@ def small_parameters(skew):
             parameters[name] = np.asarray(parameters[name]) + bias.astype(np.float32)
             parameters[f"blocks.{i}.norm_2.scale"] = np.abs(np.asarray(parameters[f"blocks.{i}.norm_2.scale"])) + 0.1
     return parameters
+
+
+@pytest.mark.parametrize("skew", [0, 3])
+@pytest.mark.parametrize("axes", ["expert=4,tensor=2", pytest.param("data=2,fsdp=2,expert=2", marks=pytest.mark.slow)])
+def test_all_to_all(axes, skew):
+    """Tokens sent to their experts' devices alone give the same, forward and backward, however uneven."""
+    parameters, mesh = small_parameters(skew), mesh_of(axes)
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(0, SMALL.vocab_size, (4, 24)), np.arange(24) >= np.array([[0], [3], [11], [20]])
+    one, many = model_from_parameters(SMALL, parameters), model_from_parameters(SMALL, parameters, mesh, True)
+    out, want = (m(ids, mask, output_router_probs=True) for m in (many, one))
+    np.testing.assert_allclose(np.asarray(out.logits)[mask], np.asarray(want.logits)[mask], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(out.router_probs[1][mask], want.router_probs[1][mask], rtol=0, atol=1e-5)
+    tokens = rng.integers(0, SMALL.vocab_size, (4, 25))
+    assert_same_gradients(gradients(SMALL, parameters, mesh, tokens, True), gradients(SMALL, parameters, None, tokens))
 
 
 @st.composite
@@ -246,6 +262,14 @@ def test_recipes():
         for axis, field in (("tensor", "kv_n_heads"), ("expert", "moe_num_experts")):
             assert getattr(config, field) % recipe.axes.get(axis, 1) == 0, name
     assert find_axes("v5e-64") == {"expert": 16, "tensor": 4}
+
+
+def test_all_to_all_is_refused_where_there_is_none():
+    mesh = Mesh(np.array([Device(0, 0)]), ("expert",))
+    DbrxForCausalLM(SMALL, rngs=None, mesh=mesh, all_to_all=True)
+    mesh.devices[0].device_kind = "TPU v5 lite"
+    with pytest.raises(MeshError, match="the network of TPU v5e cannot"):
+        DbrxForCausalLM(SMALL, rngs=None, mesh=mesh, all_to_all=True)
 
 
 class Device:

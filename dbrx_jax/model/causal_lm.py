@@ -22,7 +22,7 @@ from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.model.decoder import Block, Norm
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.routing import Routing
-from dbrx_jax.sharding import ROWS, VOCABULARY, Partition, check_mesh
+from dbrx_jax.sharding import ROWS, VOCABULARY, Partition, check_all_to_all, check_mesh
 
 
 class CausalLMOutput(NamedTuple):
@@ -41,6 +41,7 @@ class DbrxForCausalLM(nnx.Module):
       rngs: source of the initial weights (stream "params"); None gives parameters that are shapes only.
       dtype: of weights and activations; the configuration's by default.
       mesh: the devices that it lies on, see :mod:`dbrx_jax.sharding`; None is one device.
+      all_to_all: as in :meth:`from_pretrained`.
 
     Raises:
       MeshError: the mesh does not fit the configuration.
@@ -53,10 +54,13 @@ class DbrxForCausalLM(nnx.Module):
         rngs: nnx.Rngs | None,
         dtype: DTypeLike | None = None,
         mesh: Mesh | AbstractMesh | None = None,
+        all_to_all: bool = False,
     ):
         if mesh is not None:
             check_mesh(config, mesh)
-        self.partition = Partition(mesh)
+            if all_to_all:
+                check_all_to_all(mesh)
+        self.partition = Partition(mesh, all_to_all=all_to_all)
         dtype = config.dtype if dtype is None else dtype
         init = Init(None if rngs is None else rngs.params(), dtype, self.partition)
         V, D, std = self.partition.pad_vocabulary(config.vocab_size), config.d_model, config.initializer_range
@@ -69,7 +73,11 @@ class DbrxForCausalLM(nnx.Module):
 
     @staticmethod
     def from_pretrained(
-        path: str | Path, mesh: Mesh | str | None = None, *, dtype: DTypeLike | None = None
+        path: str | Path,
+        mesh: Mesh | str | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        all_to_all: bool = False,
     ) -> "DbrxForCausalLM":
         """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
 
@@ -81,6 +89,8 @@ class DbrxForCausalLM(nnx.Module):
           mesh: the devices to lay it over: a jax Mesh, the name of a recipe such as "v5e-64", or axes such
             as "expert=16,tensor=4" over all devices; None is one device.
           dtype: to cast the weights to; None keeps what the checkpoint holds.
+          all_to_all: in prompts and training, send tokens to their experts' devices alone rather than
+            round the ring (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all and picks).
 
         Raises:
           CheckpointError: the folder is not a complete checkpoint of a DBRX; the message says what is wrong.
@@ -89,7 +99,7 @@ class DbrxForCausalLM(nnx.Module):
         """
         from dbrx_jax.checkpoint import load_model
 
-        return load_model(path, mesh, dtype)
+        return load_model(path, mesh, dtype, all_to_all)
 
     @property
     def dtype(self) -> np.dtype:

@@ -53,15 +53,11 @@ class MoE(nnx.Module):
           valid: of all tokens; False for padding, which is not computed and gives 0.
           jitter_key: in training, the random key of the router's jitter where the configuration has one.
         """
+        if partition.split and partition.all_to_all and not self.dense:
+            return self._sent(x, partition, valid, jitter_key)
         x = partition.all_tokens(x)
-        rows = x.reshape(-1, x.shape[-1])
-        seen = rows
-        if jitter_key is not None and self.jitter is not None:
-            key = jax.random.fold_in(jitter_key, partition.index(*ROWS)) if partition.size(*ROWS) > 1 else jitter_key
-            noise = jax.random.uniform(key, rows.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
-            seen = rows * noise.astype(rows.dtype)
-        routing = route(seen @ self.router[...].T, self.top_k, self.norm)
-        weights = self._weights(partition)
+        routing = self._route(x, partition, jitter_key)
+        rows, weights = x.reshape(-1, x.shape[-1]), self._weights(partition)
         if self.dense:  # softmax over one expert gives the weight 1
             y = expert_mlp(rows, *weights.one(0), self.activation)
         else:
@@ -72,6 +68,41 @@ class MoE(nnx.Module):
                 rows, routing.weights, chosen, weights, self.activation, valid, platform=partition.platform
             )
         return partition.join(y.reshape(x.shape)), routing
+
+    def _sent(
+        self, x: Float[Array, "B T D"], partition: Partition, valid: Bool[Array, "B S"] | None, jitter_key: Array | None
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """The same with each token sent to the devices of its experts, and what they make of it sent back."""
+        mine = self._route(x, partition, jitter_key)
+        devices, each = partition.size("expert"), len(self.experts)
+        experts, (B, T, _) = mine.experts, x.shape
+        if valid is not None:  # padding goes nowhere: its place is behind the last device's
+            experts = jnp.where(partition.own_tokens(valid).reshape(-1, 1), experts, devices * each)
+        pairs = experts.reshape(-1)
+        order = jnp.argsort(pairs, stable=True)
+        rows = x.reshape(-1, x.shape[-1])[order // self.top_k]
+        sizes = jnp.sum(pairs[:, None] // each == jnp.arange(devices), axis=0)
+        sizes = partition.gather(sizes[None], 0, "expert")  # (devices, devices)
+        room = devices * B * T * min(self.top_k, each)  # were all tokens to come here
+        there = partition.send_rows(rows, sizes, room)
+        expert = partition.send_rows(pairs[order] + 1, sizes, room) - 1 - partition.index("expert") * each
+        local, ones = self._weights(partition), jnp.ones((room, 1), x.dtype)
+        used = jnp.arange(room) < sizes[:, partition.index("expert")].sum()
+        done = apply_experts(there, ones, expert[:, None], local, self.activation, used, platform=partition.platform)
+        back = partition.send_rows(done, sizes.T, len(pairs))[jnp.argsort(order)]
+        y = jnp.sum(back.reshape(-1, self.top_k, x.shape[-1]) * mine.weights[..., None].astype(x.dtype), axis=1)
+        whole = [partition.all_tokens(a.reshape(B, T, -1)).reshape(-1, a.shape[-1]) for a in mine]
+        return partition.sum(y.reshape(x.shape), "tensor"), Routing(*whole)
+
+    def _route(self, x: Float[Array, "B T D"], partition: Partition, jitter_key: Array | None) -> Routing:
+        seen = rows = x.reshape(-1, x.shape[-1])
+        if jitter_key is not None and self.jitter is not None:
+            apart = (*ROWS, "expert") if partition.all_to_all else ROWS  # devices whose tokens are not the same
+            if partition.size(*apart) > 1:
+                jitter_key = jax.random.fold_in(jitter_key, partition.index(*apart))
+            noise = jax.random.uniform(jitter_key, rows.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
+            seen = rows * noise.astype(rows.dtype)
+        return route(seen @ self.router[...].T, self.top_k, self.norm)
 
     def _weights(self, partition: Partition) -> ExpertWeights:
         def local(parameter):
