@@ -273,8 +273,10 @@ def _batch(model, tokenizer, jobs, stop, rates, options) -> Iterator[dict[str, A
 
 def _load(checkpoint: str | None, options: Options) -> tuple["DbrxForCausalLM", "DbrxTokenizer"]:
     from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
+    from dbrx_jax.compilation_cache import keep_compiled
     from dbrx_jax.demo import cached_checkpoint
 
+    keep_compiled(say)
     folder = checkpoint or cached_checkpoint(say)
     begin = time.perf_counter()
     tokenizer = DbrxTokenizer.from_pretrained(folder, options.ranks_file)

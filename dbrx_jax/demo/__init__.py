@@ -1,12 +1,12 @@
 """The checkpoint that comes with the package, so that everything runs with nothing downloaded."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
+from dbrx_jax.compilation_cache import user_cache
 from dbrx_jax.errors import CheckpointError
 
 
@@ -38,8 +38,7 @@ def cached_checkpoint(say: Callable[[str], None]) -> Path:
     digest = hashlib.sha256()
     for file in sorted(source.iterdir()):
         digest.update(file.read_bytes())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dbrx_jax"
-    folder = base / f"demo-{digest.hexdigest()[:12]}-v{FORMAT_VERSION}"
+    folder = user_cache() / f"demo-{digest.hexdigest()[:12]}-v{FORMAT_VERSION}"
     if is_orbax(folder):
         return folder
     say(f"Converting the demo checkpoint to Orbax in {folder}")

@@ -1,0 +1,69 @@
+"""Compiled programs are kept where nobody else can put any."""
+
+import jax
+import pytest
+
+from dbrx_jax.compilation_cache import keep_compiled
+from tests.test_cli import command
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path / "dbrx_jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_a_folder_of_ones_own_is_made(cache):
+    lines = []
+    keep_compiled(lines.append)
+    assert lines == []
+    assert jax.config.jax_compilation_cache_dir == str(cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_a_folder_that_others_write_to_is_not_used(cache, mode):
+    cache.mkdir(parents=True)
+    cache.chmod(mode)
+    lines = []
+    keep_compiled(lines.append)
+    assert jax.config.jax_compilation_cache_dir is None
+    assert "is not yours alone to write to" in lines[0]
+
+
+def test_a_link_is_not_used(cache, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    cache.parent.mkdir()
+    cache.symlink_to(tmp_path / "elsewhere")
+    keep_compiled(lambda _: None)
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_file_in_its_place_is_said(cache):
+    cache.parent.mkdir()
+    cache.write_text("")
+    lines = []
+    keep_compiled(lines.append)
+    assert "cannot be used" in lines[0]
+
+
+def test_the_users_own_choice_stays(cache, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    keep_compiled(lambda _: None)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    assert not cache.exists()
+
+
+def test_a_second_run_finds_what_the_first_compiled(cache):
+    words = ("dbrx-jax", "generate", "--prompt", "A list", "--max-new-tokens", "3")
+    first = command(*words)
+    kept = {file.name: file.stat().st_mtime_ns for file in cache.iterdir() if not file.name.endswith("-atime")}
+    assert len(kept) >= 2
+    second = command(*words)
+    assert second.stdout == first.stdout
+    assert {f.name: f.stat().st_mtime_ns for f in cache.iterdir() if not f.name.endswith("-atime")} == kept
+    assert "error" not in second.stderr.lower()
