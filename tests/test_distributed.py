@@ -140,8 +140,7 @@ def test_two_processes_generate_as_one(orbax, completions, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "devices", "mesh"),
-    [(2, 4, "data=2,expert=4"), (4, 2, "data=2,expert=2,tensor=2"), (4, 1, "expert=4"), (4, 2, "fsdp=4,tensor=2")],
+    ("processes", "devices", "mesh"), [(2, 4, "data=2,expert=4"), (4, 2, "data=2,expert=2,tensor=2")]
 )
 def test_processes_generate_as_one(processes, devices, mesh, folder, completions, tmp_path):
     """Sampled by the command and greedy by the example, from a Hugging Face folder."""
@@ -164,7 +163,7 @@ def worker(folder, count, devices, *task, start_seconds=60, lost_seconds=60):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["expert=4,tensor=2", "data=2,expert=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
 def test_library_on_two_processes(mesh, tmp_path):
     with worker(tmp_path, 2, 4, "library", mesh, lost_seconds=120) as run:
         assert run.statuses(500) == [0, 0], run.stderr(0) + run.stderr(1)
@@ -207,7 +206,7 @@ def test_a_silent_process_is_lost_after_the_stated_time(silent, tmp_path):
         run.all[silent].send_signal(signal.SIGSTOP)
         begin = time.monotonic()
         assert run.all[1 - silent].wait(30) != 0
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < 25  # others may be at work
         time.sleep(0.5)
         one_line(run.stderr(1 - silent), "distributed_worker.py", f"process {silent} was lost")
 
@@ -219,7 +218,7 @@ def test_a_process_that_never_comes(present, tmp_path):
         run.all[1 - present].kill()
         begin = time.monotonic()
         assert run.all[present].wait(60) != 0
-        assert time.monotonic() - begin < 8 + 15
+        assert time.monotonic() - begin < 8 + 30  # its own start included
         time.sleep(0.5)
         one_line(run.stderr(present), "distributed_worker.py", "not every process came within 8 s")
 
