@@ -21,7 +21,6 @@ def test_132b_compiles_as_planned(target):
     facts = json.loads(done.stdout)
     decode, prefill = facts["compiled"]
     for compiled in (decode, prefill):
-        print(target, compiled["program"], compiled["compile_seconds"], "s")
         assert compiled["planned"] == pytest.approx(compiled["total"], rel=0.10), compiled
         assert compiled["moved"] == pytest.approx(compiled["planned_moved"], rel=0.01), compiled
         assert compiled["weights_moved"] == []
