@@ -145,11 +145,13 @@ def meshes(draw):
     sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
     for _ in range(3):
         sizes[draw(st.sampled_from(AXES))] *= 2
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1 and (axis != "tensor" or size < 8))
+    if sizes["tensor"] == 8:  # more than there are key and value heads
+        sizes |= {"data": 2, "tensor": 4}
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
 @pytest.mark.slow
-@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(meshes(), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0, 3]), st.integers(0, 99))
 def test_any_mesh_any_batch_any_routing(axes, rows, longest, skew, seed):
     parameters = small_parameters(skew)
@@ -164,7 +166,7 @@ def test_any_mesh_any_batch_any_routing(axes, rows, longest, skew, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(meshes(), st.integers(8, 60), st.sampled_from([0, 3]), st.integers(0, 99))
 def test_gradients_on_any_mesh(axes, length, skew, seed):
     tokens = np.random.default_rng(seed).integers(0, SMALL.vocab_size, (8, length + 1))
