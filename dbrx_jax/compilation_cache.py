@@ -17,7 +17,7 @@ def keep_compiled(say: Callable[[str], None]) -> None:
     Args:
       say: called with a line of text where the folder cannot be used.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = user_cache() / "compiled"
     try:
