@@ -85,7 +85,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     total = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     local = setting.positions // setting.partition.size(STRIPES)
-    trips = {"cache_blocks": math.ceil(local / CACHE_BLOCK), "cache_rows": setting.rows}
+    trips = {"cache_blocks": math.ceil(local / CACHE_BLOCK)}
     traffic = hlo.hbm_traffic(text, trips)
     found = hlo.collectives(text, trips)
     kinds: dict[str, int] = {}
