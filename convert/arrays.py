@@ -24,7 +24,7 @@ from dbrx_jax.files import is_remote
 CHUNK = 64 << 20  # bytes, at most unless one row is larger
 METADATA = ".zarray"
 ALIGNMENT = 64  # bytes
-ZARR_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
+ZARR_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16", "int8": "|i1", "uint8": "|u1"}
 EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
     "float32": np.uint32(0x7F800000),
     "float16": np.uint16(0x7C00),

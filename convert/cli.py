@@ -31,9 +31,12 @@ class ToOrbax:
     destination: Destination
     """Folder or URL to make; it can be loaded when it is complete."""
     dtype: Dtype | None = None
-    """Cast the weights; by default they stay as they are."""
+    """Cast the weights, or with --quantize the scales; by default they stay as they are."""
     compress: bool = False
     """With zstd: slower, and trained weights hardly get smaller."""
+    quantize: str | None = None
+    """int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32), fp8, or parts such as
+    experts=int4-64,attention=int8,head=int8."""
     sha256: bool = False
     """Write SHA-256 digests of every file and parameter into the manifest."""
     workers: int | None = None
@@ -44,7 +47,14 @@ class ToOrbax:
 
         def convert(advance: Callable[[int], None]) -> dict[str, int]:
             return to_orbax(
-                self.source, self.destination, self.dtype, self.compress, self.sha256, self.workers, advance
+                self.source,
+                self.destination,
+                self.dtype,
+                self.compress,
+                self.sha256,
+                self.workers,
+                advance,
+                self.quantize,
             )
 
         _convert(self.source, self.destination, convert)
@@ -62,7 +72,7 @@ class ToHf:
     destination: Destination
     """Folder or URL to make; it can be loaded when it is complete."""
     dtype: Dtype | None = None
-    """Cast the weights; by default they stay as they are."""
+    """Cast the weights; by default they stay as they are, and quantised ones become what their scales are."""
     max_shard_size: str = "5GB"
     """Size of a file, such as 5GB or 500MB."""
     workers: int | None = None
@@ -169,6 +179,8 @@ class Inspect:
             print(json.dumps(facts, indent=2))
         else:
             for key, value in facts.items():
+                if key == "bytes_by_part":
+                    value = ", ".join(f"{part} {size:,}" for part, size in value.items())
                 for line in value if key == "problems" else [value]:
                     text = f"{value:,}" if isinstance(value, int) else line
                     print(f"{'problem' if key == 'problems' else key:<18}{text}")
@@ -182,6 +194,8 @@ def _convert(source: str, destination: str, convert: Callable[[Callable[[int], N
     folder = open_folder(source)
     size = folder.size
     say(f"{source}: DBRX of {folder.config.total_parameters:,} parameters, {folder.description}")
+    if folder.quantization is not None:
+        say(f"{source}: its weights are dequantised")
     begin = time.perf_counter()
     with progress("Converting", size) as advance:
         bad = convert(advance)

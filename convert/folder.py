@@ -10,6 +10,7 @@ from dbrx_jax.convert.layouts import stored_shape
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import location
 from dbrx_jax.parameters import parameter_specs
+from dbrx_jax.quantization import Quantization
 
 # In a folder that a conversion is at work in, or was killed in; gone when it is complete.
 PLAN = "conversion.json"
@@ -41,14 +42,23 @@ class CheckpointFolder(Protocol):
         """The files that hold the weights."""
         ...
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its weights are stored, where they are quantised in the project's own way."""
+        ...
+
     def dtype(self) -> np.dtype:
-        """The one dtype of all weights."""
+        """The one dtype of all weights, after dequantising."""
         ...
 
     def parameter_dtype(self, parameter: str) -> np.dtype: ...
 
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a parameter, read into memory."""
+        """Rows of a parameter, read into memory and dequantised."""
+        ...
+
+    def stored_rows(self, parameter: str, part: str, start: int, stop: int) -> np.ndarray:
+        """Rows (along the first dimension) of the "values" or "scale" of a quantised parameter, as they are stored."""
         ...
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:

@@ -1,13 +1,15 @@
 """What a checkpoint is, before anything is done with it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
-from dbrx_jax.convert.folder import open_folder
+from dbrx_jax.convert.folder import CheckpointFolder, open_folder
 from dbrx_jax.convert.move import not_finite
 from dbrx_jax.errors import CheckpointError, DbrxError
 from dbrx_jax.files import location
-from dbrx_jax.parameters import parameter_specs
+from dbrx_jax.parameters import parameter_specs, placed_arrays
+from dbrx_jax.quantization import part_of
 from dbrx_jax.tokenizer import DbrxTokenizer
 
 
@@ -45,6 +47,8 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_seq_len": config.max_seq_len,
     }
+    if folder.quantization is not None:
+        facts |= {"quantization": str(folder.quantization), "bytes_by_part": _bytes_by_part(folder)}
     if len(dtypes) > 1:
         facts["problems"].append(f"weights have several dtypes ({', '.join(dtypes)}); convert with --dtype")
     try:
@@ -61,3 +65,14 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
         facts["not_finite"] = sum(bad.values())
         facts["problems"] += [f"{name}: {count} values are not finite" for name, count in bad.items()]
     return facts
+
+
+def _bytes_by_part(folder: CheckpointFolder) -> dict[str, int]:
+    """Of the parts of a model that a :class:`Quantization` tells apart, and of the rest."""
+    result: dict[str, int] = {}
+    arrays = placed_arrays(folder.config, None, folder.quantization, folder.dtype())
+    for name, array in arrays.items():
+        part = part_of(name) or "routers and norms"
+        nbytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf, _ in array.leaves())
+        result[part] = result.get(part, 0) + nbytes
+    return result

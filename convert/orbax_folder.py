@@ -1,6 +1,7 @@
 """An Orbax checkpoint as to_orbax writes it, read array by array."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -12,16 +13,20 @@ import numpy as np
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.convert.arrays import METADATA, chunk_name, read_bytes
+from dbrx_jax.convert.folder import rows_per_block
 from dbrx_jax.convert.layouts import stored_shape
-from dbrx_jax.errors import CheckpointError, ConfigError
+from dbrx_jax.errors import CheckpointError, ConfigError, QuantizationError
 from dbrx_jax.files import is_remote, location, read_json
-from dbrx_jax.parameters import parameter_specs
+from dbrx_jax.parameters import ParameterSpec, parameter_specs
+from dbrx_jax.quantization import SCALE_DTYPES, VALUE_DTYPES, Format, Quantization, QuantizedArray
 
 FORMAT_VERSION = 1
+QUANTIZED_VERSION = 2  # of a checkpoint whose weights are quantised
 MANIFEST = "dbrx_jax.json"  # what marks a folder as a checkpoint of ours: written last
 PARAMS = "params"
 STATE = "state"  # Orbax's name for the one tree of a checkpoint
-DTYPES = {"<f4": np.dtype(np.float32), "<f2": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {"<f4": np.dtype(np.float32), "<f2": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {**FLOATS, "|i1": np.dtype(np.int8), "|u1": np.dtype(np.uint8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,38 +54,66 @@ class StoredArray:
             start += rows
         return result
 
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Some rows, read into memory.
+
+        Raises:
+          CheckpointError: a file is missing, too short or damaged.
+        """
+        if not self.plain:
+            return _decoded(self, start, stop)
+        return read_bytes(self.pieces(start, stop)).view(self.dtype).reshape(stop - start, *self.shape[1:])
+
 
 @dataclasses.dataclass(frozen=True)
 class OrbaxFolder:
-    """A complete Orbax checkpoint of dbrx-convert's."""
+    """A complete Orbax checkpoint of dbrx-convert's.
+
+    Args:
+      arrays: by the parameters' names; of a quantised one, `NAME.values` and `NAME.scale`.
+      quantized: the shapes of those parameters.
+    """
 
     path: Path
     config: DbrxConfig
     arrays: dict[str, StoredArray]
     manifest: dict[str, Any]
+    quantization: Quantization | None
+    quantized: dict[str, QuantizedArray]
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
         """Reads config.json, the manifest and every array's description.
 
         Raises:
-          CheckpointError: an array is missing, damaged, or not of the shape that config.json asks for.
+          CheckpointError: an array is missing, damaged, or not of the shape and dtype that config.json and
+            the manifest ask for.
           ConfigError: config.json is missing or cannot be used.
         """
         folder = location(path)
         config = DbrxConfig.from_file(folder)
         manifest = read_manifest(folder)
-        arrays = {}
+        quantization = _read_quantization(folder, manifest)
+        arrays, quantized = {}, {}
         for name, spec in parameter_specs(config).items():
-            array = _read_array(folder / PARAMS / STATE / name)
-            if array.shape != spec.shape:
-                raise CheckpointError(f"{array.folder}: config.json asks for shape {spec.shape}, got {array.shape}")
-            arrays[name] = array
-        return cls(folder, config, arrays, manifest)
+            place = folder / PARAMS / STATE / name
+            form = quantization.format_of(name) if quantization else None
+            if form is None:
+                array = arrays[name] = read_array(place)
+                if array.shape != spec.shape:
+                    raise CheckpointError(f"{array.folder}: config.json asks for shape {spec.shape}, got {array.shape}")
+                if array.dtype not in FLOATS.values():
+                    raise CheckpointError(f"{array.folder}: expected floats, got {array.dtype}; convert again")
+            else:
+                values, scale = (read_array(place.with_name(f"{name}.{part}")) for part in ("values", "scale"))
+                quantized[name] = _check_quantized(spec, form, values, scale)
+                arrays |= {f"{name}.values": values, f"{name}.scale": scale}
+        return cls(folder, config, arrays, manifest, quantization, quantized)
 
     @property
     def description(self) -> str:
-        return "Orbax, compressed" if self.manifest.get("compressed") else "Orbax"
+        words = ["Orbax", *([str(self.quantization)] if self.quantization else [])]
+        return ", ".join([*words, "compressed"] if self.manifest.get("compressed") else words)
 
     @property
     def files(self) -> list[Path]:
@@ -93,36 +126,65 @@ class OrbaxFolder:
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.arrays.values())
 
     def dtype(self) -> np.dtype:
-        """The one dtype of all weights.
+        """The one dtype of all weights, of quantised ones that of their scales.
 
         Raises:
           CheckpointError: they have several.
         """
-        dtypes = {a.dtype for a in self.arrays.values()}
+        dtypes = {self.parameter_dtype(name) for name in parameter_specs(self.config)}
         if len(dtypes) > 1:
             raise CheckpointError(f"{self.path}: holds arrays of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
         return next(iter(dtypes))
 
     def parameter_dtype(self, parameter: str) -> np.dtype:
-        return self.arrays[parameter].dtype
+        return self.arrays[f"{parameter}.scale" if parameter in self.quantized else parameter].dtype
 
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a parameter in its published two-dimensional shape, read into memory.
+        """Rows of a parameter in its published two-dimensional shape, read into memory and dequantised.
 
         Raises:
           CheckpointError: a file is missing, too short or damaged.
         """
-        array = self.arrays[parameter]
-        shape = stored_shape(parameter_specs(self.config)[parameter])
-        factor = shape[0] // array.shape[0]  # published rows a row of the array
+        spec = parameter_specs(self.config)[parameter]
+        shape = stored_shape(spec)
+        factor = shape[0] // spec.shape[0]  # published rows a row of the array
         first, last = start // factor, -(-stop // factor)
-        data = read_bytes(array.pieces(first, last)).view(array.dtype) if array.plain else _decoded(array, first, last)
-        rows = data.reshape(-1, *shape[1:])
+        read = self._dequantized if parameter in self.quantized else self._plain
+        rows = read(parameter, first, last).reshape(-1, *shape[1:])
         return rows[start - first * factor : stop - first * factor]
+
+    def _plain(self, parameter: str, start: int, stop: int) -> np.ndarray:
+        return self.arrays[parameter].rows(start, stop)
+
+    def _dequantized(self, parameter: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a quantised parameter; where they are what is summed over, whole groups are read (or pairs)."""
+        like = self.quantized[parameter]
+        summed = like.contracted[-1] == -like.ndim
+        unit = (like.group or 2) if summed else 1
+        first, last = start // unit * unit, min(-(-stop // unit) * unit, like.shape[0])
+        halves = 2 if summed and like.kind == "int4" else 1
+        each = like.shape[0] // like.scale.shape[0]  # rows that share a scale
+        array = dataclasses.replace(
+            like,
+            values=self.stored_rows(parameter, "values", first // halves, -(-last // halves)),
+            scale=self.stored_rows(parameter, "scale", first // each, -(-last // each)),
+        )
+        return array.dequantize()[start - first : stop - first]
+
+    def stored_rows(self, parameter: str, part: str, start: int, stop: int) -> np.ndarray:
+        """Rows of the "values" or "scale" of a quantised parameter, as they are stored.
+
+        Raises:
+          CheckpointError: a file is missing, too short or damaged.
+        """
+        rows = self.arrays[f"{parameter}.{part}"].rows(start, stop)
+        return rows if part == "scale" else rows.view(VALUE_DTYPES[self.quantized[parameter].kind])
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
         """File, offset and length of the bytes of some rows, where they lie as they are needed; else None."""
-        array = self.arrays[parameter]
+        array = self.arrays.get(parameter)
+        if array is None:  # quantised
+            return None
         factor = stored_shape(parameter_specs(self.config)[parameter])[0] // array.shape[0]
         if not array.plain or start % factor or stop % factor:
             return None
@@ -145,14 +207,52 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     version = manifest.get("format_version") if isinstance(manifest, Mapping) else None
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, QUANTIZED_VERSION) or isinstance(version, bool):
         raise CheckpointError(
-            f"{path / MANIFEST}: format_version: expected {FORMAT_VERSION}, got {version!r:.40}; convert again"
+            f"{path / MANIFEST}: format_version: expected {FORMAT_VERSION} or {QUANTIZED_VERSION}, "
+            f"got {version!r:.40}; convert again"
         )
     return dict(manifest)
 
 
-def _read_array(folder: Path) -> StoredArray:
+def _read_quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | None:
+    """What the manifest says of it: format 2 is what has it."""
+    text = manifest.get("quantization")
+    if (manifest["format_version"] == QUANTIZED_VERSION) != isinstance(text, str):
+        raise CheckpointError(
+            f"{folder / MANIFEST}: quantization: does not go with the format's version; convert again"
+        )
+    try:
+        return Quantization.parse(text)
+    except QuantizationError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}") from None
+
+
+def _check_quantized(spec: ParameterSpec, form: Format, values: StoredArray, scale: StoredArray) -> QuantizedArray:
+    """The shapes of a quantised parameter, as which its two arrays are stored."""
+    if scale.dtype.name not in SCALE_DTYPES:
+        raise CheckpointError(f"{scale.folder}: expected dtype {' or '.join(SCALE_DTYPES)}, got {scale.dtype}")
+    try:
+        like = spec.quantized(form, scale.dtype)
+    except QuantizationError as error:
+        raise CheckpointError(f"{values.folder}: {error}") from None
+    dtype = stored_dtype(like.values.dtype)
+    for array, want in ((values, like.values), (scale, like.scale)):
+        if array.shape != want.shape:
+            raise CheckpointError(
+                f"{array.folder}: {form} asks for shape {want.shape}, got {array.shape}; convert again"
+            )
+    if values.dtype != dtype:
+        raise CheckpointError(f"{values.folder}: {form} asks for dtype {dtype}, got {values.dtype}; convert again")
+    return like
+
+
+def stored_dtype(dtype: np.dtype) -> np.dtype:
+    """As which an array is stored: zarr 2 has no 8-bit floats, so those are bytes."""
+    return np.dtype(np.uint8) if dtype == VALUE_DTYPES["fp8"] else dtype
+
+
+def read_array(folder: Path) -> StoredArray:
     """An array's description, checked against its files."""
     try:
         data = read_json(folder / METADATA)
@@ -177,6 +277,15 @@ def _read_array(folder: Path) -> StoredArray:
         if not file.is_file() or file.stat().st_size != size:
             raise CheckpointError(f"{file}: is missing or not {size} bytes long; convert or copy it again")
     return array
+
+
+def digest_of(array: StoredArray) -> str:
+    """SHA-256 of an array's bytes."""
+    result, step = hashlib.sha256(), rows_per_block(array.shape, array.dtype.itemsize)
+    for start in range(0, array.shape[0], step):
+        rows = array.rows(start, min(start + step, array.shape[0]))
+        result.update(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data)
+    return result.hexdigest()
 
 
 def _decoded(array: StoredArray, start: int, stop: int) -> np.ndarray:

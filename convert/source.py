@@ -40,7 +40,7 @@ class HuggingFaceFolder:
     layout: Layout
     tensors: dict[str, SourceTensor]  # what the layout says of each
     stored: dict[str, StoredTensor]
-    quantization: str | None  # how weights are quantised, in words
+    packing: str | None  # how weights are quantised, in words
     places: dict[str, tuple[str, int, int]]  # parameter -> tensor, first row, row behind the last
 
     @classmethod
@@ -78,7 +78,12 @@ class HuggingFaceFolder:
     @property
     def description(self) -> str:
         """The layout, and how weights are quantised."""
-        return f"{self.layout.name} layout" + (f", {self.quantization}" if self.quantization else "")
+        return f"{self.layout.name} layout" + (f", {self.packing}" if self.packing else "")
+
+    @property
+    def quantization(self) -> None:
+        """What such a folder quantises is dequantised as it is read."""
+        return None
 
     @property
     def files(self) -> list[Path]:
@@ -115,6 +120,9 @@ class HuggingFaceFolder:
         if self.tensors[name].transposed:
             return self.stored[name].rows(0, self.tensors[name].shape[0]).T[start:stop]
         return self.stored[name].rows(first + start, min(first + stop, last))
+
+    def stored_rows(self, parameter: str, part: str, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError("nothing here is quantised in the project's own way")
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
         """File, offset and length of the bytes of some rows, where they lie as they are needed; else None."""

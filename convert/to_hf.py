@@ -7,6 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -23,6 +24,7 @@ from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import location, read_json
 from dbrx_jax.model.causal_lm import DbrxForCausalLM
 from dbrx_jax.parameters import parameters_of
+from dbrx_jax.quantization import QuantizedArray
 
 SHARD = 5_000_000_000  # bytes, as the published files
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -47,7 +49,8 @@ def to_hf(
       source: an Orbax checkpoint of dbrx-convert's, or a Hugging Face folder in any published layout.
         Either may be the URL of a file system that fsspec knows, such as gs://bucket/folder.
       destination: a folder that does not exist yet.
-      dtype: to cast the weights to; by default they stay as they are.
+      dtype: to cast the weights to; by default they stay as they are. Quantised weights are dequantised, to the
+        dtype of their scales by default.
       max_shard_size: bytes of a file, unless one tensor is larger.
       workers: threads; as many as there are CPUs, at most 4, by default.
       progress: called with numbers of bytes as they are written.
@@ -170,8 +173,12 @@ def write_model(model: DbrxForCausalLM, folder: Path) -> None:
     parameters = parameters_of(model)
     tensors = {}
     for name, source in expand(FUSED, model.config).items():
-        parts = [np.asarray(parameters[p.parameter]).reshape(p.stop - p.start, *source.shape[1:]) for p in source.parts]
+        parts = [_plain(parameters[p.parameter]).reshape(p.stop - p.start, *source.shape[1:]) for p in source.parts]
         tensors[name] = np.concatenate(parts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+
+
+def _plain(parameter: Any) -> np.ndarray:
+    return np.asarray(parameter.dequantize() if isinstance(parameter, QuantizedArray) else parameter)

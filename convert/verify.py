@@ -1,6 +1,7 @@
 """Comparing two checkpoints of either kind, tensor by tensor or by what they say."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -8,8 +9,7 @@ from typing import cast
 import numpy as np
 
 from dbrx_jax.convert.folder import CheckpointFolder, rows_per_block, shape_of
-from dbrx_jax.convert.move import digest
-from dbrx_jax.convert.orbax_folder import OrbaxFolder
+from dbrx_jax.convert.orbax_folder import OrbaxFolder, digest_of
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.parameters import parameter_specs
 
@@ -79,20 +79,20 @@ def _compare_one(a: CheckpointFolder, b: CheckpointFolder, name: str) -> Differe
 
 
 def check_digests(folder: CheckpointFolder, progress: Callable[[int], None] | None = None) -> list[str]:
-    """The parameters whose bytes are not those that the manifest's SHA-256 digests are of.
+    """The parameters (values and scales of quantised ones) whose bytes are not those of the manifest's SHA-256 digests.
 
     Raises:
       CheckpointError: the checkpoint has no digests.
     """
     digests = folder.manifest.get("sha256") if isinstance(folder, OrbaxFolder) else None
-    if not isinstance(digests, dict):
+    if not isinstance(folder, OrbaxFolder) or not isinstance(digests, dict):
         raise CheckpointError(f"{folder.path}: has no SHA-256 digests; convert with --sha256 to have them")
     wrong = []
-    for name, spec in parameter_specs(folder.config).items():
-        if digests.get(name) != digest(folder, name, folder.parameter_dtype(name)):
+    for name, array in folder.arrays.items():
+        if digests.get(name) != digest_of(array):
             wrong.append(name)
         if progress is not None:
-            progress(spec.size)
+            progress(math.prod(array.shape))
     return wrong
 
 

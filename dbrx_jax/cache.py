@@ -5,27 +5,36 @@ compiler would turn the whole cache round before and after each step. On a mesh 
 heads, and every X-th position: position p is at place p // X on device p mod X along STRIPES. So the
 devices share the work of attention equally, whatever the length, and long sequences fit. On each
 device S is a multiple of CACHE_BLOCK, the unit in which attention reads it.
+
+An int8 cache has a scale for the K elements of each position and head, (B, G, S) in bfloat16.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int8
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.sharding import ROWS, STRIPES, Partition
 
 CACHE_BLOCK = 128  # positions
-# Tokens of a prompt that go through the model together, by platform: enough to keep its matrix units busy.
-PREFILL_CHUNK = {"cpu": 128, "tpu": 2048, "gpu": 2048, "cuda": 2048}
+SCALE_DTYPE = jnp.bfloat16
+# Tokens of a prompt that go through the model together, by platform: the least of these numbers that takes the rest
+# of the prompt, else the largest. Enough to keep matrix units busy; on a CPU, where filled up ones cost, two.
+PREFILL_CHUNKS = {"cpu": (128, 512)}
+PREFILL_CHUNKS_ELSEWHERE = (2048,)
 
 
 class LayerCache(NamedTuple):
-    key: Float[Array, "B G S K"]
-    value: Float[Array, "B G S K"]
+    key: Float[Array, "B G S K"] | Int8[Array, "B G S K"]
+    value: Float[Array, "B G S K"] | Int8[Array, "B G S K"]
+    key_scale: Float[Array, "B G S"] | None = None  # of an int8 cache
+    value_scale: Float[Array, "B G S"] | None = None
 
 
 Cache = list[LayerCache]
@@ -37,28 +46,39 @@ def capacity(tokens: int, partition: Partition) -> int:
     Rounded up to an eighth of the next power of two, so that a conversation that grows is
     compiled for seldom, and at most a quarter of the cache lies idle beyond one chunk.
     """
-    unit = math.lcm(chunk_length(partition), CACHE_BLOCK * partition.size(STRIPES))
+    unit = math.lcm(*chunk_lengths(partition), CACHE_BLOCK * partition.size(STRIPES))
     step = max(unit, (1 << (tokens - 1).bit_length()) // 8 // unit * unit)
     return -(-tokens // step) * step
 
 
-def chunk_length(partition: Partition) -> int:
-    """Tokens of a prompt that go through the model together: a multiple of what they are split into."""
-    tokens, stripes = PREFILL_CHUNK[partition.platform], partition.size(STRIPES)
-    return -(-tokens // stripes) * stripes
+def chunk_lengths(partition: Partition) -> tuple[int, ...]:
+    """Numbers of tokens that a chunk of a prompt can have, ascending: multiples of what they are split into."""
+    stripes = partition.size(STRIPES)
+    lengths = PREFILL_CHUNKS.get(partition.platform, PREFILL_CHUNKS_ELSEWHERE)
+    return tuple(-(-tokens // stripes) * stripes for tokens in lengths)
 
 
-def specs(config: DbrxConfig, partition: Partition) -> Cache:
+def chunks(tokens: int, partition: Partition) -> Iterator[tuple[int, int]]:
+    """First position and length of each chunk of a prompt, the last filled up: by nothing but the prompt's length."""
+    lengths, start = chunk_lengths(partition), 0
+    while start < tokens:
+        length = next((n for n in lengths if n >= tokens - start), lengths[-1])
+        yield start, length
+        start += length
+
+
+def specs(config: DbrxConfig, partition: Partition, int8: bool = False) -> Cache:
     """Where the cache lies on a mesh."""
     axes = ("tensor", STRIPES)
-    spec = partition.place(ROWS, *(axes[::-1] if partition.platform == "tpu" else axes), None)
+    axes = axes[::-1] if partition.platform == "tpu" else axes
+    spec, scale = partition.place(ROWS, *axes, None), partition.place(ROWS, *axes)
     layer: Any = LayerCache
-    return [layer(spec, spec) for _ in range(config.n_layers)]
+    return [layer(spec, spec, *([scale, scale] if int8 else [])) for _ in range(config.n_layers)]
 
 
 def turned(cache: LayerCache, platform: str) -> LayerCache:
     """From how a layer's cache lies to (B, G, S, K), and back: on a TPU another view of the same bytes."""
-    return LayerCache(*(x.swapaxes(1, 2) for x in cache)) if platform == "tpu" else cache
+    return jax.tree.map(lambda x: x.swapaxes(1, 2), cache) if platform == "tpu" else cache
 
 
 def create(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, partition: Partition) -> Cache:
@@ -69,10 +89,20 @@ def create(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, part
         positions // partition.size(STRIPES),
         config.head_dim,
     )
-    return [
-        turned(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), partition.platform)
-        for _ in range(config.n_layers)
-    ]
+
+    def layer() -> LayerCache:
+        scales = [jnp.zeros(shape[:3], SCALE_DTYPE) for _ in range(2)] if dtype == jnp.int8 else []
+        return turned(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales), partition.platform)
+
+    return [layer() for _ in range(config.n_layers)]
+
+
+def to_int8(x: Float[Array, "R T G K"]) -> tuple[Int8[Array, "R T G K"], Float[Array, "R T G"]]:
+    """Whole numbers from -127 to 127, and the scales that they are to be multiplied with."""
+    x = x.astype(jnp.float32)
+    scale = (jnp.max(jnp.abs(x), axis=-1) / 127).astype(SCALE_DTYPE)
+    unit = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
+    return jnp.clip(jnp.round(x / unit), -127, 127).astype(jnp.int8), scale
 
 
 def write(
@@ -95,17 +125,21 @@ def write(
     """
     offset, stride = stripe
     R, T = positions.shape
+    new = LayerCache(key, value)
+    if cache.key_scale is not None:
+        (key, key_scale), (value, value_scale) = to_int8(key), to_int8(value)
+        new = LayerCache(key, value, key_scale, value_scale)
     if R == 1 and T > 1:
-        start = (first_row, 0, positions[0, 0] // stride, 0)
 
         def put_chunk(into: Array, new: Array) -> Array:
+            start = (first_row, 0, positions[0, 0] // stride, 0)[: new.ndim]
             mine = lax.dynamic_index_in_dim(new.reshape(1, T // stride, stride, *new.shape[2:]), offset, 2, False)
-            mine = mine.transpose(0, 2, 1, 3)  # (1, G, T / X, K)
+            mine = mine.swapaxes(1, 2)  # (1, G, T / X, K)
             if active is not True:
                 mine = jnp.where(active, mine, lax.dynamic_slice(into, start, mine.shape))
             return lax.dynamic_update_slice(into, mine, start)
 
-        return LayerCache(put_chunk(cache.key, key), put_chunk(cache.value, value))
+        return jax.tree.map(put_chunk, cache, new)
     # What is another device's lies behind the end, and is dropped.
     mine = (positions % stride == offset) & active
     rows, place = first_row + jnp.arange(R)[:, None], jnp.where(mine, positions // stride, cache.key.shape[2])
@@ -113,4 +147,4 @@ def write(
     def put(into: Array, new: Array) -> Array:
         return into.at[rows, :, place].set(new, unique_indices=True, mode="drop")
 
-    return LayerCache(put(cache.key, key), put(cache.value, value))
+    return jax.tree.map(put, cache, new)

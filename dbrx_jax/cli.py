@@ -30,6 +30,9 @@ class Options:
 
     dtype: Literal["float32", "bfloat16"] | None = None
     """Cast the weights on loading; by default they stay as they are."""
+    quantization: str | None = None
+    """Quantise the weights on loading: int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32),
+    fp8, or parts such as experts=int4-64,attention=int8."""
     mesh: str | None = None
     """Devices to lay the model over: a recipe such as v5e-64, or axes such as expert=16,tensor=4; by default one."""
     ranks_file: Path | None = None
@@ -46,10 +49,14 @@ class Options:
     """Above 1 makes tokens that were there before less probable."""
     seed: int | None = None
     """Random seed; the same one gives the same text."""
+    cache_dtype: Literal["int8"] | None = None
+    """int8 halves the memory of a bfloat16 model's key-value cache."""
+    batch_invariant: bool = False
+    """Give each prompt the same text and numbers, to the bit, whichever others run beside it; slower in float32."""
 
     def of_generate(self, temperature: float) -> dict[str, Any]:
         """The keyword arguments of generate; a temperature of 0 takes the most probable token."""
-        names = ("max_new_tokens", "repetition_penalty", "seed")
+        names = ("max_new_tokens", "repetition_penalty", "seed", "cache_dtype", "batch_invariant")
         result = {name: getattr(self, name) for name in names}
         if temperature == 0:
             if any(getattr(self, name) is not None for name in ("top_k", "top_p", "min_p")):
@@ -280,9 +287,12 @@ def _load(checkpoint: str | None, options: Options) -> tuple["DbrxForCausalLM", 
     folder = checkpoint or cached_checkpoint(say)
     begin = time.perf_counter()
     tokenizer = DbrxTokenizer.from_pretrained(folder, options.ranks_file)
-    model = DbrxForCausalLM.from_pretrained(folder, options.mesh, dtype=options.dtype)
+    model = DbrxForCausalLM.from_pretrained(
+        folder, options.mesh, dtype=options.dtype, quantization=options.quantization
+    )
     millions = model.config.total_parameters / 1e6
-    say(f"Loaded {folder} ({millions:,.1f}M parameters, {model.dtype}) in {time.perf_counter() - begin:.1f} s")
+    stored = str(model.dtype) if model.quantization is None else f"{model.quantization}, {model.dtype}"
+    say(f"Loaded {folder} ({millions:,.1f}M parameters, {stored}) in {time.perf_counter() - begin:.1f} s")
     return model, tokenizer
 
 

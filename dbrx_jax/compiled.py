@@ -48,13 +48,12 @@ def compile_programs(setting: Setting) -> list[Compiled]:
     """A decode step of the whole batch, and a chunk of a prompt of one row (of each group of devices).
 
     Raises:
-      PlanError: the compiler is not installed, the weights are quantised, or it does not fit.
+      PlanError: the compiler is not installed, or it does not fit.
     """
-    if setting.precision not in ("bfloat16", "float32"):
-        raise PlanError(f"--compile: cannot compile {setting.precision} weights yet; choose bfloat16")
     mesh = make_mesh(setting.axes, targets.devices(setting.target.name, _chips(setting)))
     lowered = _lower(setting, mesh)
-    return [_compile(setting, name, lowered[name]) for name in ("decode", "prefill")]
+    prefill = next(program for name, program in lowered.items() if name.startswith("prefill"))
+    return [_compile(setting, "decode", lowered["decode"]), _compile(setting, "prefill", prefill)]
 
 
 def _chips(setting: Setting) -> int:
@@ -62,12 +61,12 @@ def _chips(setting: Setting) -> int:
 
 
 def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
-    graph, params = split(abstract_model(setting.config, jnp.dtype(setting.precision), mesh))
+    parts = split(abstract_model(setting.config, setting.dtype, mesh, quantization=setting.quantization))
     number, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     kinds: Any = (Sampling, Settings)  # with shapes in them rather than arrays
     settings = kinds[1](kinds[0](number, whole, number, number, number), None, jax.ShapeDtypeStruct((8,), jnp.int32))
     rows = setting.rows * setting.partition.size("data", "fsdp")
-    return lower(graph, params, settings, False, rows, setting.positions)
+    return lower(parts, settings, False, False, rows, setting.positions, parts.merge().dtype)
 
 
 def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
@@ -105,6 +104,6 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
         collectives=kinds,
         moved=round(sum(hlo.bytes_moved(c) * c.runs for c in found)),
         planned_moved=round(sum(m.moved for m in messages(setting, tokens, split_tokens))),
-        weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("params")}),
+        weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("parts")}),
         largest_temporary=f"{largest[0].shape} ({largest[0].bytes / 1e6:.1f} MB)" if largest else "",
     )

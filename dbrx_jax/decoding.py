@@ -3,19 +3,19 @@
 On a mesh each function is one program that every device runs on its rows, heads and vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, UInt32
 
 from dbrx_jax.cache import Cache, create, specs
-from dbrx_jax.model.causal_lm import parameter_places
+from dbrx_jax.ops.tiles import over_tiles, tile_count
 from dbrx_jax.sampling import Sampling, choose, log_probability
 from dbrx_jax.sharding import ROWS, VOCABULARY, Partition
 
@@ -55,9 +55,9 @@ class Places(NamedTuple):
     same: jax.sharding.PartitionSpec  # the same on all devices
 
 
-def places(config, partition: Partition, sampled: bool = False) -> Places:
-    """Where things lie; `sampled` says whether the settings have keys."""
-    cache = specs(config, partition)
+def places(config, partition: Partition, int8: bool, sampled: bool = False) -> Places:
+    """Where things lie; `int8` says whether the cache has scales, `sampled` whether the settings have keys."""
+    cache = specs(config, partition, int8)
     row, columns, same = partition.place(ROWS), partition.place(ROWS, None), partition.place()
     vocabulary = partition.place(ROWS, VOCABULARY)
     kinds: Any = (DecodeState, Settings, Sampling)  # with places in them rather than arrays
@@ -66,10 +66,14 @@ def places(config, partition: Partition, sampled: bool = False) -> Places:
     return Places(cache, vocabulary, state, settings, row, same)
 
 
+def is_int8(cache: Cache) -> bool:
+    return cache[0].key_scale is not None
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty(config, partition, rows, positions, dtype):
     """A cache, and the place of each row's logits."""
-    where = places(config, partition)
+    where = places(config, partition, dtype == jnp.int8)
 
     def run():
         vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
@@ -79,18 +83,18 @@ def empty(config, partition, rows, positions, dtype):
     return partition.over(run, (), (where.cache, where.logits))()
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def prefill_chunk(graph, params, cache, logits, tokens, at):
+@partial(jax.jit, donate_argnums=(1, 2))
+def prefill_chunk(parts, cache, logits, tokens, at):
     """One chunk of one row of each group of rows, tokens (groups, C).
 
     `at` (groups, 3) has its row within the group, its first position and how many of its tokens count:
     0 where the group has no more. On one device, or along `expert` and `tensor` alone, there is one group.
     """
-    model = nnx.merge(graph, params)
+    model = parts.merge()
     partition, config = model.partition, model.config
 
-    def run(params, cache, logits, tokens, at):
-        model = nnx.merge(graph, params)
+    def run(parts, cache, logits, tokens, at):
+        model = parts.merge()
         row, start, count = at[0]
         place = jnp.arange(tokens.shape[1])[None]
         x, cache = model.extend(tokens, place < count, start + place, cache, row)
@@ -100,19 +104,23 @@ def prefill_chunk(graph, params, cache, logits, tokens, at):
             new = jnp.where(count > 0, new, lax.dynamic_slice(logits, (row, 0), new.shape))
         return cache, lax.dynamic_update_slice(logits, new, (row, 0))
 
-    where = places(config, partition)
+    where = places(config, partition, is_int8(cache))
     columns = partition.place(ROWS, None)
-    inside = (parameter_places(params, partition), where.cache, where.logits, columns, columns)
-    return partition.over(run, inside, (where.cache, where.logits))(params, cache, logits, tokens, at)
+    inside = (parts.places(), where.cache, where.logits, columns, columns)
+    return partition.over(run, inside, (where.cache, where.logits))(parts, cache, logits, tokens, at)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
-def first_token(config, partition, filtered, settings, cache, logits, prompts, lengths, done):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
+def first_token(config, partition, filtered, tiled, settings, cache, logits, prompts, lengths, done):
     """Each row's first new token, after prompts (B, T) of `lengths` (B,) tokens that gave `logits` (B, V).
 
     Rows that are `done` (B,) from the start only fill the batch.
+
+    Args:
+      filtered: whether top-k, top-p or min-p does anything.
+      tiled: whether rows are computed in tiles, for bits that do not depend on their number.
     """
-    where = places(config, partition, settings.keys is not None)
+    where = places(config, partition, is_int8(cache), settings.keys is not None)
     columns = partition.place(ROWS, None)
 
     def run(settings, cache, logits, prompts, lengths, done):
@@ -131,53 +139,91 @@ def first_token(config, partition, filtered, settings, cache, logits, prompts, l
             logprobs=jnp.zeros((rows, positions), jnp.float32),
             seen=jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], local].set(True, mode="drop"),
         )
-        return _add_token(filtered, settings, state, logits, partition)
+        return _add_token(settings, state, _pick_from(logits, filtered, tiled, settings, state, partition), partition)
 
     inside = (where.settings, where.cache, where.logits, columns, where.row, where.row)
     return partition.over(run, inside, where.state)(settings, cache, logits, prompts, lengths, done)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def decode(graph, filtered, params, settings, state, steps):
-    """Up to `steps` more tokens of every row that is not done."""
-    model = nnx.merge(graph, params)
+@partial(jax.jit, static_argnums=(1, 2), donate_argnums=4)
+def decode(parts, filtered, tiled, settings, state, steps):
+    """Up to `steps` more tokens of every row that is not done; `tiled` as in :func:`first_token`."""
+    model = parts.merge()
     partition, config = model.partition, model.config
 
-    def run(params, settings, state, steps):
-        model = nnx.merge(graph, params)
+    def run(parts, settings, state, steps):
+        model = parts.merge()
         end = state.step + steps
 
         def body(state: DecodeState) -> DecodeState:
-            x, cache = model.extend(state.token[:, None], ~state.done[:, None], state.position[:, None], state.cache)
-            logits = model.logits(model.norm_f(x[:, 0]))
-            return _add_token(filtered, settings, state._replace(cache=cache), logits, partition)
+            if tiled:
+                x, cache = model.extend_tiles(state.token, ~state.done, state.position, state.cache)
+            else:
+                x, cache = model.extend(
+                    state.token[:, None], ~state.done[:, None], state.position[:, None], state.cache
+                )
+                x = x[:, 0]
+            state = state._replace(cache=cache)
+            picked = _pick_from(x, filtered, tiled, settings, state, partition, lambda x: model.logits(model.norm_f(x)))
+            return _add_token(settings, state, picked, partition)
 
         return lax.while_loop(lambda s: (s.step < end) & s.running, body, state)
 
-    where = places(config, partition, settings.keys is not None)
-    inside = (parameter_places(params, partition), where.settings, where.state, where.same)
-    return partition.over(run, inside, where.state)(params, settings, state, steps)
+    where = places(config, partition, is_int8(state.cache), settings.keys is not None)
+    inside = (parts.places(), where.settings, where.state, where.same)
+    return partition.over(run, inside, where.state)(parts, settings, state, steps)
 
 
-def _add_token(
-    filtered: bool, settings: Settings, state: DecodeState, logits: Float[Array, "B V"], partition: Partition
-) -> DecodeState:
-    """Chooses each row's next token and notes it. What it notes for rows that are done, nobody reads."""
-    position = jnp.where(state.done, state.position, state.position + 1)  # an ended row looks no further
-    token = choose(logits, state.seen, settings.keys, position, settings.sampling, filtered, partition)
-    local = token - partition.index(*VOCABULARY) * logits.shape[1]
-    local = jnp.where(local >= 0, local, logits.shape[1])  # another device's: dropped
+class Picked(NamedTuple):
+    token: Int[Array, "B"]
+    logprob: Float[Array, "B"]
+
+
+def _pick_from(
+    x: Float[Array, "B W"],
+    filtered: bool,
+    tiled: bool,
+    settings: Settings,
+    state: DecodeState,
+    partition: Partition,
+    logits_of: Callable[[Array], Array] = lambda x: x,
+) -> Picked:
+    """Each row's next token, from logits or from what gives them."""
+
+    def pick(rows: tuple) -> Picked:
+        x, seen, keys, position = rows
+        logits = logits_of(x)
+        token = choose(logits, seen, keys, position, settings.sampling, filtered, partition)
+        return Picked(token, log_probability(logits, token, partition))
+
+    rows = (x, state.seen, settings.keys, _next_position(state))
+    if not tiled:
+        return pick(rows)
+    picked, _ = over_tiles(
+        lambda _, rows, carry: (pick(rows), carry), rows, None, tile_count(x.shape[0], state.position)
+    )
+    return picked
+
+
+def _next_position(state: DecodeState) -> Int[Array, "B"]:
+    return jnp.where(state.done, state.position, state.position + 1)  # an ended row looks no further
+
+
+def _add_token(settings: Settings, state: DecodeState, picked: Picked, partition: Partition) -> DecodeState:
+    """Notes each row's next token. What it notes for rows that are done, nobody reads."""
+    token = picked.token
+    size = state.seen.shape[1]
+    local = token - partition.index(*VOCABULARY) * size
+    local = jnp.where(local >= 0, local, size)  # another device's: dropped
     done = state.done | jnp.any(token[:, None] == settings.eos, axis=1)
     return state._replace(
         token=token,
-        position=position,
+        position=_next_position(state),
         done=done,
         running=partition.max(jnp.any(~done).astype(jnp.int32), *ROWS) > 0,
         step=state.step + 1,
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
-        logprobs=lax.dynamic_update_slice(
-            state.logprobs, log_probability(logits, token, partition)[:, None], (0, state.step)
-        ),
+        logprobs=lax.dynamic_update_slice(state.logprobs, picked.logprob[:, None], (0, state.step)),
         seen=state.seen.at[jnp.arange(token.shape[0]), local].set(True, mode="drop"),
     )
 

@@ -25,6 +25,10 @@ class MeshError(DbrxError):
     """A mesh of devices does not fit the model, or the devices that there are."""
 
 
+class QuantizationError(DbrxError):
+    """A quantisation is not known, or weights cannot be quantised in that way."""
+
+
 class PlanError(DbrxError):
     """A plan names an accelerator or a slice that is unknown, or needs a compiler that is not installed."""
 

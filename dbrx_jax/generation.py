@@ -12,16 +12,15 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-from dbrx_jax.cache import capacity, chunk_length
+from dbrx_jax.cache import capacity, chunk_lengths, chunks
 from dbrx_jax.decoding import (
     MOST_EOS,
     DecodeState,
@@ -36,7 +35,8 @@ from dbrx_jax.decoding import (
     stop_rows,
 )
 from dbrx_jax.errors import GenerationError
-from dbrx_jax.model.causal_lm import check_ids, parameter_places, split
+from dbrx_jax.model.causal_lm import SplitModel, check_ids, split
+from dbrx_jax.ops.tiles import TILE
 from dbrx_jax.sampling import Sampling, row_keys
 from dbrx_jax.sharding import ROWS, Partition
 
@@ -126,6 +126,9 @@ class TokenStream(Iterator[np.ndarray]):
       tokenizer: needed for stop_strings.
       burst: tokens a step of the iterator, at most; None takes all at once where nothing needs less.
       cache_length: positions of the cache, at least; calls with the same number share what was compiled.
+      cache_dtype: "int8" halves a bfloat16 cache, with a scale for each position and head; None is the model's.
+      batch_invariant: bit for bit the same tokens and log-probabilities of a row alone and in any company; see
+        docs/batch-invariance.md for what it costs.
 
     Raises:
       GenerationError: the arguments do not fit each other or the model.
@@ -151,6 +154,8 @@ class TokenStream(Iterator[np.ndarray]):
         tokenizer: "DbrxTokenizer | None" = None,
         burst: int | None = BURST,
         cache_length: int | None = None,
+        cache_dtype: Literal["int8"] | None = None,
+        batch_invariant: bool = False,
     ):
         self.prompt, rows = _unpadded(model, input_ids, attention_mask)
         longest = max(map(len, rows))
@@ -178,7 +183,12 @@ class TokenStream(Iterator[np.ndarray]):
         sampling = _sampling(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
         self._partition = model.partition
         self._groups = self._partition.size(*ROWS)
-        self._filling = -len(rows) % self._groups  # rows that only fill the batch
+        if cache_dtype not in (None, "int8"):
+            raise GenerationError(f"cache_dtype: expected int8 or None, got {cache_dtype!r:.40}")
+        self._cache_dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
+        self._tiled = batch_invariant
+        # Rows that only fill the batch.
+        self._filling = -len(rows) % (self._groups * (TILE if batch_invariant else 1))
         seeds, row_numbers = _seeds(seed, len(rows), self._partition)
         keys: Any = None
         if do_sample:
@@ -186,7 +196,7 @@ class TokenStream(Iterator[np.ndarray]):
         padded_eos = np.array(eos + [-1] * (MOST_EOS - len(eos)), np.int32)
         self._settings = Settings(sampling, keys, padded_eos)
         self._eos = eos
-        self._graph, self._params = split(model)
+        self._model, self._parts = model, split(model)
         self._lengths = np.zeros(len(rows), np.int32)  # new tokens of each row so far
         self._ended = np.zeros(len(rows), bool)
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
@@ -202,12 +212,14 @@ class TokenStream(Iterator[np.ndarray]):
         """
         begin = time.perf_counter()
         lowered = lower(
-            self._graph,
-            self._params,
+            self._parts,
             self._settings,
             self._filtered,
+            self._tiled,
             len(self._rows) + self._filling,
             self._positions,
+            self._cache_dtype,
+            sorted({length for ids in self._rows for _, length in chunks(len(ids), self._partition)}),
         ).values()
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda program: program.compile(), lowered))
@@ -222,9 +234,7 @@ class TokenStream(Iterator[np.ndarray]):
             self._state = self._prefill()
         else:
             steps = min(self._burst, self._max_new - self._steps)
-            self._state = decode(
-                self._graph, self._filtered, self._params, self._settings, self._state, np.int32(steps)
-            )
+            self._state = decode(self._parts, self._filtered, self._tiled, self._settings, self._state, np.int32(steps))
         tokens = self._take(self._state)
         if first:
             self.timings.prefill += time.perf_counter() - begin
@@ -234,22 +244,37 @@ class TokenStream(Iterator[np.ndarray]):
 
     def _prefill(self) -> DecodeState:
         """All prompts through the model, and the first token of each chosen."""
-        model = nnx.merge(self._graph, self._params)
+        model = self._model
         rows = [*self._rows, *[np.zeros(0, np.int32)] * self._filling]
-        cache, logits = empty(model.config, self._partition, len(rows), self._positions, model.dtype)
-        chunk, each = chunk_length(self._partition), len(rows) // self._groups
+        cache, logits = empty(model.config, self._partition, len(rows), self._positions, self._cache_dtype)
+        each = len(rows) // self._groups
         for row in range(each):
             mine = rows[row::each]  # of each group
-            for start in range(0, max(map(len, mine)), chunk):
-                pieces = [ids[start : start + chunk] for ids in mine]
-                tokens = np.stack([np.pad(piece, (0, chunk - len(piece))) for piece in pieces])
-                at = np.array([[row, start if len(piece) else 0, len(piece)] for piece in pieces], np.int32)
-                cache, logits = prefill_chunk(self._graph, self._params, cache, logits, tokens, at)
+            plans = [list(chunks(len(ids), self._partition)) for ids in mine]
+            for number in range(max(map(len, plans))):
+                pieces = [plan[number] if number < len(plan) else (0, 0) for plan in plans]
+                # Each row is cut up by its own length alone: groups whose rows are at chunks of other lengths wait.
+                for length in sorted({n for _, n in pieces if n}):
+                    parts = [
+                        ids[s : s + n] if n == length else ids[:0] for ids, (s, n) in zip(mine, pieces, strict=True)
+                    ]
+                    tokens = np.stack([np.pad(part, (0, length - len(part))) for part in parts])
+                    at = [[row, s if len(p) else 0, len(p)] for p, (s, _) in zip(parts, pieces, strict=True)]
+                    cache, logits = prefill_chunk(self._parts, cache, logits, tokens, np.array(at, np.int32))
         prompts = np.stack([np.pad(ids, (0, self._positions - len(ids))) for ids in rows]).astype(np.int32)
         lengths = np.array([max(1, len(ids)) for ids in rows], np.int32)
         done = np.array([not len(ids) for ids in rows])
         return first_token(
-            model.config, self._partition, self._filtered, self._settings, cache, logits, prompts, lengths, done
+            model.config,
+            self._partition,
+            self._filtered,
+            self._tiled,
+            self._settings,
+            cache,
+            logits,
+            prompts,
+            lengths,
+            done,
         )
 
     def _take(self, state: DecodeState) -> np.ndarray:
@@ -325,31 +350,43 @@ class _StopSearch:
         return None
 
 
-def lower(graph, params, settings: Settings, filtered: bool, rows: int, positions: int) -> dict[str, Any]:
+def lower(
+    parts: SplitModel,
+    settings: Settings,
+    filtered: bool,
+    tiled: bool,
+    rows: int,
+    positions: int,
+    cache_dtype: np.dtype,
+    lengths: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """The programs of a generation, lowered for the devices of the model's mesh, by name.
 
     The parameters and settings may be shapes without memory behind them; `rows` and `positions` are
-    those of the cache.
+    those of the cache; `lengths` are of the prompts' chunks, the longest by default.
     """
-    model = nnx.merge(graph, params)
+    model = parts.merge()
     config, partition = model.config, model.partition
-    groups, chunk = partition.size(*ROWS), chunk_length(partition)
-    where = places(config, partition, settings.keys is not None)
+    groups = partition.size(*ROWS)
+    where = places(config, partition, cache_dtype == np.int8, settings.keys is not None)
 
     def int32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    params = partition.abstract(params, parameter_places(params, partition)) if partition.mesh else params
-    cache, logits = jax.eval_shape(partial(empty, config, partition, rows, positions, model.dtype))
+    parts = partition.abstract(parts, parts.places()) if partition.mesh else parts
+    cache, logits = jax.eval_shape(partial(empty, config, partition, rows, positions, cache_dtype))
     cache, logits = partition.abstract(cache, where.cache), partition.abstract(logits, where.logits)
     begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
-    state = jax.eval_shape(partial(first_token, config, partition, filtered), settings, cache, logits, *begin)
+    state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *begin)
     state = partition.abstract(state, where.state)
-    return {
-        "prefill": prefill_chunk.lower(graph, params, cache, logits, int32(groups, chunk), int32(groups, 3)),
-        "decode": decode.lower(graph, filtered, params, settings, state, int32()),
-        "first_token": first_token.lower(config, partition, filtered, settings, cache, logits, *begin),
-        "empty": empty.lower(config, partition, rows, positions, model.dtype),
+    prefill = {
+        f"prefill {length}": prefill_chunk.lower(parts, cache, logits, int32(groups, length), int32(groups, 3))
+        for length in (chunk_lengths(partition)[-1:] if lengths is None else lengths)
+    }
+    return prefill | {
+        "decode": decode.lower(parts, filtered, tiled, settings, state, int32()),
+        "first_token": first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin),
+        "empty": empty.lower(config, partition, rows, positions, cache_dtype),
     }
 
 

@@ -9,25 +9,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jax.typing import ArrayLike
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.model.causal_lm import DbrxForCausalLM
+from dbrx_jax.quantization import Format, Quantization, QuantizedArray, abstract
 
 AnyMesh = Mesh | AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter: its shape and, for each dimension, the name of its logical axis."""
+    """One parameter: its shape, each dimension's logical axis, and those that are summed over, from the end."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
+    contracted: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def quantized(self, form: Format, dtype: Any) -> QuantizedArray:
+        """What it is when it is quantised, as shapes.
+
+        Raises:
+          QuantizationError: it cannot be.
+        """
+        return abstract(self.shape, form, self.contracted, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,33 +44,59 @@ class PlacedArray:
     """An array of a model on a mesh: where it lies, and the parameters in it, one an entry of its first dimension.
 
     With one parameter it is that one, with zeros behind where the vocabulary is filled up.
+
+    Args:
+      value: its shape and dtype; of a quantised one, a QuantizedArray of them.
+      spec: where it lies; of a quantised one, a QuantizedArray of that.
     """
 
-    shape: tuple[int, ...]
-    spec: PartitionSpec
+    value: Any
+    spec: Any
     parameters: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def leaves(self) -> list[tuple[str, jax.ShapeDtypeStruct, PartitionSpec]]:
+        """The arrays that it is made of: their names in a QuantizedArray ("" where it is none), shapes and places."""
+        if not isinstance(self.value, QuantizedArray):
+            return [("", self.value, self.spec)]
+        return [(part, getattr(self.value, part), getattr(self.spec, part)) for part in ("values", "scale")]
 
 
 def abstract_model(
-    config: DbrxConfig, dtype: Any = None, mesh: AnyMesh | None = None, all_to_all: bool = False
+    config: DbrxConfig,
+    dtype: Any = None,
+    mesh: AnyMesh | None = None,
+    all_to_all: bool = False,
+    quantization: Quantization | None = None,
 ) -> DbrxForCausalLM:
     """A model whose parameters are shapes without memory behind them."""
-    return DbrxForCausalLM(config, rngs=None, dtype=dtype, mesh=mesh, all_to_all=all_to_all)
+    return DbrxForCausalLM(config, rngs=None, dtype=dtype, mesh=mesh, all_to_all=all_to_all, quantization=quantization)
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_specs(config: DbrxConfig) -> Mapping[str, ParameterSpec]:
     """Every parameter by its dotted name, such as ``blocks.0.moe.experts.3.w1``, in the model's order."""
     return {
-        name: ParameterSpec(tuple(leaf.get_value().shape), leaf.get_metadata("axes"))
+        name: ParameterSpec(
+            tuple(leaf.get_value().shape), leaf.get_metadata("axes"), leaf.get_metadata().get("contracted", ())
+        )
         for name, leaf in _leaves(abstract_model(config))
     }
 
 
-@functools.lru_cache(maxsize=8)
-def placed_arrays(config: DbrxConfig, mesh: AnyMesh | None) -> Mapping[str, PlacedArray]:
-    """The arrays of a model on a mesh by their dotted names in it, which are the parameters' where there is no mesh."""
-    model = abstract_model(config, mesh=mesh)
+@functools.lru_cache(maxsize=32)
+def placed_arrays(
+    config: DbrxConfig, mesh: AnyMesh | None, quantization: Quantization | None = None, dtype: Any = None
+) -> Mapping[str, PlacedArray]:
+    """The arrays of a model on a mesh by their dotted names in it, which are the parameters' where there is no mesh.
+
+    Raises:
+      MeshError, QuantizationError: as in :class:`DbrxForCausalLM`.
+    """
+    model = abstract_model(config, dtype, mesh, quantization=quantization)
     devices, result = model.partition.size("expert"), {}
     for name, leaf in _leaves(model):
         parameters = [name]
@@ -70,32 +105,50 @@ def placed_arrays(config: DbrxConfig, mesh: AnyMesh | None) -> Mapping[str, Plac
             place, weight = rest.split(".")
             each = config.moe_num_experts // devices
             parameters = [f"{block}.experts.{x * each + int(place)}.{weight}" for x in range(devices)]
-        spec = model.partition.spec(leaf.get_metadata("axes"))
-        result[name] = PlacedArray(tuple(leaf.get_value().shape), spec, tuple(parameters))
+        value = leaf.get_value()
+        spec = model.partition.places(value, leaf.get_metadata("axes"))
+        result[name] = PlacedArray(value, spec, tuple(parameters))
     return result
 
 
 def model_from_arrays(
-    config: DbrxConfig, arrays: Mapping[str, jax.Array], mesh: Mesh | None, all_to_all: bool = False
+    config: DbrxConfig,
+    arrays: Mapping[str, Any],
+    mesh: Mesh | None,
+    all_to_all: bool = False,
+    quantization: Quantization | None = None,
 ) -> DbrxForCausalLM:
     """The model with these arrays, given under the names of :func:`placed_arrays`."""
-    graph, state = nnx.split(abstract_model(config, next(iter(arrays.values())).dtype, mesh, all_to_all))
+    dtype = next(iter(arrays.values())).dtype
+    graph, state = nnx.split(abstract_model(config, dtype, mesh, all_to_all, quantization))
     flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def model_from_parameters(
-    config: DbrxConfig, parameters: Mapping[str, ArrayLike], mesh: Mesh | None = None, all_to_all: bool = False
+    config: DbrxConfig,
+    parameters: Mapping[str, Any],
+    mesh: Mesh | None = None,
+    all_to_all: bool = False,
+    quantization: Quantization | None = None,
 ) -> DbrxForCausalLM:
-    """The model with these arrays, given under the names of :func:`parameter_specs`, as its parameters."""
-    arrays, partition = {}, abstract_model(config, mesh=mesh).partition
-    for name, placed in placed_arrays(config, mesh).items():
-        parts = [jnp.asarray(parameters[p]) for p in placed.parameters]
-        array = jnp.stack(parts) if len(parts) > 1 else parts[0]
-        missing = [(0, want - have) for want, have in zip(placed.shape, array.shape, strict=True)]
-        array = jnp.pad(array, missing) if any(m for _, m in missing) else array
-        arrays[name] = jax.device_put(array, partition.sharding(placed.spec)) if mesh else array
-    return model_from_arrays(config, arrays, mesh, all_to_all)
+    """The model with these arrays, given under the names of :func:`parameter_specs`, as its parameters.
+
+    Args:
+      quantization: how they are quantised, where they are: those of its parts are QuantizedArrays then.
+    """
+    arrays, dtype = {}, jnp.asarray(parameters["norm_f.scale"]).dtype
+    for name, placed in placed_arrays(config, mesh, quantization, dtype).items():
+        found = {}
+        for part, shape, spec in placed.leaves():
+            given = (parameters[p] for p in placed.parameters)
+            parts = [jnp.asarray(getattr(g, part) if part else g) for g in given]
+            array = jnp.stack(parts) if len(parts) > 1 else parts[0]
+            missing = [(0, want - have) for want, have in zip(shape.shape, array.shape, strict=True)]
+            array = jnp.pad(array, missing) if any(m for _, m in missing) else array
+            found[part] = jax.device_put(array, NamedSharding(mesh, spec)) if mesh else array
+        arrays[name] = dataclasses.replace(placed.value, **found) if "values" in found else found[""]
+    return model_from_arrays(config, arrays, mesh, all_to_all, quantization)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,23 +172,26 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def parameters_of(model: DbrxForCausalLM) -> dict[str, jax.Array]:
-    """The model's parameters under the names of :func:`parameter_specs`, whatever mesh it lies on."""
+def parameters_of(model: DbrxForCausalLM) -> dict[str, Any]:
+    """The model's parameters under the names of :func:`parameter_specs`, whatever mesh it lies on.
+
+    Arrays, or QuantizedArrays where the model is quantised.
+    """
     return parameters_from_state(model.config, nnx.state(model, nnx.Param), model.partition.mesh)
 
 
-def parameters_from_state(config: DbrxConfig, state: nnx.State, mesh: AnyMesh | None) -> dict[str, jax.Array]:
+def parameters_from_state(config: DbrxConfig, state: nnx.State, mesh: AnyMesh | None) -> dict[str, Any]:
     """The same of a state of the model's, such as its gradients."""
     arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     specs = parameter_specs(config)
-    found: dict[str, jax.Array] = {}
+    found: dict[str, Any] = {}
     for name, placed in placed_arrays(config, mesh).items():
         if len(placed.parameters) > 1:
             found |= {parameter: arrays[name][x] for x, parameter in enumerate(placed.parameters)}
         elif arrays[name].shape != specs[name].shape:
             found[name] = arrays[name][: specs[name].shape[0]]
         else:
-            found[name] = jnp.asarray(arrays[name])
+            found[name] = arrays[name]
     return {name: found[name] for name in specs}
 
 

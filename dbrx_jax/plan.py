@@ -8,19 +8,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.errors import PlanError
-from dbrx_jax.parameters import placed_arrays
-from dbrx_jax.sharding import AXES, ROWS, STRIPES, VOCABULARY, Partition, check_mesh
+from dbrx_jax.errors import MeshError, PlanError, QuantizationError
+from dbrx_jax.parameters import PlacedArray, placed_arrays
+from dbrx_jax.quantization import Quantization
+from dbrx_jax.sharding import AXES, ROWS, STRIPES, VOCABULARY, Partition, check_mesh, names_of
 from dbrx_jax.targets import Target
 
-# Bytes a weight, and bytes of scales a row of a matrix (int8: one a row) or a group of 128 (int4).
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")
-_GROUP = 128  # weights that share a scale, int4
-_SCALE = 2  # bytes of one
+FLOATS = ("float32", "bfloat16")
+PRECISIONS = (*FLOATS, "int8", "int4")  # that are suggested, most bytes first
 BATCHES = (1, 4, 16, 64)  # of the roofline's table
 PREFILL = 2048  # tokens of a chunk
 # What a program needs beside its arguments: XLA's own buffers, and activations that live at once.
@@ -34,7 +34,7 @@ class Setting:
     config: DbrxConfig
     target: Target
     axes: Mapping[str, int]
-    precision: str  # of the weights; activations and cache are bfloat16, or float32 with float32 weights
+    precision: str  # of the weights, one of FLOATS or a text as Quantization.parse takes it
     batch: int  # rows
     context: int  # positions of the cache
 
@@ -49,10 +49,24 @@ class Setting:
     def devices(self) -> int:
         return math.prod(self.axes.values())
 
+    @functools.cached_property
+    def quantization(self) -> Quantization | None:
+        return None if self.precision in FLOATS else Quantization.parse(self.precision)
+
+    @property
+    def dtype(self) -> str:
+        """Of activations, cache and scales: bfloat16, or float32 with float32 weights."""
+        return "float32" if self.precision == "float32" else "bfloat16"
+
+    @property
+    def arrays(self) -> Mapping[str, PlacedArray]:
+        """The model's parameters on the mesh, as loading makes them."""
+        return placed_arrays(self.config, self.partition.mesh, self.quantization, self.dtype)
+
     @property
     def width(self) -> int:
         """Bytes of an activation and of an element of the cache."""
-        return 4 if self.precision == "float32" else 2
+        return 4 if self.dtype == "float32" else 2
 
     @property
     def rows(self) -> int:
@@ -84,10 +98,9 @@ def memory(setting: Setting, chunk: int = PREFILL) -> Memory:
     """What each device holds."""
     config, partition = setting.config, setting.partition
     groups: dict[str, int] = {}
-    for name, array in placed_arrays(config, partition.mesh).items():
-        shape = _share(array.shape, array.spec, partition)
+    for name, array in setting.arrays.items():
         group = _group(name)
-        groups[group] = groups.get(group, 0) + _weight_bytes(shape, group, setting.precision)
+        groups[group] = groups.get(group, 0) + sum(_bytes(leaf, spec, partition) for _, leaf, spec in array.leaves())
     vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
     state = setting.rows * (vocabulary * 5 + setting.positions * 8)  # logits and seen; tokens and log-probabilities
     working = max(_working(setting, setting.rows, 1), _working(setting, 1, chunk))
@@ -114,17 +127,21 @@ def _working(setting: Setting, rows: int, tokens: int) -> int:
     vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
     gathered = 0
     if partition.size("fsdp") > 1:
-        gathered = 3 * config.ffn_hidden_size * config.d_model * setting.width // partition.size("tensor")
+        weights = [array for name, array in setting.arrays.items() if ".experts." in name][:3]  # of one expert
+        gathered = sum(_gathered(leaf, spec, partition) for w in weights for _, leaf, spec in w.leaves())
     return hidden + max(attention, experts * setting.width) + rows * vocabulary * 8 + gathered
 
 
-def _share(shape: tuple[int, ...], spec, partition: Partition) -> tuple[int, ...]:
-    return tuple(n // partition.size(*_names(axes)) for n, axes in zip(shape, spec, strict=True))
+def _bytes(array: Any, spec: PartitionSpec, partition: Partition) -> int:
+    """Of one device's part of an array."""
+    parts = (n // partition.size(*names_of(entry)) for n, entry in zip(array.shape, spec, strict=True))
+    return math.prod(parts) * array.dtype.itemsize
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes in one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else entry or ()
+def _gathered(array: Any, spec: PartitionSpec, partition: Partition) -> int:
+    """Bytes of an array on one device once what is split over `fsdp` has been gathered."""
+    split = any("fsdp" in names_of(entry) for entry in spec)
+    return _bytes(array, spec, partition) * (partition.size("fsdp") if split else 1)
 
 
 def _group(name: str) -> str:
@@ -135,17 +152,6 @@ def _group(name: str) -> str:
     if name in ("embedding", "lm_head"):
         return name
     return "routers and norms"
-
-
-def _weight_bytes(shape: tuple[int, ...], group: str, precision: str) -> int:
-    size = math.prod(shape)
-    if precision == "float32":
-        return size * 4
-    if precision == "bfloat16" or group == "routers and norms":
-        return size * 2
-    if precision == "int4" and group == "experts":
-        return size // 2 + size // _GROUP * _SCALE
-    return size + size // shape[-1] * _SCALE
 
 
 # Communication.
@@ -205,10 +211,10 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
     if not split:
         add("all-reduce", "the chosen token", experts * tensor, tokens * 4, 5)
         add("all-reduce", "whether a row is left", partition.size(*ROWS), 4, 1)
-    for name, array in placed_arrays(config, partition.mesh).items():
-        if fsdp > 1 and any("fsdp" in _names(entry) for entry in array.spec):
-            whole = math.prod(_share(array.shape, array.spec, partition)) * fsdp
-            add("all-gather", f"weights ({_group(name)})", fsdp, whole * b, 1)
+    for name, array in setting.arrays.items() if fsdp > 1 else ():
+        for _, leaf, spec in array.leaves():
+            if any("fsdp" in names_of(entry) for entry in spec):
+                add("all-gather", f"weights ({_group(name)})", fsdp, _gathered(leaf, spec, partition), 1)
     return result
 
 
@@ -295,10 +301,15 @@ def suggest_axes(config: DbrxConfig, devices: int) -> dict[str, int]:
 def ways_to_fit(setting: Setting, sizes: tuple[int, ...]) -> list[str]:
     """Changes, each of one thing, after which it fits: shorter context, fewer rows, less precision, more devices."""
     ways = []
-    for precision in PRECISIONS[PRECISIONS.index(setting.precision) + 1 :]:
-        if fits(dataclasses.replace(setting, precision=precision)):
-            ways.append(f"{precision} weights")
-            break
+    now = sum(memory(setting).parameters.values())
+    for precision in PRECISIONS:
+        try:
+            smaller = dataclasses.replace(setting, precision=precision)
+            if sum(memory(smaller).parameters.values()) < now and fits(smaller):
+                ways.append(f"{precision} weights")
+                break
+        except (MeshError, QuantizationError):  # groups that this mesh would cut
+            continue
     for name, word in (("context", "positions"), ("batch", "rows")):
         value = getattr(setting, name) // 2
         while value and not fits(dataclasses.replace(setting, **{name: value})):

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from dbrx_jax.console import say
-from dbrx_jax.errors import PlanError
+from dbrx_jax.errors import PlanError, QuantizationError
 
 GB = 1e9
 
@@ -23,8 +23,9 @@ class Plan:
     """Kind and number of devices, such as v5e-64, v6e-16, v5p-4, h100-8 or h200-1."""
     mesh: str | None = None
     """Axes such as "expert=16,tensor=4"; by default those of the recipe for these devices, or fitting ones."""
-    dtype: Literal["float32", "bfloat16", "int8", "int4"] = "bfloat16"
-    """Of the weights; int4 is of the experts in groups of 128, with int8 for the rest."""
+    dtype: str = "bfloat16"
+    """Of the weights: float32, bfloat16, int8, int4 (experts in groups of 128, the rest int8; also int4-64 and
+    int4-32), fp8, or parts such as experts=int4-64,attention=int8."""
     batch: int = 1
     """Rows that are generated together."""
     context: int = 4096
@@ -52,13 +53,14 @@ class Plan:
 
     def _setting(self) -> Any:
         from dbrx_jax.config import DbrxConfig, names
-        from dbrx_jax.plan import Setting, suggest_axes
+        from dbrx_jax.plan import FLOATS, Setting, suggest_axes
         from dbrx_jax.recipes import find_axes, find_recipe, recipe_names
         from dbrx_jax.targets import target
 
         for name in ("batch", "context"):
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name}: expected a whole number above 0, got {getattr(self, name)}")
+        precision = self.dtype if self.dtype in FLOATS else _precision(self.dtype)
         config = DbrxConfig.from_name(self.model) if self.model in names() else _config_of(self.model)
         kind, _, count = self.on.partition("-")
         if not count.isdecimal() or int(count) < 1:
@@ -77,7 +79,18 @@ class Plan:
             raise PlanError(f"--mesh: {self.mesh} makes {made} devices, and --on says {devices}")
         if self.context > config.max_seq_len:
             raise PlanError(f"--context: {self.context} is beyond the model's {config.max_seq_len} positions")
-        return Setting(config, accelerator, axes, self.dtype, self.batch, self.context)
+        return Setting(config, accelerator, axes, precision, self.batch, self.context)
+
+
+def _precision(text: str) -> str:
+    """A quantisation's text in its shortest form."""
+    from dbrx_jax.plan import FLOATS
+    from dbrx_jax.quantization import Quantization
+
+    try:
+        return str(Quantization.parse(text))
+    except QuantizationError as error:
+        raise PlanError(f"--dtype: {', '.join(FLOATS)} or a quantisation; {error}") from None
 
 
 def _suits(config: Any, axes: dict[str, int]) -> bool:

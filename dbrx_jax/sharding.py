@@ -21,7 +21,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.errors import MeshError
+from dbrx_jax.errors import MeshError, QuantizationError
+from dbrx_jax.quantization import GROUPS, QuantizedArray, group_count
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp")  # of a batch
@@ -92,6 +93,25 @@ class Partition:
             dimensions.append(tuple(mine) or None)
         return PartitionSpec(*dimensions)
 
+    def places(self, value: Any, axes: Sequence[str]) -> Any:
+        """A parameter's specification; of a quantised one, a QuantizedArray of those of its values and scale.
+
+        Args:
+          value: the whole parameter, or its shape.
+
+        Raises:
+          MeshError: an axis of the mesh would cut a group of weights that share a scale, or a pair in one byte.
+        """
+        spec = self.spec(axes)
+        if not isinstance(value, QuantizedArray):
+            return spec
+        scale = [entry if n > 1 else None for entry, n in zip(spec, value.scale.shape, strict=True)]
+        for part, entries in ((value.values, spec), (value.scale, scale)):
+            for dimension, (n, entry) in enumerate(zip(part.shape, entries, strict=True)):
+                if n % self.size(*names_of(entry)):
+                    raise _cut(value, dimension, axes[dimension], {a: self.size(a) for a in names_of(entry)})
+        return dataclasses.replace(value, values=spec, scale=PartitionSpec(*scale))
+
     def place(self, *dimensions: str | tuple[str, ...] | None) -> PartitionSpec:
         """Of an array whose dimensions are split over these axes, without those that the mesh has not."""
         names = [(d,) if isinstance(d, str) else d or () for d in dimensions]
@@ -99,6 +119,12 @@ class Partition:
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
+
+    def shardings(self, places: Any) -> Any:
+        """The same of a tree of specifications, such as :meth:`places` gives."""
+        if self.mesh is None:
+            return None
+        return jax.tree.map(self.sharding, places, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
     def over(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """The function as a program that every device runs on its own part of the arguments."""
@@ -148,11 +174,20 @@ class Partition:
         part = x.shape[dimension] // count
         return lax.dynamic_slice_in_dim(x, self.index(*axes) * part, part, axis=dimension)
 
-    def whole(self, parameter: Any) -> Array:
-        """A parameter for use: what is split over `fsdp` is gathered, all else stays where it is."""
+    def whole(self, parameter: Any) -> Any:
+        """A parameter for use: what is split over `fsdp` is gathered, all else stays where it is.
+
+        A quantised one stays so: its values and scales are gathered.
+        """
         value = parameter[...]
         for dimension, axes in enumerate(self.spec(parameter.get_metadata("axes"))):
-            if axes and "fsdp" in axes:
+            if not axes or "fsdp" not in axes:
+                continue
+            if isinstance(value, QuantizedArray):
+                scale = self.gather(value.scale, dimension, "fsdp") if value.scale_splits(dimension) else value.scale
+                values = self.gather(value.values, dimension, "fsdp")
+                value = dataclasses.replace(value, values=values, scale=scale)
+            else:
                 value = self.gather(value, dimension, "fsdp")
         return value
 
@@ -210,6 +245,11 @@ class Partition:
 ONE_DEVICE = Partition()
 
 
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def check_mesh(config: DbrxConfig, mesh: Mesh | AbstractMesh) -> None:
     """Whether the model can be laid over the mesh.
 
@@ -231,6 +271,24 @@ def check_mesh(config: DbrxConfig, mesh: Mesh | AbstractMesh) -> None:
         if value % size:
             fitting = ", ".join(str(n) for n in range(1, min(value, 2 * size) + 1) if value % n == 0)
             raise MeshError(f"mesh: {axis}={size} does not divide {name} {value}; {fitting} would")
+
+
+def _cut(value: QuantizedArray, dimension: int, axis: str, sizes: Mapping[str, int]) -> MeshError:
+    """That these axes of the mesh do not divide a dimension of a quantised parameter, and what they would."""
+    n, size = value.shape[dimension], math.prod(sizes.values())
+    names = ",".join(f"{name}={count}" for name, count in sizes.items())
+    groups = value.scale.shape[dimension]
+    what = f"its {groups} groups of {value.group}" if value.group and groups > 1 else "its pairs of int4"
+    fitting = []
+    for group in GROUPS:
+        try:
+            if group_count(n, group) % size == 0:
+                fitting.append(f"int4-{group}")
+        except QuantizationError:
+            continue
+    if n % size == 0:
+        fitting.append("int8")
+    return MeshError(f"mesh: {names} does not divide {axis} {n} in {what}; {', '.join(fitting) or 'bfloat16'} would")
 
 
 def check_all_to_all(mesh: Mesh | AbstractMesh) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.cache import chunk_length
+from dbrx_jax.cache import chunk_lengths
 from dbrx_jax.errors import ConfigError, GenerationError
 from dbrx_jax.generation import BURST, TokenStream
 from dbrx_jax.generation_config import GenerationConfig
@@ -51,7 +51,7 @@ def test_right_padding_and_ragged_padding_give_the_same(model, prompts):
 def test_prompts_longer_than_a_chunk(model, models):
     """Against the full forward, token by token."""
     model = models("fused")
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, chunk_length(ONE_DEVICE) + 9))
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, chunk_lengths(ONE_DEVICE)[-1] + 9))
     mask = np.ones_like(ids)
     mask[1, :5] = 0
     out = model.generate(ids, mask, max_new_tokens=4, eos_token_id=None)

@@ -167,7 +167,8 @@ class TestCommand:
             (["nosuch"], "neither a folder with config.json nor one of"),
             (["--batch", "0"], "--batch: expected a whole number above 0"),
             (["--context", "99999"], "beyond the model's 32768 positions"),
-            (["--dtype", "int8", "--compile"], "cannot compile int8 weights yet"),
+            (["--dtype", "int3"], "--dtype: float32, bfloat16 or a quantisation; quantization: expected int8, int4"),
+            (["--dtype", "int4", "--on", "h100-8", "--mesh", "tensor=8"], "does not divide ffn 10752 in its 84 groups"),
         ],
     )
     def test_mistakes(self, words, says):

@@ -1,5 +1,7 @@
 """The attention of one block."""
 
+import math
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -9,6 +11,7 @@ from dbrx_jax.cache import CACHE_BLOCK, LayerCache, turned, write
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.attention import cached_attention, join_stripes, reference_attention
+from dbrx_jax.ops.linear import linear, matrix
 from dbrx_jax.ops.rope import rotate
 from dbrx_jax.sharding import STRIPES, Partition
 
@@ -23,10 +26,10 @@ class Attention(nnx.Module):
     def __init__(self, config: DbrxConfig, init: Init):
         H, G, K, D = config.n_heads, config.kv_n_heads, config.head_dim, config.d_model
         std = config.initializer_range
-        self.query = init.normal((H, K, D), ("heads", "head_dim", "embed"), std)
-        self.key = init.normal((G, K, D), ("kv_heads", "head_dim", "embed"), std)
-        self.value = init.normal((G, K, D), ("kv_heads", "head_dim", "embed"), std)
-        self.out = init.normal((D, H, K), ("embed", "heads", "head_dim"), std)
+        self.query = init.normal((H, K, D), ("heads", "head_dim", "embed"), std, "attention")
+        self.key = init.normal((G, K, D), ("kv_heads", "head_dim", "embed"), std, "attention")
+        self.value = init.normal((G, K, D), ("kv_heads", "head_dim", "embed"), std, "attention")
+        self.out = init.normal((D, H, K), ("embed", "heads", "head_dim"), std, "attention", contracted=(-2, -1))
         self.clip = config.clip_qkv
         self.theta = config.rope_theta
 
@@ -55,8 +58,9 @@ class Attention(nnx.Module):
         q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
         stripe = partition.index(STRIPES), partition.size(STRIPES)
         cache = write(turned(cache, partition.platform), k, v, positions, first_row, stripe, active)
+        scales = None if cache.key_scale is None else (cache.key_scale, cache.value_scale)
         part = cached_attention(
-            q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, stripe, partition.platform
+            q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, stripe, partition.platform, scales
         )
         return self._project_out(join_stripes(part, x.dtype, partition), partition), turned(cache, partition.platform)
 
@@ -64,7 +68,8 @@ class Attention(nnx.Module):
         """Query, key and value (B, T, heads, K) of all tokens: clamped first, values too, then rotated."""
         x = partition.own(x, 2, "expert")
         weights = [partition.whole(w) for w in (self.query, self.key, self.value)]
-        parts = [jnp.einsum("btd,hkd->bthk", x, w) for w in weights]
+        rows = x.reshape(-1, x.shape[-1])
+        parts = [linear(rows, matrix(w, 2), 1, partition.platform).reshape(*x.shape[:2], *w.shape[:2]) for w in weights]
         if partition.size("expert") > 1:
             heads = [w.shape[0] for w in weights]
             joined = partition.sum(jnp.concatenate(parts, axis=2), "expert")
@@ -75,5 +80,6 @@ class Attention(nnx.Module):
         return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v
 
     def _project_out(self, y: Array, partition: Partition) -> Array:
-        out = jnp.einsum("bthk,dhk->btd", y, partition.whole(self.out))
+        weight, rows = partition.whole(self.out), y.reshape(-1, math.prod(y.shape[2:]))
+        out = linear(rows, matrix(weight, 1), 1, partition.platform).reshape(*y.shape[:2], -1)
         return partition.turn(partition.sum(out, "tensor"))

@@ -1,6 +1,8 @@
 """DbrxForCausalLM: the whole model, and the two ways through it (a full sequence, or new tokens and a cache)."""
 
 import copy
+import dataclasses
+import functools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -21,7 +23,10 @@ from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.model.decoder import Block, Norm
 from dbrx_jax.model.parameter import Init
+from dbrx_jax.ops.linear import dequantized, linear
 from dbrx_jax.ops.routing import Routing
+from dbrx_jax.ops.tiles import TILE, over_tiles, tile_count
+from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding import ROWS, VOCABULARY, Partition, check_all_to_all, check_mesh
 
 
@@ -42,9 +47,11 @@ class DbrxForCausalLM(nnx.Module):
       dtype: of weights and activations; the configuration's by default.
       mesh: the devices that it lies on, see :mod:`dbrx_jax.sharding`; None is one device.
       all_to_all: as in :meth:`from_pretrained`.
+      quantization: how weights are quantised, see :mod:`dbrx_jax.quantization`; None leaves them as they are.
 
     Raises:
-      MeshError: the mesh does not fit the configuration.
+      MeshError: the mesh does not fit the configuration, or the quantisation.
+      QuantizationError: the quantisation does not fit the configuration.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class DbrxForCausalLM(nnx.Module):
         dtype: DTypeLike | None = None,
         mesh: Mesh | AbstractMesh | None = None,
         all_to_all: bool = False,
+        quantization: Quantization | None = None,
     ):
         if mesh is not None:
             check_mesh(config, mesh)
@@ -62,13 +70,14 @@ class DbrxForCausalLM(nnx.Module):
                 check_all_to_all(mesh)
         self.partition = Partition(mesh, all_to_all=all_to_all)
         dtype = config.dtype if dtype is None else dtype
-        init = Init(None if rngs is None else rngs.params(), dtype, self.partition)
+        init = Init(None if rngs is None else rngs.params(), dtype, self.partition, quantization)
         V, D, std = self.partition.pad_vocabulary(config.vocab_size), config.d_model, config.initializer_range
-        self.embedding = init.normal((V, D), ("vocab", "embed"), std)
+        self.embedding = init.normal((V, D), ("vocab", "embed"), std, "embedding")
         self.blocks = nnx.List([Block(config, init) for _ in range(config.n_layers)])
         self.norm_f = Norm(config, init)
-        self.lm_head = init.normal((V, D), ("vocab", "embed"), std)
+        self.lm_head = init.normal((V, D), ("vocab", "embed"), std, "head")
         self.config = config
+        self.quantization = quantization
         self.generation_config = GenerationConfig()
 
     @staticmethod
@@ -77,6 +86,7 @@ class DbrxForCausalLM(nnx.Module):
         mesh: Mesh | str | None = None,
         *,
         dtype: DTypeLike | None = None,
+        quantization: str | Quantization | None = None,
         all_to_all: bool = False,
     ) -> "DbrxForCausalLM":
         """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
@@ -88,7 +98,11 @@ class DbrxForCausalLM(nnx.Module):
             Hugging Face hub (extra [hub]).
           mesh: the devices to lay it over: a jax Mesh, the name of a recipe such as "v5e-64", or axes such
             as "expert=16,tensor=4" over all devices; None is one device.
-          dtype: to cast the weights to; None keeps what the checkpoint holds.
+          dtype: to cast the weights to; None keeps what the checkpoint holds. Of quantised weights, that of their
+            scales and of the activations: bfloat16 or float32.
+          quantization: quantises the weights while they are read: "int8", "int4" (experts in groups of 128, the
+            rest int8; also "int4-32", "int4-64"), "fp8", or parts such as "experts=int4-64,attention=int8". None
+            keeps what the checkpoint holds.
           all_to_all: in prompts and training, send tokens to their experts' devices alone rather than
             round the ring (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all and picks).
 
@@ -96,10 +110,11 @@ class DbrxForCausalLM(nnx.Module):
           CheckpointError: the folder is not a complete checkpoint of a DBRX; the message says what is wrong.
           ConfigError: its config.json is missing or has a value that cannot be used.
           MeshError: the mesh does not fit the model or the devices.
+          QuantizationError: the quantisation is not known, or does not fit the model.
         """
         from dbrx_jax.checkpoint import load_model
 
-        return load_model(path, mesh, dtype, all_to_all)
+        return load_model(path, mesh, dtype, quantization, all_to_all)
 
     @property
     def dtype(self) -> np.dtype:
@@ -146,8 +161,7 @@ class DbrxForCausalLM(nnx.Module):
             a if wide == ((0, 0), (0, 0)) else (np if isinstance(a, np.ndarray) else jnp).pad(a, wide)
             for a in (ids, mask, positions)
         )
-        graph, state = split(self)
-        out = _forward(graph, state, ids, mask, positions, output_hidden_states, output_router_probs)
+        out = _forward(split(self), ids, mask, positions, output_hidden_states, output_router_probs)
         if self.partition.mesh is not None:
             out = out._replace(
                 logits=out.logits[:B, :T, : self.config.vocab_size],
@@ -222,14 +236,44 @@ class DbrxForCausalLM(nnx.Module):
             layers.append(layer)
         return partition.all_tokens(x), layers
 
+    def extend_tiles(
+        self, input_ids: Int[Array, "R"], valid: Bool[Array, "R"], positions: Int[Array, "R"], cache: Cache
+    ) -> tuple[Float[Array, "R D"], Cache]:
+        """One new token of each row as :meth:`extend`, in products of TILE rows: no bit of a row depends on R.
+
+        R is a multiple of TILE. Rows go through attention and router tile by tile, and to the experts together.
+        """
+        partition, count = self.partition, tile_count(input_ids.shape[0], positions)
+        # In a loop of its own, or a product with a scale is joined with a later sum for some numbers of rows.
+        x, _ = over_tiles(lambda _, ids, none: (self.embed(ids[:, None], partition), none), input_ids, None, count)
+        layers = []
+        for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
+
+            def attend(first_row, rows, layer, block=block):
+                x, positions = rows
+                y, layer = block.attention.extend(block.norm_1(x), positions[:, None], layer, first_row, partition)
+                x = x + y
+                normed = block.norm_2(x)
+                routing = block.moe.route(normed, partition)
+                if block.moe.dense:
+                    return (x + block.moe.mix(normed, routing, partition), normed, routing), layer
+                return (x, normed, routing), layer
+
+            with jax.named_scope(f"block_{i}"):
+                (x, normed, routing), layer = over_tiles(attend, (x, positions), layer, count)
+                if not block.moe.dense:
+                    x = x + block.moe.mix(normed, routing, partition, valid[:, None], TILE)
+            layers.append(layer)
+        return x[:, 0], layers
+
     def embed(self, input_ids: Int[Array, "B T"], partition: Partition) -> Float[Array, "B T D"]:
         """Embeddings of the ids, of this device's tokens; each device looks up what its part of the table has."""
         table = partition.whole(self.embedding)
         if partition.size(*VOCABULARY) == 1:
-            return table[input_ids]
+            return dequantized(table[input_ids])
         local = input_ids - partition.index(*VOCABULARY) * table.shape[0]
         here = (local >= 0) & (local < table.shape[0])
-        return partition.join(jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0))
+        return partition.join(jnp.where(here[..., None], dequantized(table[jnp.where(here, local, 0)]), 0))
 
     def logits(self, normed: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """The head on hidden states after norm_f, in float32; on a mesh, of this device's part of the vocabulary.
@@ -237,27 +281,63 @@ class DbrxForCausalLM(nnx.Module):
         Entries that only fill the vocabulary up are the least number: they are never chosen and weigh nothing.
         """
         head = self.partition.whole(self.lm_head)
-        logits = (normed @ head.T).astype(jnp.float32)
+        rows = normed.reshape(-1, normed.shape[-1])
+        logits = linear(rows, head, 1, self.partition.platform, jnp.float32).reshape(*normed.shape[:-1], -1)
         if self.partition.pad_vocabulary(self.config.vocab_size) == self.config.vocab_size:
             return logits
         ids = self.partition.index(*VOCABULARY) * head.shape[0] + jnp.arange(head.shape[0])
         return jnp.where(ids < self.config.vocab_size, logits, jnp.finfo(jnp.float32).min)
 
 
-def split(model: DbrxForCausalLM) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model as a static part and its parameters, for jit.
+class Structure:
+    """All of a model but its arrays. Two that are equal are one object, which jit compares at no cost."""
 
-    Without what the checkpoint says of the end of a text, which changes no program.
-    """
+    def __init__(self, graph: nnx.GraphDef, tree: Any):
+        self.graph, self.tree = graph, tree
+
+
+_structure = functools.lru_cache(maxsize=64)(Structure)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplitModel:
+    """A model for jit: its arrays in a list, and all else."""
+
+    arrays: list[Any]
+    structure: Structure = dataclasses.field(metadata={"static": True})
+
+    def merge(self) -> DbrxForCausalLM:
+        return nnx.merge(self.structure.graph, self.state)
+
+    @property
+    def state(self) -> nnx.State:
+        """The parameters in their tree."""
+        return jax.tree.unflatten(self.structure.tree, self.arrays)
+
+    def places(self) -> "SplitModel":
+        """Where each array lies on the model's mesh."""
+        specs = parameter_places(self.state, self.merge().partition)
+        return SplitModel(jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)), self.structure)
+
+
+def split(model: DbrxForCausalLM) -> SplitModel:
+    """The model as jit takes it, without what the checkpoint says of the end of a text, which changes no program."""
     bare = copy.copy(model)
     bare.generation_config = GenerationConfig()
-    return nnx.split(bare)
+    graph, state = nnx.split(bare)
+    arrays, tree = jax.tree.flatten(state)
+    return SplitModel(arrays, _structure(graph, tree))
 
 
 def parameter_places(state: nnx.State, partition: Partition) -> nnx.State:
     """Where each parameter lies on the mesh, in the tree of the parameters."""
-    flat = [(path, leaf.replace(partition.spec(leaf.get_metadata("axes")))) for path, leaf in nnx.to_flat_state(state)]
+    flat = [(path, leaf.replace(_places(leaf, partition))) for path, leaf in nnx.to_flat_state(state)]
     return nnx.from_flat_state(flat)
+
+
+def _places(leaf: Any, partition: Partition) -> Any:
+    return partition.places(leaf.get_value(), leaf.get_metadata("axes"))
 
 
 def check_ids(input_ids: Any, vocab_size: int) -> Array | np.ndarray:
@@ -291,13 +371,13 @@ def _same_shape(name: str, value: Any, ids: Array | np.ndarray) -> Array | np.nd
     return array
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6))
-def _forward(graph, state, ids, mask, positions, output_hidden_states, output_router_probs):
-    model = nnx.merge(graph, state)
+@partial(jax.jit, static_argnums=(4, 5))
+def _forward(parts, ids, mask, positions, output_hidden_states, output_router_probs):
+    model = parts.merge()
     partition = model.partition.with_split(ids.shape[1])
 
-    def run(state, ids, mask, positions):
-        model = nnx.merge(graph, state)
+    def run(parts, ids, mask, positions):
+        model = parts.merge()
         states, routings = model.hidden(ids, mask, positions)
         logits = model.logits(partition.all_tokens(states[-1]))
         probs = [r.probs.reshape(*ids.shape, -1) for r in routings]
@@ -310,6 +390,4 @@ def _forward(graph, state, ids, mask, positions, output_hidden_states, output_ro
         [tokens] * (model.config.n_layers + 1) if output_hidden_states else None,
         [partition.place(ROWS, None, None)] * model.config.n_layers if output_router_probs else None,
     )
-    return partition.over(run, (parameter_places(state, partition), rows, rows, rows), places)(
-        state, ids, mask, positions
-    )
+    return partition.over(run, (parts.places(), rows, rows, rows), places)(parts, ids, mask, positions)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.experts import ExpertWeights, apply_experts, expert_mlp
+from dbrx_jax.ops.linear import Weight, linear
 from dbrx_jax.ops.routing import Routing, route
 from dbrx_jax.sharding import ROWS, Partition
 
@@ -24,7 +25,9 @@ class Expert(nnx.Module):
         axes: tuple[str, ...] = ("ffn", "embed")
         if (devices := init.partition.size("expert")) > 1:
             shape, axes = (devices, *shape), ("experts", *axes)
-        self.w1, self.v1, self.w2 = (init.normal(shape, axes, config.initializer_range) for _ in range(3))
+        std = config.initializer_range
+        self.w1, self.v1 = (init.normal(shape, axes, std, "experts") for _ in range(2))
+        self.w2 = init.normal(shape, axes, std, "experts", contracted=(-2,))
 
 
 class MoE(nnx.Module):
@@ -56,24 +59,37 @@ class MoE(nnx.Module):
         if partition.split and partition.all_to_all and not self.dense:
             return self._sent(x, partition, valid, jitter_key)
         x = partition.all_tokens(x)
-        routing = self._route(x, partition, jitter_key)
+        routing = self.route(x, partition, jitter_key)
+        return self.mix(x, routing, partition, valid), routing
+
+    def mix(
+        self,
+        x: Float[Array, "B T D"],
+        routing: Routing,
+        partition: Partition,
+        valid: Bool[Array, "B T"] | None = None,
+        tile: int | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the experts that the router chose for all tokens make of them, for this device's tokens.
+
+        Args:
+          tile: as in :func:`apply_experts`.
+        """
         rows, weights = x.reshape(-1, x.shape[-1]), self._weights(partition)
         if self.dense:  # softmax over one expert gives the weight 1
-            y = expert_mlp(rows, *weights.one(0), self.activation)
+            y = expert_mlp(rows, *weights.one(0), self.activation, partition.platform)
         else:
             first = partition.index("expert") * len(self.experts)
             valid = None if valid is None else valid.reshape(-1)
             chosen = routing.experts - first
-            y = apply_experts(
-                rows, routing.weights, chosen, weights, self.activation, valid, platform=partition.platform
-            )
-        return partition.join(y.reshape(x.shape)), routing
+            y = apply_experts(rows, routing.weights, chosen, weights, self.activation, valid, partition.platform, tile)
+        return partition.join(y.reshape(x.shape))
 
     def _sent(
         self, x: Float[Array, "B T D"], partition: Partition, valid: Bool[Array, "B S"] | None, jitter_key: Array | None
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The same with each token sent to the devices of its experts, and what they make of it sent back."""
-        mine = self._route(x, partition, jitter_key)
+        mine = self.route(x, partition, jitter_key)
         devices, each = partition.size("expert"), len(self.experts)
         experts, (B, T, _) = mine.experts, x.shape
         if valid is not None:  # padding goes nowhere: its place is behind the last device's
@@ -94,7 +110,8 @@ class MoE(nnx.Module):
         whole = [partition.all_tokens(a.reshape(B, T, -1)).reshape(-1, a.shape[-1]) for a in mine]
         return partition.sum(y.reshape(x.shape), "tensor"), Routing(*whole)
 
-    def _route(self, x: Float[Array, "B T D"], partition: Partition, jitter_key: Array | None) -> Routing:
+    def route(self, x: Float[Array, "B T D"], partition: Partition, jitter_key: Array | None = None) -> Routing:
+        """Which experts each token goes to; on a mesh the same on every device that has the token."""
         seen = rows = x.reshape(-1, x.shape[-1])
         if jitter_key is not None and self.jitter is not None:
             apart = (*ROWS, "expert") if partition.all_to_all else ROWS  # devices whose tokens are not the same
@@ -102,10 +119,10 @@ class MoE(nnx.Module):
                 jitter_key = jax.random.fold_in(jitter_key, partition.index(*apart))
             noise = jax.random.uniform(jitter_key, rows.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
             seen = rows * noise.astype(rows.dtype)
-        return route(seen @ self.router[...].T, self.top_k, self.norm)
+        return route(linear(seen, self.router[...], 1, partition.platform), self.top_k, self.norm)
 
     def _weights(self, partition: Partition) -> ExpertWeights:
-        def local(parameter):
+        def local(parameter) -> Weight:
             weight = partition.whole(parameter)
             return weight[0] if weight.ndim == 3 else weight
 

@@ -50,6 +50,7 @@ def cached_attention(
     block: int,
     stripe: tuple[Int[Array, ""] | int, int] = (0, 1),
     platform: str = "cpu",
+    scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
 ) -> AttentionPart:
     """Attention of rows first_row … first_row + R of a cache: a query at position p sees positions 0 … p.
 
@@ -60,7 +61,8 @@ def cached_attention(
 
     Args:
       stripe: (x, X) where the cache holds every X-th position from x on; (0, 1) for all.
-      platform: on a CPU products are of float32, elsewhere of the cache's dtype with float32 sums.
+      platform: on a CPU products are of float32, elsewhere of the query's dtype with float32 sums.
+      scales: of the keys and the values of an int8 cache.
     """
     R, T, H, K = query.shape
     G, S = key.shape[1:3]
@@ -68,7 +70,7 @@ def cached_attention(
         block = S  # its products take no slices: each block would be copied
     elif platform != "cpu" and T > 1:
         block = math.gcd(S, PROMPT_BLOCK)
-    dtype = jnp.float32 if platform == "cpu" else key.dtype
+    dtype = jnp.float32 if platform == "cpu" else query.dtype
     offset, stride = stripe
     q = query.reshape(R, T, G, H // G, K).transpose(0, 2, 3, 1, 4)  # (R, G, H/G, T, K)
     q = (q.astype(jnp.float32) / math.sqrt(K)).astype(dtype)
@@ -78,6 +80,11 @@ def cached_attention(
         start = (first_row, 0, i * block, 0)
         k, v = (lax.dynamic_slice(x, start, (R, G, block, K)).astype(dtype) for x in (key, value))
         scores = jnp.einsum("rgitk,rgsk->rgits", q, k, preferred_element_type=jnp.float32)
+        if scales is not None:
+            of_keys, of_values = (
+                lax.dynamic_slice(x, start[:3], (R, G, block)).astype(jnp.float32)[:, :, None, None] for x in scales
+            )
+            scores = scores * of_keys
         place = (i * block + jnp.arange(block)) * stride + offset
         seen = place <= positions[:, :, None]  # (R, T, block)
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
@@ -85,6 +92,7 @@ def cached_attention(
         old_share = jnp.exp(largest - new)
         probs = jnp.exp(scores - new[..., None])
         total = total * old_share + probs.sum(axis=-1)
+        probs = probs if scales is None else probs * of_values
         more = jnp.einsum("rgits,rgsk->rgitk", probs.astype(dtype), v, preferred_element_type=jnp.float32)
         return new, total, out * old_share[..., None] + more
 

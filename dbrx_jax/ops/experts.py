@@ -6,6 +6,7 @@ experts. A weight is given as E arrays (F, D), one per expert, each in a buffer 
 array (E, F, D) is indexed the same way.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,17 +17,19 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from dbrx_jax.ops.linear import Weight, dequantized, linear
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
 }
-# Rows of one matrix product in the grouped arrangement. On a CPU 64 was 1.5 times as fast as 32; elsewhere
-# so many that the product takes longer than reading the weights.
-TILE = {"cpu": 64}
+# Rows of one matrix product in the grouped arrangement. On a CPU, where filled up rows cost, about as many as an
+# expert has; elsewhere so many that the product takes longer than reading the weights.
+LEAST_TILE, LARGEST_TILE = 4, 64
 TILE_ELSEWHERE = 512
-# Up to so many tokens, each expert runs on all of them: gathering rows costs more.
-FEW_TOKENS = {"cpu": 16}
+# Up to so many tokens, each expert that has some runs on all of them.
+FEW_TOKENS = {"cpu": 1}
 FEW_TOKENS_ELSEWHERE = 256
 # Up to so many of them, an expert that no token chose is likely, and is skipped.
 SKIP_TOKENS = 16
@@ -35,23 +38,20 @@ SKIP_TOKENS = 16
 class ExpertWeights(NamedTuple):
     """Gate (w1), up (v1) and down (w2) projections of E experts, each (F, D) as in published checkpoints."""
 
-    w1: Sequence[Float[Array, "F D"]]
-    v1: Sequence[Float[Array, "F D"]]
-    w2: Sequence[Float[Array, "F D"]]
+    w1: Sequence[Weight]
+    v1: Sequence[Weight]
+    w2: Sequence[Weight]
 
-    def one(self, e: int) -> tuple[Array, Array, Array]:
+    def one(self, e: int) -> tuple[Weight, Weight, Weight]:
         return self.w1[e], self.v1[e], self.w2[e]
 
 
 def expert_mlp(
-    x: Float[Array, "N D"],
-    w1: Float[Array, "F D"],
-    v1: Float[Array, "F D"],
-    w2: Float[Array, "F D"],
-    activation: str,
+    x: Float[Array, "N D"], w1: Weight, v1: Weight, w2: Weight, activation: str, platform: str
 ) -> Float[Array, "N D"]:
-    """One expert on N rows: (act(x w1^T) * (x v1^T)) w2."""
-    return (ACTIVATIONS[activation](x @ w1.T) * (x @ v1.T)) @ w2
+    """One expert with weights (F, D) on N rows: (act(x w1^T) * (x v1^T)) w2."""
+    inner = ACTIVATIONS[activation](linear(x, w1, 1, platform)) * linear(x, v1, 1, platform)
+    return linear(inner, w2, 0, platform)
 
 
 def reference_experts(
@@ -62,7 +62,11 @@ def reference_experts(
     activation: str,
 ) -> Float[Array, "N D"]:
     """The definition, word for word: every expert on every token, then the chosen ones summed."""
-    outputs = [expert_mlp(x, *expert_weights.one(e), activation) for e in range(len(expert_weights.w1))]
+
+    def expert(w1: Array, v1: Array, w2: Array) -> Array:
+        return (ACTIVATIONS[activation](x @ w1.T) * (x @ v1.T)) @ w2
+
+    outputs = [expert(*map(dequantized, expert_weights.one(e))) for e in range(len(expert_weights.w1))]
     chosen = jnp.take_along_axis(jnp.stack(outputs, axis=1), experts[:, :, None], axis=1)  # (N, K, D)
     return jnp.sum(chosen * weights[:, :, None].astype(x.dtype), axis=1)
 
@@ -75,6 +79,7 @@ def apply_experts(
     activation: str,
     valid: Bool[Array, "N"] | None = None,
     platform: str = "cpu",
+    tile: int | None = None,
 ) -> Float[Array, "N D"]:
     """The same sum as :func:`reference_experts`, computing only what was chosen.
 
@@ -82,6 +87,8 @@ def apply_experts(
       experts: numbers below 0 or from E on are experts of other devices: what they give is left out.
       valid: False for rows whose output does not matter (padding); they cost nothing and give 0.
       platform: that of the devices, which decides on the arrangement.
+      tile: rows of every matrix product, whatever N is, so that no bit of a row's result depends on N;
+        None leaves that to the platform.
     """
     weights = weights.astype(x.dtype)
     here = (experts >= 0) & (experts < len(expert_weights.w1))
@@ -89,24 +96,54 @@ def apply_experts(
         here = here & valid[:, None]
     # One past the last expert: such rows sort behind all groups and match no expert.
     experts = jnp.where(here, experts, len(expert_weights.w1))
-    if x.shape[0] <= FEW_TOKENS.get(platform, FEW_TOKENS_ELSEWHERE):
-        return _few_tokens(x, weights, experts, expert_weights, activation)
-    return _many_tokens(x, weights, experts, expert_weights, activation, TILE.get(platform, TILE_ELSEWHERE))
+    few = tile is None and x.shape[0] <= FEW_TOKENS.get(platform, FEW_TOKENS_ELSEWHERE)
+    if tile is None:
+        tile = _tile(experts.size / len(expert_weights.w1)) if platform == "cpu" else TILE_ELSEWHERE
+    return _apply(x, weights, experts, expert_weights, activation, platform, tile, few)
 
 
-def _few_tokens(x, weights, experts, expert_weights, activation):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _apply(x, weights, experts, expert_weights, activation, platform, tile_rows, few):
+    if not few:
+        return _many_tokens(x, weights, experts, expert_weights, activation, platform, tile_rows)
+    if platform == "cpu":
+        return _one_token(x, weights, experts, expert_weights, activation, platform)
+    return _few_tokens(x, weights, experts, expert_weights, activation, platform)
+
+
+def _tile(rows: float) -> int:
+    """Rows of a matrix product on a CPU, where an expert has so many on average."""
+    return min(1 << math.ceil(math.log2(max(LEAST_TILE, 1.5 * rows))), LARGEST_TILE)
+
+
+def _one_token(x, weights, experts, expert_weights, activation, platform):
+    """One token's experts, one after the other, by a branch for each: no other weight is read."""
+
+    def branch(own: tuple[Weight, Weight, Weight]) -> Callable[[Array], Array]:
+        return lambda x: expert_mlp(x, *own, activation, platform)
+
+    branches = [branch(expert_weights.one(e)) for e in range(len(expert_weights.w1))]
+    branches.append(jnp.zeros_like)  # of an expert that is elsewhere
+
+    def add(k, y):
+        return y + weights[0, k] * lax.switch(experts[0, k], branches, x)
+
+    return lax.fori_loop(0, experts.shape[1], add, jnp.zeros_like(x))
+
+
+def _few_tokens(x, weights, experts, expert_weights, activation, platform):
     """Each chosen expert once, on all rows; the weights of the other experts are never read."""
     y = jnp.zeros_like(x)
     for e in range(len(expert_weights.w1)):
-        mine = experts == e  # (N, K)
-        weight = jnp.sum(jnp.where(mine, weights, 0), axis=1, keepdims=True)
 
-        def add(y, e=e, mine=mine, weight=weight):
+        def add(y, e=e):
+            mine = experts == e  # (N, K)
             # Others' rows are taken out before, not multiplied by 0 after: an infinity of theirs would give NaN.
             rows = jnp.where(mine.any(axis=1, keepdims=True), x, 0)
-            return y + weight * expert_mlp(rows, *expert_weights.one(e), activation)
+            weight = jnp.sum(jnp.where(mine, weights, 0), axis=1, keepdims=True)
+            return y + weight * expert_mlp(rows, *expert_weights.one(e), activation, platform)
 
-        y = lax.cond(mine.any(), add, lambda y: y, y) if x.shape[0] <= SKIP_TOKENS else add(y)
+        y = lax.cond((experts == e).any(), add, lambda y: y, y) if x.shape[0] <= SKIP_TOKENS else add(y)
     return y
 
 
@@ -156,8 +193,7 @@ def _group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> _Gro
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _many_tokens(x, weights, experts, expert_weights, activation, tile_rows):
+def _many_tokens(x, weights, experts, expert_weights, activation, platform, tile_rows):
     """Sorts the pairs by expert and runs each expert's rows through it, `tile_rows` at a time."""
     groups = _group(experts, len(expert_weights.w1), tile_rows)
     top_k = experts.shape[1]
@@ -166,7 +202,7 @@ def _many_tokens(x, weights, experts, expert_weights, activation, tile_rows):
 
         def add(i, y, e=e):
             start, pairs, own = groups.tile(e, i)
-            out = expert_mlp(x[pairs // top_k], *expert_weights.one(e), activation)
+            out = expert_mlp(x[pairs // top_k], *expert_weights.one(e), activation, platform)
             return _write(y, start, own, out)
 
         y = lax.fori_loop(0, groups.tiles(e), add, y)
@@ -179,12 +215,12 @@ def _write(y: Array, start: Array, own: Array, rows: Array) -> Array:
     return lax.dynamic_update_slice(y, jnp.where(own, rows, old), (start, 0))
 
 
-def _many_tokens_forward(x, weights, experts, expert_weights, activation, tile_rows):
-    y = _many_tokens(x, weights, experts, expert_weights, activation, tile_rows)
+def _forward(x, weights, experts, expert_weights, activation, platform, tile_rows, few):
+    y = _apply(x, weights, experts, expert_weights, activation, platform, tile_rows, few)
     return y, (x, weights, experts, expert_weights)
 
 
-def _many_tokens_backward(activation, tile_rows, saved, dy):
+def _backward(activation, platform, tile_rows, few, saved, dy):
     """Tile by tile again: recomputes each expert's rows and sums its weights' gradients in float32."""
     x, weights, experts, expert_weights = saved
     groups = _group(experts, len(expert_weights.w1), tile_rows)
@@ -201,7 +237,7 @@ def _many_tokens_backward(activation, tile_rows, saved, dy):
             tokens = pairs // top_k
             # What else the tile reaches over is taken out, so that nothing of it comes into the weights' sums.
             rows, dout = jnp.where(own, x[tokens], 0), jnp.where(own, dy[tokens], 0)
-            out, pull = jax.vjp(lambda *a: expert_mlp(*a, activation), rows, *own_weights)
+            out, pull = jax.vjp(lambda *a: expert_mlp(*a, activation, platform), rows, *own_weights)
             dx_rows, *dw = pull(dout * weights.reshape(-1, 1)[pairs])
             dweight_rows = jnp.sum(out * dout, axis=1, keepdims=True).astype(weights.dtype)
             sums = tuple(s + d.astype(jnp.float32) for s, d in zip(sums, dw, strict=True))
@@ -217,4 +253,4 @@ def _many_tokens_backward(activation, tile_rows, saved, dy):
     return dx, dweights, np.zeros(experts.shape, jax.dtypes.float0), by_weight
 
 
-_many_tokens.defvjp(_many_tokens_forward, _many_tokens_backward)
+_apply.defvjp(_forward, _backward)

@@ -1,0 +1,105 @@
+"""Products of rows with a weight, plain or quantised, in the arrangement that suits the platform."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from dbrx_jax.quantization import QuantizedArray
+
+Weight = Array | QuantizedArray
+# Elements of a quantised weight that a CPU turns into floats at a time: what stays in its caches.
+BLOCK = 1 << 20
+# Fewer rows than these take a path of XLA's for CPUs that first casts the whole weight to float32.
+LEAST_ROWS = 2
+
+
+def linear(
+    x: Float[Array, "N C"], weight: Weight, contracted: int, platform: str, dtype: DTypeLike | None = None
+) -> Float[Array, "N M"]:
+    """x w^T for a weight (M, C), or x w for (C, M), summed in float32 and rounded once.
+
+    Args:
+      weight: of two dimensions; a quantised one is never turned into floats as a whole on a CPU.
+      contracted: its dimension that is summed over, 1 or 0.
+      platform: of the devices.
+      dtype: of the result; x's by default.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    if platform != "cpu":
+        return _elsewhere(x, weight, contracted, dtype)
+    rows = x.shape[0]
+    plain = weight.dtype == jnp.float32 and not isinstance(weight, QuantizedArray)
+    if not plain and rows < LEAST_ROWS:
+        x = jnp.concatenate([x] * LEAST_ROWS)
+    y = _in_blocks(x, weight, contracted) if isinstance(weight, QuantizedArray) else _dot(x, weight, contracted)
+    return y[:rows].astype(dtype)
+
+
+def matrix(weight: Weight, rows: int) -> Weight:
+    """A weight in two dimensions: its first `rows` dimensions as one, and the others, which are summed over."""
+    if isinstance(weight, QuantizedArray):
+        values, scale = (a.reshape(math.prod(a.shape[:rows]), -1) for a in (weight.values, weight.scale))
+        return dataclasses.replace(weight, values=values, scale=scale, contracted=(-1,))
+    return weight.reshape(math.prod(weight.shape[:rows]), -1)
+
+
+def dequantized(weight: Weight) -> Array:
+    """The weight as an array of floats."""
+    return weight.dequantize() if isinstance(weight, QuantizedArray) else weight
+
+
+def _dot(x: Array, weight: Array, contracted: int) -> Array:
+    """In float32. Written without transposing: XLA for CPUs would do that in memory."""
+    return lax.dot_general(x, weight, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _elsewhere(x: Array, weight: Weight, contracted: int, dtype: DTypeLike) -> Array:
+    """The compilers of TPU and GPU read a cast or scaled weight inside the product, where it has a scale a channel."""
+    wide = jnp.float32 if dtype == jnp.float32 else None
+    if not isinstance(weight, QuantizedArray):
+        return _product(x, weight, contracted, wide)
+    if weight.group is None:
+        y = _product(x, weight.integers().astype(x.dtype), contracted, jnp.float32)
+        return (y * weight.scale.reshape(1, -1).astype(jnp.float32)).astype(dtype)
+    return _product(x, weight.dequantize(x.dtype), contracted, wide)
+
+
+def _product(x: Array, weight: Array, contracted: int, dtype: DTypeLike | None) -> Array:
+    return lax.dot_general(x, weight, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
+
+
+def _in_blocks(x: Array, weight: QuantizedArray, contracted: int) -> Array:
+    """Blocks of rows of the weight, one after the other: turned into floats in the cache and multiplied there."""
+    values, scale = weight.values, weight.scale
+    count = _blocks(values.shape[0], scale.shape[0], weight.size)
+
+    def block(i: Array | int) -> Array:
+        scales = scale if scale.shape[0] == 1 else _part(scale, i, count)
+        part = dataclasses.replace(weight, values=_part(values, i, count), scale=scales)
+        return part.integers().astype(x.dtype) if weight.group is None else part.dequantize(x.dtype)
+
+    def add(i, y):
+        if contracted == 1:
+            return lax.dynamic_update_slice(y, _dot(x, block(i), 1), (0, i * (y.shape[1] // count)))
+        size = x.shape[1] // count
+        return y + _dot(lax.dynamic_slice(x, (0, i * size), (x.shape[0], size)), block(i), 0)
+
+    y = jnp.zeros((x.shape[0], weight.shape[1 - contracted]), jnp.float32)
+    y = add(0, y) if count == 1 else lax.fori_loop(0, count, add, y)
+    return y * scale.reshape(1, -1).astype(jnp.float32) if weight.group is None else y
+
+
+def _blocks(rows: int, scales: int, size: int) -> int:
+    """The fewest equal blocks of rows (as stored), and of scales where each has its own, of up to BLOCK elements."""
+    least = max(1, -(-size // BLOCK))
+    fits = (n for n in range(least, rows + 1) if rows % n == 0 and (scales == 1 or scales % n == 0))
+    return next(fits, 1)
+
+
+def _part(array: Array, i: Array | int, count: int) -> Array:
+    rows = array.shape[0] // count
+    return lax.dynamic_slice(array, (i * rows, 0), (rows, array.shape[1]))
