@@ -1,20 +1,17 @@
 """What the real compilers make of 132B: memory, HBM traffic and collectives of each device.
 
-    python benchmarks/compiled.py [v5e-64 v6e-16 v5p-4 h100-8]
+    python -m benchmarks.compiled [v5e-64 v6e-16 v5p-4 h100-8]
 
 Needs the extra [compile] and no accelerator. A decode step of 64 rows with 4096 positions each, and a chunk
 of 2048 tokens of one prompt, in bfloat16. Puts results/compiled.json in step for these targets (all by
 default) and prints them as a table in Markdown.
 """
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
-from pathlib import Path
+
+from benchmarks.record import RESULTS, stamp, write
 
 TARGETS = ("v5e-64", "v6e-16", "v5p-4", "h100-8")
 ARGUMENTS = ("--batch", "64", "--context", "4096", "--compile", "--json")
@@ -43,7 +40,7 @@ def line(p: dict) -> str:
 
 
 def main() -> None:
-    path = Path(__file__).parent / "results" / "compiled.json"
+    path = RESULTS / "compiled.json"
     results = json.loads(path.read_text())["targets"] if path.exists() else {}
     print("| devices | program | compiled in | memory, GB (planned) | traffic, GB | of least | sent, MB (planned) |")
     print("|---|---|---|---|---|---|---|")
@@ -51,15 +48,8 @@ def main() -> None:
         results[target] = plan(target)
         for p in results[target]["compiled"]:
             print(f"| {target} | {line(p)} |", flush=True)
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no accelerator",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "model": "132b-instruct, bfloat16, 64 rows, 4096 positions; chunks of 2048 tokens",
-        "targets": results,
-    }
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    model = "132b-instruct, bfloat16, 64 rows, 4096 positions; chunks of 2048 tokens"
+    write({**stamp(*PACKAGES), "model": model, "targets": results}, path)
 
 
 if __name__ == "__main__":

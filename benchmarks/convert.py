@@ -1,86 +1,115 @@
-"""The converter at DBRX's true widths beside `cp` of the same files, each ending in sync.
+"""The converter at DBRX's true widths beside `cp` of the same files, each ending in sync."""
 
-    python benchmarks/convert.py --folder SCRATCH [--layers 1] [--experts 16]
-
-Makes a random checkpoint (one layer is 6.5 GB, embedding and head 2.5 GB more) in SCRATCH, then in
-turns: cp, to-orbax, to-hf, loading into memory. Writes results/convert.json: GB/s, the ratio to cp,
-and how much anonymous memory (RssAnon) each took. Needs up to four times the checkpoint's size on disk.
-"""
-
-import argparse
-import datetime
-import importlib.metadata
+import dataclasses
 import json
-import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from benchmarks.checkpoints import write_folder
+from benchmarks.record import RESULTS, ROOT, BenchmarkError, stamp, write
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.convert.layouts import FUSED, expand
-from dbrx_jax.convert.to_hf import SHARD, _write_index, plan_shards
+from dbrx_jax.console import say
 
+BLOCK = 64 << 20  # bytes of random bits made at a time
+
+# Runs apart, so that the memory is the conversion's own.
 MEASURE = """
-import sys, threading, time, os, json
+import json, os, sys, time
+from benchmarks.workers.serve import Peak
 name, source, destination = sys.argv[1:]
-import numpy as np
-from dbrx_jax.convert.to_orbax import to_orbax
+from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.convert.to_hf import to_hf
-from dbrx_jax.convert.folder import open_folder, rows_per_block, shape_of
-from dbrx_jax.parameters import parameter_specs
-def anonymous():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-peak = 0
-def watch():
-    global peak
-    while True:
-        peak = max(peak, anonymous()); time.sleep(0.005)
-threading.Thread(target=watch, daemon=True).start()
-begin = time.perf_counter()
-if name == "load":
-    from dbrx_jax import DbrxForCausalLM
-    model = DbrxForCausalLM.from_pretrained(source)
-else:
-    {"to-orbax": to_orbax, "to-hf": to_hf}[name](source, destination)
-    os.sync()
-print(json.dumps({"seconds": time.perf_counter() - begin, "rss_anon_bytes": peak}))
+from dbrx_jax.convert.to_orbax import to_orbax
+with Peak() as peak:
+    begin = time.perf_counter()
+    if name == "load":
+        model = DbrxForCausalLM.from_pretrained(source)
+    else:
+        {"to-orbax": to_orbax, "to-hf": to_hf}[name](source, destination)
+        os.sync()
+    seconds = time.perf_counter() - begin
+print(json.dumps({"seconds": seconds, "rss_anon_bytes": peak.most}))
 """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """GB/s of the converter, both ways, and of loading, as a ratio to cp of the same files.
+
+    Makes a random checkpoint (one layer is 6.5 GB, embedding and head 2.5 GB more), then in turns: cp,
+    to-orbax, to-hf, loading. Needs up to four times the checkpoint's size on disk.
+    """
+
+    folder: Path
+    """A folder on the disk to be measured; what is made in it is removed."""
+    layers: int = 1
+    """Of the checkpoint."""
+    experts: int = 16
+    """Of each layer."""
+    rounds: int = 2
+    """How often each is measured."""
+    output: Path = RESULTS / "convert.json"
+    """JSON to write."""
+
+    def run(self) -> None:
+        """Measures, prints and writes."""
+        for name in ("layers", "experts", "rounds"):
+            if getattr(self, name) < 1:
+                raise BenchmarkError(f"--{name}: expected a whole number above 0, got {getattr(self, name)}")
+        work = (self.folder / "dbrx-convert-benchmark").resolve()
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            config = make(work / "source", self.layers, self.experts)
+            gigabytes = config.total_parameters * 2 / 1e9
+            rounds = [self._round(work, gigabytes) for _ in range(self.rounds)]
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        checkpoint = {"layers": self.layers, "experts": self.experts, "gigabytes": round(gigabytes, 2)}
+        head = stamp("dbrx-jax", "jax", "orbax-checkpoint")
+        write({"benchmark": "convert", **head, "checkpoint": checkpoint, "rounds": rounds}, self.output)
+        say(f"Written to {self.output}")
+
+    def _round(self, work: Path, gigabytes: float) -> dict[str, Any]:
+        row: dict[str, Any] = {"cp": {"seconds": copy(work / "source", work / "cp")}}
+        shutil.rmtree(work / "cp")
+        row["to-orbax"] = measure("to-orbax", work / "source", work / "orbax")
+        row["load"] = measure("load", work / "orbax", work / "none")
+        row["to-hf"] = measure("to-hf", work / "orbax", work / "hf")
+        shutil.rmtree(work / "hf")
+        shutil.rmtree(work / "orbax")
+        for name, entry in row.items():
+            entry["gb_per_second"] = round(gigabytes / entry["seconds"], 3)
+            entry["ratio_to_cp"] = round(row["cp"]["seconds"] / entry["seconds"], 3)
+            entry["seconds"] = round(entry["seconds"], 2)
+            print(f"{name:<9}{entry['gb_per_second']} GB/s, {entry['ratio_to_cp']} of cp's rate", flush=True)
+        return row
 
 
 def make(folder: Path, layers: int, experts: int) -> DbrxConfig:
     """A checkpoint of random bfloat16 bits below 2, in the published layout and file size."""
-    base = DbrxConfig.from_name("132b-base").to_dict()
-    base["n_layers"] = layers
-    base["ffn_config"] |= {"moe_num_experts": experts, "moe_top_k": min(4, experts)}
-    config = DbrxConfig.from_dict(base)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(base))
-    rng, dtype = np.random.default_rng(0), np.dtype(ml_dtypes.bfloat16)
-    shards = plan_shards(expand(FUSED, config), dtype, SHARD)
-    for shard in shards:
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name, tensor in shard.tensors.items():
-            end = offset + math.prod(tensor.shape) * 2
-            header[name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header).encode()
-        with (folder / shard.file).open("wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for start in range(0, offset, 64 << 20):
-                f.write((rng.integers(0, 1 << 16, min(64 << 20, offset - start) // 2, np.uint16) & 0xBFFF).tobytes())
-    if len(shards) > 1:
-        _write_index(folder / "model.safetensors.index.json", shards, config.total_parameters, dtype)
+    base = DbrxConfig.from_name("132b-base")
+    config = dataclasses.replace(base, n_layers=layers, moe_num_experts=experts, moe_top_k=min(4, experts))
+    rng = np.random.default_rng(0)
+
+    def values(name: str, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, size * 2, BLOCK):
+            bits = rng.integers(0, 1 << 16, min(BLOCK, size * 2 - start) // 2, np.uint16) & 0xBFFF
+            yield bits.view(np.uint8)
+
+    write_folder(config, folder, values)
     return config
 
 
 def copy(source: Path, destination: Path) -> float:
+    """Seconds of `cp -r`, ending in sync."""
     os.sync()
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", source, destination], check=True)
@@ -89,52 +118,14 @@ def copy(source: Path, destination: Path) -> float:
 
 
 def measure(name: str, source: Path, destination: Path) -> dict[str, float]:
+    """Seconds and the most anonymous memory of one conversion, or of loading.
+
+    Raises:
+      BenchmarkError: it failed.
+    """
     os.sync()
-    done = subprocess.run([sys.executable, "-c", MEASURE, name, source, destination], capture_output=True, text=True)
+    command: list[str | Path] = [sys.executable, "-c", MEASURE, name, source, destination]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(done.stderr)
+        raise BenchmarkError(f"{name}: {(done.stderr.splitlines() or ['failed'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=2)
-    args = parser.parse_args()
-    work = args.folder / "dbrx-convert-benchmark"
-    shutil.rmtree(work, ignore_errors=True)
-    config = make(work / "source", args.layers, args.experts)
-    gigabytes = config.total_parameters * 2 / 1e9
-    rounds = []
-    for _ in range(args.rounds):
-        row = {"cp": {"seconds": copy(work / "source", work / "cp")}}
-        shutil.rmtree(work / "cp")
-        row["to-orbax"] = measure("to-orbax", work / "source", work / "orbax")
-        row["load"] = measure("load", work / "orbax", work / "none")
-        row["to-hf"] = measure("to-hf", work / "orbax", work / "hf")
-        shutil.rmtree(work / "hf")
-        shutil.rmtree(work / "orbax")
-        for entry in row.values():
-            entry["gb_per_second"] = round(gigabytes / entry["seconds"], 3)
-            entry["ratio_to_cp"] = round(row["cp"]["seconds"] / entry["seconds"], 3)
-            entry["seconds"] = round(entry["seconds"], 2)
-        rounds.append(row)
-        print(json.dumps(row, indent=2))
-    shutil.rmtree(work)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no accelerator",
-        "python": platform.python_version(),
-        "versions": {n: importlib.metadata.version(n) for n in ("dbrx-jax", "jax", "orbax-checkpoint")},
-        "checkpoint": {"layers": args.layers, "experts": args.experts, "gigabytes": round(gigabytes, 2)},
-        "rounds": rounds,
-    }
-    path = Path(__file__).parent / "results" / "convert.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

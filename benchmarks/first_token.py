@@ -1,28 +1,28 @@
 """Time from the command to the first generated text on the demo, and to its end: the first run and the second.
 
-    python benchmarks/first_token.py
+    python -m benchmarks.first_token
 
 The first run converts the demo to Orbax into an empty cache folder. Writes results/first_token.json.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, stamp, write
 
 PROMPT = "A list is"
 
 
-def run(cache: str) -> dict[str, float]:
+def run(cache: str) -> dict[str, Any]:
     """Seconds to the first byte on stdout and to the end of the process."""
     program = Path(sys.executable).parent / "dbrx-jax"
-    command = [program, "generate", "--prompt", PROMPT, "--max-new-tokens", "128"]
+    command: list[str | Path] = [program, "generate", "--prompt", PROMPT, "--max-new-tokens", "128"]
     begin = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "XDG_CACHE_HOME": cache}
@@ -45,17 +45,8 @@ def run(cache: str) -> dict[str, float]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         runs = {"first": run(cache), "second": run(cache), "third": run(cache)}
-    versions = {name: importlib.metadata.version(name) for name in ("dbrx-jax", "jax", "flax", "orbax-checkpoint")}
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no accelerator",
-        "python": platform.python_version(),
-        "versions": versions,
-        "runs": runs,
-    }
-    path = Path(__file__).parent / "results" / "first_token.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    result = {**stamp("dbrx-jax", "jax", "flax", "orbax-checkpoint"), "runs": runs}
+    write(result, RESULTS / "first_token.json")
     print(json.dumps(result, indent=2))
 
 

@@ -1,13 +1,13 @@
 """The smallest slice of each kind of accelerator that holds 132B, on paper, as a table in Markdown.
 
-    python benchmarks/slices.py
+    python -m benchmarks.slices
 
 Writes results/slices.json. See dbrx_jax.plan for what is counted.
 """
 
-import json
-from pathlib import Path
+from typing import Any
 
+from benchmarks.record import RESULTS, write
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.plan import decode_roofline, memory, smallest
 from dbrx_jax.targets import TARGETS, slice_sizes
@@ -23,7 +23,7 @@ def main() -> None:
     for kind, target in TARGETS.items():
         sizes = tuple(n * target.devices_per_chip for n in slice_sizes(kind))
         for precision in PRECISIONS:
-            row = {"kind": kind, "precision": precision, "batch": BATCH}
+            row: dict[str, Any] = {"kind": kind, "precision": precision, "batch": BATCH}
             for context in CONTEXTS:
                 found = smallest(config, target, precision, BATCH, context, sizes)
                 if found is not None:
@@ -34,7 +34,7 @@ def main() -> None:
                         "roofline_tokens_per_second": round(decode_roofline(found).tokens_per_second),
                     }
             rows.append(row)
-    Path(__file__).parent.joinpath("results", "slices.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write(rows, RESULTS / "slices.json")
     print("| devices | " + " | ".join(f"{p}, {c // 1024}k" for p in PRECISIONS for c in CONTEXTS) + " |")
     print("|---" * (1 + len(PRECISIONS) * len(CONTEXTS)) + "|")
     for kind in TARGETS:

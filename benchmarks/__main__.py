@@ -1,0 +1,34 @@
+"""The command: python -m benchmarks decode|prefill|throughput|load|convert|report, from the repository root."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from benchmarks.commands import Decode, Prefill, Throughput
+from benchmarks.convert import Convert
+from benchmarks.load import Load
+from benchmarks.report import Report
+from dbrx_jax.console import run
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "decode": Decode,
+    "prefill": Prefill,
+    "throughput": Throughput,
+    "load": Load,
+    "convert": Convert,
+    "report": Report,
+}
+
+
+def main() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on the machine
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="python -m benchmarks", description="Speed of dbrx_jax against the machine and its peers."
+    )
+    run("benchmarks", command.run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The checkpoints that are measured: the demo, and random weights in a configuration's sizes, made once and kept."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from dbrx_jax.compilation_cache import user_cache
+from dbrx_jax.config import DbrxConfig, names
+from dbrx_jax.convert.layouts import FUSED, expand
+from dbrx_jax.convert.to_hf import SHARD, _write_index, plan_shards
+from dbrx_jax.demo import source_folder
+
+BLOCK = 16 << 20  # values made at a time
+
+Values = Callable[[str, int], Iterator[np.ndarray]]  # of a tensor by its name and size, as bytes in blocks
+
+
+def cache_folder() -> Path:
+    """Where checkpoints are kept from run to run by default."""
+    return user_cache() / "benchmarks"
+
+
+def checkpoint(model: str, cache: Path) -> Path:
+    """The Hugging Face folder of a model.
+
+    Args:
+      model: "demo", another configuration's name, whose weights are then random, or a folder.
+      cache: where random ones are made, unless they are there.
+
+    Raises:
+      ConfigError: there is neither such a configuration nor such a folder.
+    """
+    if model == "demo":
+        return source_folder()
+    if model in names():
+        folder = cache / model
+        if not (folder / "config.json").exists():
+            write_random(DbrxConfig.from_name(model), folder)
+        return folder
+    folder = Path(model)
+    return folder if folder.is_dir() else (DbrxConfig.from_name(model), folder)[1]
+
+
+def write_random(config: DbrxConfig, folder: Path) -> None:
+    """Normal weights at initializer_range and norms of one, the same ones each time, in bfloat16."""
+    rng = np.random.default_rng(0)
+
+    def values(name: str, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, size, BLOCK):
+            count = min(BLOCK, size - start)
+            block = np.ones(count, np.float32)
+            if ".norm_" not in name:
+                block = rng.standard_normal(count, np.float32) * np.float32(config.initializer_range)
+            yield block.astype(ml_dtypes.bfloat16).view(np.uint8)
+
+    write_folder(config, folder, values)
+
+
+def write_folder(config: DbrxConfig, folder: Path, values: Values) -> None:
+    """A checkpoint in the published layout and file size, in bfloat16; config.json comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    shards = plan_shards(expand(FUSED, config), dtype, SHARD)
+    for shard in shards:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, tensor in shard.tensors.items():
+            end = offset + math.prod(tensor.shape) * dtype.itemsize
+            header[name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        with (folder / shard.file).open("wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for name, tensor in shard.tensors.items():
+                for block in values(name, math.prod(tensor.shape)):
+                    f.write(block.data)
+    if len(shards) > 1:
+        _write_index(folder / "model.safetensors.index.json", shards, config.total_parameters, dtype)
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "torch_dtype": dtype.name}, indent=2) + "\n")

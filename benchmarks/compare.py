@@ -1,0 +1,81 @@
+"""Measuring in alternation: ours, the peer, ours, the peer; then medians, and the median of the ratios."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from benchmarks.engines import OURS, Engine
+from benchmarks.record import BenchmarkError
+
+# In float32 the same computation in another order differs by 1e-6 or so; more is another computation.
+LARGEST_DIFFERENCE = 1e-2  # of the largest logit
+CHECKED_TOKENS = 8
+
+Figures = dict[str, float]  # of those named …_per_second more is better, of others less is
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def alternate(engines: Sequence[N], measure: Callable[[N, int], Figures], rounds: int) -> list[dict[str, Figures]]:
+    """Every engine measured once a round, in turn.
+
+    Args:
+      measure: gives an engine's figures; called with the round's number, 0 being the warm-up that is not kept.
+    """
+    for engine in engines:
+        measure(engine, 0)
+    return [{engine.name: measure(engine, number) for engine in engines} for number in range(1, rounds + 1)]
+
+
+def summary(rounds: Sequence[Mapping[str, Figures]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each engine's figures the median, the least and the largest; likewise of the ratios, as "ratio".
+
+    A ratio says how many times better ours is, and is taken within a round.
+    """
+    result = {
+        name: {figure: _spread([r[name][figure] for r in rounds]) for figure in figures}
+        for name, figures in rounds[0].items()
+    }
+    for peer in set(result) - {OURS}:
+        result["ratio"] = {
+            figure: _spread([better(figure, r[OURS][figure], r[peer][figure]) for r in rounds])
+            for figure in rounds[0][OURS]
+        }
+    return result
+
+
+def better(figure: str, mine: float, other: float) -> float:
+    """How many times better `mine` is than `other`."""
+    return mine / other if figure.endswith("_per_second") else other / mine
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def check_same(engine: Engine, peer: Engine, prompt: list[int], dtype: str) -> dict[str, Any]:
+    """Compares what both predict behind a prompt, so that the speeds are those of the same computation.
+
+    Raises:
+      BenchmarkError: in float32 they differ.
+    """
+    mine, other = (e.ask("check", prompt=prompt, tokens=CHECKED_TOKENS) for e in (engine, peer))
+    a, b = np.array(mine["logits"]), np.array(other["logits"])
+    if a.shape != b.shape:
+        raise BenchmarkError(f"{peer.name}: gives {b.size} logits, and {engine.name} {a.size}")
+    difference, largest = float(np.abs(a - b).max()), float(np.abs(a).max())
+    if dtype == "float32" and not difference <= LARGEST_DIFFERENCE * largest:
+        raise BenchmarkError(
+            f"{peer.name}: logits differ by up to {difference:.3g} from {engine.name}'s, of which the largest is "
+            f"{largest:.3g}: this is another computation, and its speed says nothing"
+        )
+    agree = sum(x == y for x, y in zip(mine["greedy"], other["greedy"], strict=True))
+    return {"largest_difference": difference, "largest_logit": largest, "greedy_tokens": f"{agree} of {CHECKED_TOKENS}"}

@@ -1,0 +1,98 @@
+"""What the machine can do at most, measured: bandwidth of its memory, and the rate of matrix products.
+
+    python -m benchmarks.machine
+
+Prints one line of JSON. The harness runs it in a process of its own before the models are loaded.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypedDict
+
+import numpy as np
+
+from benchmarks.record import ROOT, BenchmarkError, cpus
+
+SIZE = 1 << 30  # bytes read at a time: many times what any cache holds
+SIDE = 2048  # of the square matrices
+REPEATS = 8
+
+
+class Machine(TypedDict):
+    """Rates of the device that JAX computes on."""
+
+    device: str
+    bandwidth: float  # bytes/s, reading
+    float32: float  # FLOP/s of a product of float32 matrices
+    bfloat16: float  # of bfloat16 matrices
+
+
+def measure() -> Machine:
+    """The best of several repetitions of each: what else runs only slows down."""
+    import jax
+
+    device = jax.devices()[0]
+    bandwidth = _cpu_bandwidth() if device.platform == "cpu" else _device_bandwidth()
+    return Machine(
+        device=device.device_kind,
+        bandwidth=bandwidth,
+        float32=_matmul_rate("float32"),
+        bfloat16=_matmul_rate("bfloat16"),
+    )
+
+
+def measure_apart() -> Machine:
+    """As :func:`measure`, in a process of its own, whose memory and threads are gone afterwards.
+
+    Raises:
+      BenchmarkError: the process failed.
+    """
+    done = subprocess.run([sys.executable, "-m", "benchmarks.machine"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise BenchmarkError(f"the machine could not be measured: {(done.stderr.splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def best_seconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
+    """The least time of several runs after one that warms up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _cpu_bandwidth() -> float:
+    """Every CPU reads its part of an array through BLAS, which waits for nothing but memory."""
+    data = np.ones(SIZE // 4, np.float32)
+    parts = np.array_split(data, cpus())
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return data.nbytes / best_seconds(lambda: list(pool.map(lambda part: part.dot(part), parts)))
+
+
+def _device_bandwidth() -> float:
+    import jax
+    import jax.numpy as jnp
+
+    data = jnp.ones(SIZE // 4, jnp.float32)
+    largest = jax.jit(jnp.max)
+    return data.nbytes / best_seconds(lambda: largest(data).block_until_ready())
+
+
+def _matmul_rate(dtype: str) -> float:
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((SIDE, SIDE), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * SIDE**3 / best_seconds(lambda: product(x, x).block_until_ready())
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

@@ -1,0 +1,259 @@
+"""The page docs/benchmarks.md and its plots, from the results and nothing else: the same JSON, the same bytes."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines import OURS
+from benchmarks.record import RESULTS, ROOT, BenchmarkError
+from benchmarks.show import number, quantity, share, unlike, words
+from dbrx_jax.console import say
+
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+LATENCIES = ("first_token_median_seconds", "first_token_p95_seconds", "total_median_seconds", "total_p95_seconds")
+
+HEAD = """# Benchmarks
+
+This page is made by `python -m benchmarks report` from the JSON files in `benchmarks/results`; every number
+in it was measured by one of the commands below, on the machine and the day that the last table names.
+
+```bash
+pip install -e '.[benchmarks]'   # from the repository's root, as all that follows
+python -m benchmarks decode --model bench --dtype bfloat16 --batch 8
+python -m benchmarks prefill --model bench --dtype float32 --against transformers
+python -m benchmarks throughput --model bench --against llama.cpp
+python -m benchmarks load --model bench
+python -m benchmarks convert --folder /a/folder/on/the/disk
+```
+
+`bench` is a DBRX of 0.79 billion parameters (0.26 active) with random weights, `demo` the one that comes
+along. A peer lives in a virtual environment of its own, whose Python is named by `--against-python`, or by
+`DBRX_TRANSFORMERS_PYTHON` and `DBRX_LLAMA_PYTHON`:
+
+```bash
+pip install torch==2.13.0 transformers==4.57.6
+pip install --no-binary llama-cpp-python llama-cpp-python gguf   # builds llama.cpp for this CPU, minutes
+```
+
+How it is measured:
+
+- Every engine is a process of its own that keeps its model and takes its own time. After a run that is not
+  counted they are measured in turn, ours, the peer, ours, the peer. The tables give medians. A ratio above 1
+  means that ours is better; it is taken within a round, and stands with the least and the largest.
+- Before that, what both predict behind a prompt is compared. In float32 a difference of more than 1 % of the
+  largest logit ends the run: it would be another computation. (The tests ask for far more.)
+  Below float32 nothing is refused; "logits unlike" marks a difference of more than 10 %, where the run does not
+  show that both computed the same.
+- The roofline is of the same run: bytes over the bandwidth with which all CPUs read a GB, or FLOP over the
+  rate of a product of matrices of 2048 x 2048 in JAX, whichever takes longer. A decode step must read the
+  experts that its rows are expected to choose, attention, the head and the live cache; a prompt's head is
+  computed once. A peer with better kernels than that product may come out above it.
+- All engines get every CPU. Prompts are random token ids, decoding is greedy, nothing ends a row. Ours hands
+  tokens over in bursts of 8, as to somebody who reads along.
+- llama.cpp computes in float32 with a float32 cache and without its flash attention, which is not exact in
+  float32; otherwise with its defaults, a float16 cache among them. Beside our int8 it has Q8_0, beside our int4
+  Q4_0 for the experts and Q8_0 for the rest: groups of 32 where ours are rows, or groups of 128.
+- The demo's weights (10 MB and less) stay in a CPU's cache, so that its share of the roofline says little.
+- "Load before" is how many processes wanted a CPU in the minute before, divided by the CPUs; where it is not
+  near 0 the machine was busy, and the peers, whose threads wait for one another, suffer more from that.
+- Random weights choose their experts nearly uniformly, as the roofline assumes; trained ones do not quite.
+"""
+
+THROUGHPUT = """The load of DBRX's announcement, a user each second with about 2000 tokens in and 256 out, scaled:
+lengths are divided, and the interval between users is such that to serve them singly at the roofline would
+take 0.71 of the time, as it did there if the node was of eight H100. There is no continuous batching yet, and
+every engine is driven alike: users who wait start together, at most as many as `batch`, and who comes
+meanwhile waits for the last of them. In an open loop that is not overloaded all engines give the same tokens
+a second, and differ in how long a user waits.
+"""
+
+LOAD = """From a folder to a model in memory, in a fresh process, with the files in the page cache; the roofline is
+reading the files from there with all CPUs. Rates are of the bytes that are read: 16 bits a weight, or what the
+GGUF has. llama.cpp reads its GGUF into memory rather than mapping it.
+"""
+
+CONVERT = """At DBRX's true widths with random bits, beside `cp -r` of the same files in the same round, all
+ending in sync.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Make docs/benchmarks.md and its plots from the results."""
+
+    results: Path = RESULTS
+    """Folder of JSON files."""
+    docs: Path = ROOT / "docs"
+    """Folder to write benchmarks.md and benchmarks/ in."""
+
+    def run(self) -> None:
+        """Reads, draws and writes."""
+        from benchmarks.plots import draw
+
+        found = read_results(self.results)
+        plots = draw(found, self.docs / "benchmarks")
+        (self.docs / "benchmarks.md").write_text(page(found, plots))
+        say(f"Written to {self.docs / 'benchmarks.md'}, with {len(plots)} plots")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The harness' results in a folder, in the order of the tables; other JSON files are left alone.
+
+    Raises:
+      BenchmarkError: a file is not JSON.
+    """
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            data = json.loads(file.read_text())
+        except ValueError as error:
+            raise BenchmarkError(f"{file}: not JSON ({error})") from None
+        if isinstance(data, dict) and ("benchmark" in data or file.stem == "convert"):
+            found.append({"benchmark": "convert", **data})
+    return sorted(found, key=_order)
+
+
+def _order(result: dict[str, Any]) -> tuple:
+    dtype = result.get("dtype")
+    return (
+        result["benchmark"],
+        result.get("model", ""),
+        DTYPES.index(dtype) if dtype in DTYPES else -1,
+        result.get("batch", 0),
+        result.get("against") or "",
+    )
+
+
+def page(results: Sequence[dict[str, Any]], plots: Sequence[str] = ()) -> str:
+    """The page in Markdown.
+
+    Args:
+      plots: names of the files in docs/benchmarks that belong to it, such as decode.svg.
+    """
+    runs = _Runs()
+    parts = [HEAD]
+    for title, kind, note, table in (
+        ("Decoding", "decode", "", _speed),
+        ("Prompts", "prefill", "", _speed),
+        ("Throughput and latency", "throughput", THROUGHPUT, _throughput),
+        ("Loading", "load", LOAD, _load),
+        ("Converting", "convert", CONVERT, _convert),
+    ):
+        chosen = [result for result in results if result["benchmark"] == kind]
+        parts.append(f"## {title}\n")
+        parts += [note] if note else []
+        parts.append(table(chosen, runs) if chosen else "Not measured yet.\n")
+        parts += [f"![{title}](benchmarks/{plot})\n" for plot in plots if plot.startswith(f"{kind}.")]
+    parts.append(f"## Runs\n\n{runs.table()}")
+    return "\n".join(parts)
+
+
+class _Runs:
+    """The circumstances of results, numbered as they come."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[str, ...]] = []
+
+    def number(self, result: dict[str, Any]) -> str:
+        engines = result.get("engines") or {OURS: {"python": result["python"], **result["versions"]}}
+        texts = [", ".join(f"{name} {version}" for name, version in v.items()) for v in engines.values()]
+        measured, speeds = result.get("measured"), ""
+        if measured:
+            speeds = (
+                f"{measured['bandwidth'] / 1e9:.1f} GB/s; {measured['float32'] / 1e9:.0f} and "
+                f"{measured['bfloat16'] / 1e9:.0f} GFLOP/s"
+            )
+        busy = str(result.get("load_before", ""))
+        run = (result["date"], result["machine"], "; ".join(texts), speeds, busy)
+        if run not in self._known:
+            self._known.append(run)
+        return str(self._known.index(run) + 1)
+
+    def table(self) -> str:
+        head = ("run", "date", "machine", "versions", "bandwidth; products in float32 and bfloat16", "load before")
+        return _table(head, [(str(i), *run) for i, run in enumerate(self._known, 1)])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    out = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in out) + "\n"
+
+
+def _percent(result: dict[str, Any], engine: str, figure: str) -> str:
+    part = share(result, engine, figure)
+    return "" if part is None else f" ({part:.0%})"
+
+
+def _ratio(result: dict[str, Any], figure: str) -> str:
+    if "ratio" not in result["summary"]:
+        return ""
+    ratio = result["summary"]["ratio"][figure]
+    mark = " (logits unlike)" if unlike(result) else ""
+    return f"**{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f}){mark}"
+
+
+def _cells(result: dict[str, Any], figure: str) -> tuple[str, str, str]:
+    """Ours, the peer's and the ratio, of one figure."""
+
+    def cell(engine: str) -> str:
+        value = result["summary"][engine][figure]["median"]
+        return quantity(figure, value) + _percent(result, engine, figure)
+
+    other = f"{result['against']}: {cell(result['against'])}" if result["against"] else ""
+    return cell(OURS), other, _ratio(result, figure)
+
+
+def _speed(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
+    figure, rows = "tokens_per_second", []
+    for r in results:
+        shape = f"{r['prompt']} + {r['tokens']}" if "tokens" in r else str(r["prompt"])
+        rows.append(
+            (
+                r["model"],
+                r["dtype"],
+                str(r.get("batch", 1)),
+                shape,
+                number(r["roofline"][figure]),
+                *_cells(r, figure),
+                runs.number(r),
+            )
+        )
+    head = ("model", "weights", "batch", "tokens", "roofline", "dbrx_jax (of roofline)", "peer", "ratio", "run")
+    return _table(head, rows)
+
+
+def _throughput(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
+    rows = []
+    for r in results:
+        load = (
+            f"{r['users']} users, {r['prompt']} + {r['tokens']}, one in {number(r['roofline']['interval_seconds'])} s"
+        )
+        for figure in ("tokens_per_second", *LATENCIES):
+            rows.append(
+                (r["model"], r["dtype"], str(r["batch"]), load, words(figure), *_cells(r, figure), runs.number(r))
+            )
+    return _table(("model", "weights", "batch", "load", "what", "dbrx_jax", "peer", "ratio", "run"), rows)
+
+
+def _load(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
+    rows = []
+    for r in results:
+        roof, disk = r["roofline"]["bytes_per_second"], r["roofline"]["disk_bytes_per_second"]
+        best = f"{roof / 1e9:.1f} GB/s cached, {f'{disk / 1e9:.2f} GB/s' if disk else 'unknown'} from the disk"
+        for figure in ("load_seconds", "bytes_per_second", "anonymous_bytes"):
+            rows.append((r["model"], r["dtype"], best, words(figure), *_cells(r, figure), runs.number(r)))
+    return _table(("model", "in memory", "roofline", "what", "dbrx_jax", "peer", "ratio", "run"), rows)
+
+
+def _convert(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
+    rows = []
+    for r in results:
+        for i, entries in enumerate(r["rounds"], 1):
+            for name, entry in entries.items():
+                memory = f"{entry['rss_anon_bytes'] / 1e6:,.0f} MB" if "rss_anon_bytes" in entry else ""
+                size = f"{r['checkpoint']['gigabytes']} GB"
+                speed, ratio = f"{entry['gb_per_second']:.2f} GB/s", f"{entry['ratio_to_cp']:.2f}"
+                rows.append((size, str(i), name, speed, ratio, memory, runs.number(r)))
+    return _table(("checkpoint", "round", "what", "rate", "of cp's", "anonymous memory", "run"), rows)

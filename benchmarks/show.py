@@ -1,0 +1,86 @@
+"""A result as lines for the terminal."""
+
+from typing import Any
+
+from benchmarks.engines import OURS
+
+UNLIKE = 0.1  # of the largest logit
+UNITS = {
+    "tokens_per_second": ("tokens/s", 1.0),
+    "bytes_per_second": ("GB/s", 1e9),
+    "disk_bytes_per_second": ("GB/s from the disk", 1e9),
+    "anonymous_bytes": ("MB", 1e6),
+    "bytes": ("MB to read", 1e6),
+    "flops": ("GFLOP to compute", 1e9),
+}
+WORDS = {
+    "tokens_per_second": "rate",
+    "bytes_per_second": "rate",
+    "load_seconds": "time",
+    "anonymous_bytes": "anonymous memory",
+    "user_seconds": "a user alone",
+    "interval_seconds": "a user comes each",
+}
+
+
+def number(value: float) -> str:
+    """Three figures that mean something, never an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def quantity(figure: str, *values: float) -> str:
+    """Figures with their unit: "3 tokens/s", or "3 to 4 tokens/s"."""
+    unit, scale = UNITS.get(figure, ("s", 1.0))
+    return f"{' to '.join(number(value / scale) for value in values)} {unit}"
+
+
+def words(figure: str) -> str:
+    """What a figure is: first_token_median_seconds is "first token median"."""
+    return WORDS.get(figure) or figure.removesuffix("_seconds").replace("_", " ")
+
+
+def share(result: dict[str, Any], engine: str, figure: str) -> float | None:
+    """Of the roofline that an engine achieved, where there is one for the figure."""
+    if not figure.endswith("_per_second") or not result["roofline"].get(figure):
+        return None
+    return result["summary"][engine][figure]["median"] / result["roofline"][figure]
+
+
+def unlike(result: dict[str, Any]) -> bool:
+    """Whether both engines' logits lie so far apart that nothing shows that they compute the same."""
+    check = result.get("check")
+    return bool(check) and check["largest_difference"] > UNLIKE * check["largest_logit"]
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """What was measured, against the roofline and the peer."""
+    measured, names = result["measured"], [name for name in result["summary"] if name != "ratio"]
+    own = ", ".join(f"{key} {result[key]}" for key in ("batch", "prompt", "tokens", "users") if key in result)
+    roof = ", ".join(
+        f"{words(name)} {quantity(name, value)}" if name.endswith("_seconds") else quantity(name, value)
+        for name, value in result["roofline"].items()
+        if value
+    )
+    out = [
+        f"{result['benchmark']}: {result['model']}, {result['dtype']}{', ' + own if own else ''}",
+        f"  machine: reads {measured['bandwidth'] / 1e9:.1f} GB/s, multiplies {measured['float32'] / 1e9:.0f} GFLOP/s "
+        f"in float32, {measured['bfloat16'] / 1e9:.0f} in bfloat16",
+        f"  roofline: {roof}",
+    ]
+    if check := result.get("check"):
+        out.append(
+            f"  {'unlike' if unlike(result) else 'alike'}: logits differ by up to {check['largest_difference']:.2g}, "
+            f"the largest is {check['largest_logit']:.3g}; {check['greedy_tokens']} greedy tokens agree"
+        )
+    for figure in result["summary"][OURS]:
+        out.append(f"  {words(figure)}")
+        for name in names:
+            spread = result["summary"][name][figure]
+            number_range = quantity(figure, spread["min"], spread["max"])
+            part = share(result, name, figure)
+            of = "" if part is None else f", {part:.0%} of the roofline"
+            out.append(f"    {name:<13}{quantity(figure, spread['median'])} ({number_range}){of}")
+        if "ratio" in result["summary"]:
+            ratio = result["summary"]["ratio"][figure]
+            out.append(f"    {'ratio':<13}{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+    return out

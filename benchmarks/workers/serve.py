@@ -1,0 +1,128 @@
+"""How a worker is asked: a line of JSON on stdin, a line of JSON on stdout, times taken by the worker itself.
+
+An engine says how it loads, predicts and generates; what is measured of it is the same for all. Nothing
+but the standard library is imported here.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NamedTuple
+
+
+class Generated(NamedTuple):
+    """Greedy tokens of a batch, and when they were there (time.perf_counter)."""
+
+    tokens: list[list[int]]  # of each row
+    first: float  # when the first token of every row was known
+    end: float
+
+
+class Engine:
+    """What a worker implements."""
+
+    def load(self, folder: str, dtype: str) -> dict[str, str]:
+        """Reads the checkpoint into memory; returns versions by name. Imports were made before."""
+        raise NotImplementedError
+
+    def logits(self, prompt: list[int]) -> list[float]:
+        """Of the token behind the prompt."""
+        raise NotImplementedError
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+        """`tokens` new tokens of each row; no token ends a row. The prompts are equally long."""
+        raise NotImplementedError
+
+
+def run(engine: Engine) -> None:
+    """Answers requests until stdin ends."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print, from Python or C, goes to stderr
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = _HANDLERS[request.pop("do")](engine, **request)
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split()):.300}"}
+        print(json.dumps(reply), file=out, flush=True)
+
+
+def _load(engine: Engine, folder: str, dtype: str) -> dict[str, Any]:
+    with Peak() as peak:
+        begin = time.perf_counter()
+        versions = engine.load(folder, dtype)
+        seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "anonymous_bytes": peak.most - peak.before, "versions": versions}
+
+
+def _check(engine: Engine, prompt: list[int], tokens: int) -> dict[str, Any]:
+    return {"logits": engine.logits(prompt), "greedy": engine.generate([prompt], tokens).tokens[0]}
+
+
+def _decode(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Steps after the first token, which belongs to the prompt."""
+    made = engine.generate(prompts, tokens + 1)
+    return {"seconds": made.end - made.first}
+
+
+def _prefill(engine: Engine, prompt: list[int]) -> dict[str, Any]:
+    begin = time.perf_counter()
+    return {"seconds": engine.generate([prompt], 1).first - begin}
+
+
+def _warm(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Every batch size that can come, once."""
+    for rows in range(1, len(prompts) + 1):
+        engine.generate(prompts[:rows], tokens)
+    return {}
+
+
+def _users(engine: Engine, prompts: list[list[int]], tokens: int, interval: float, batch: int) -> dict[str, Any]:
+    """An open loop: user i comes at i * interval, whatever the engine does.
+
+    Whoever waits starts together, at most `batch` users; who comes meanwhile waits for their end.
+    """
+    begin, served = time.perf_counter(), 0
+    first, total = [], []
+    while served < len(prompts):
+        time.sleep(max(0.0, begin + served * interval - time.perf_counter()))
+        here = int((time.perf_counter() - begin) / interval) + 1
+        rows = range(served, min(len(prompts), max(here, served + 1), served + batch))
+        made = engine.generate([prompts[i] for i in rows], tokens)
+        first += [made.first - begin - i * interval for i in rows]
+        total += [made.end - begin - i * interval for i in rows]
+        served = rows.stop
+    return {"seconds": time.perf_counter() - begin, "first": first, "total": total}
+
+
+_HANDLERS = {"load": _load, "check": _check, "decode": _decode, "prefill": _prefill, "warm": _warm, "users": _users}
+
+
+class Peak:
+    """The most anonymous memory in use meanwhile (RssAnon), in bytes; file pages that are mapped do not count."""
+
+    def __enter__(self) -> "Peak":
+        self.before = self.most = _anonymous()
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watcher.join()
+        self.most = max(self.most, _anonymous())
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.005):
+            self.most = max(self.most, _anonymous())
+
+
+def _anonymous() -> int:
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("RssAnon")).split()[1]) * 1024

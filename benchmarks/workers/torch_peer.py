@@ -1,0 +1,46 @@
+"""transformers 4.57.6 on torch as a worker, in a virtual environment that has both and nothing of ours.
+
+Versions from 5.0 on compute DBRX wrongly: the harness' comparison of logits would refuse them.
+"""
+
+import os
+import platform
+import time
+
+import torch
+import transformers
+
+from benchmarks.workers.serve import Engine, Generated, run
+
+
+class Transformers(Engine):
+    def load(self, folder: str, dtype: str) -> dict[str, str]:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self.model = transformers.DbrxForCausalLM.from_pretrained(
+            folder, torch_dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ).eval()
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    @torch.inference_mode()
+    def logits(self, prompt: list[int]) -> list[float]:
+        return self.model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float().tolist()
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+        cache = transformers.DynamicCache()
+        out = self.model(torch.tensor(prompts), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        chosen = [out.logits[:, -1].argmax(-1, keepdim=True)]
+        first = time.perf_counter()
+        for _ in range(tokens - 1):
+            out = self.model(chosen[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            chosen.append(out.logits[:, -1].argmax(-1, keepdim=True))
+        end = time.perf_counter()
+        return Generated(torch.cat(chosen, 1).tolist(), first, end)
+
+
+if __name__ == "__main__":
+    run(Transformers())
