@@ -180,7 +180,9 @@ class Inspect:
         else:
             for key, value in facts.items():
                 if key == "bytes_by_part":
-                    value = ", ".join(f"{part} {size:,}" for part, size in value.items())
+                    for part, size in value.items():
+                        print(f"  {part:<18}{size:,} bytes")
+                    continue
                 for line in value if key == "problems" else [value]:
                     text = f"{value:,}" if isinstance(value, int) else line
                     print(f"{'problem' if key == 'problems' else key:<18}{text}")
@@ -203,6 +205,9 @@ def _convert(source: str, destination: str, convert: Callable[[Callable[[int], N
     for name, count in bad.items():
         say(f"dbrx-convert: warning: {name}: {count} values are not finite; look at where the source comes from")
     say(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
+    made = open_folder(destination)
+    if made.quantization is not None:
+        say(f"{destination}: its weights are {made.quantization}, {made.size / 1e9:.3g} GB")
 
 
 def _size(text: str) -> int:

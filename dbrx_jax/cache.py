@@ -36,6 +36,11 @@ class LayerCache(NamedTuple):
     key_scale: Float[Array, "B G S"] | None = None  # of an int8 cache
     value_scale: Float[Array, "B G S"] | None = None
 
+    @property
+    def scales(self) -> tuple[Array, Array] | None:
+        """Of keys and values."""
+        return None if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
+
 
 Cache = list[LayerCache]
 

@@ -1,5 +1,7 @@
 """Bit for bit the same tokens and log-probabilities alone and in company, at any row, however padded."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,19 +22,24 @@ CONFIG = DbrxConfig(
     vocab_size=300,
     kv_n_heads=2,
     ffn_hidden_size=72,
-    moe_num_experts=8,
-    moe_top_k=3,
+    moe_num_experts=5,
+    moe_top_k=2,
     clip_qkv=8.0,
     initializer_range=0.2,
 )
 LENGTHS = (5, 140, 17, 1, 60, 33, 129, 9, 2, 77)
 NEW = 6
-KINDS = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4-32")]
+SLOW = pytest.mark.slow
+KINDS = [
+    ("float32", None, False),
+    ("bfloat16", "int8", True),
+    *(pytest.param(*kind, marks=SLOW) for kind in [("float32", None, True), ("bfloat16", None, False)]),
+    *(pytest.param(*kind, marks=SLOW) for kind in [("bfloat16", "int8", False), ("float32", "int4-32", True)]),
+]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda k: "-".join(filter(None, k)))
-def model(request):
-    dtype, quantization = request.param
+@functools.cache
+def make(dtype, quantization=None):
     return DbrxForCausalLM(CONFIG, rngs=nnx.Rngs(3), dtype=dtype, quantization=Quantization.parse(quantization))
 
 
@@ -63,9 +70,10 @@ def run(model, numbers, left=True, sampled=False, new=NEW, **options):
     return out.sequences[:, ids.shape[1] :], out.logprobs.view(np.uint32)
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-def test_alone_and_in_company(model, sampled):
-    companies = [[1, 0], [6, 1, 4, 0, 5, 3, 2], list(range(60)) + [3, 1, 0, 3]]  # 2, 7 and 64 rows
+@pytest.mark.parametrize(("dtype", "quantization", "sampled"), KINDS)
+def test_alone_and_in_company(dtype, quantization, sampled):
+    model = make(dtype, quantization)
+    companies = [[1, 0], [6, 1, 4, 0, 5, 3, 2], [*range(60), 3, 1, 0, 3]]  # 2, 7 and 64 rows
     alone = {}
     for company in companies:
         tokens, logprobs = run(model, company, left=len(company) != 7, sampled=sampled)
@@ -77,7 +85,8 @@ def test_alone_and_in_company(model, sampled):
                 np.testing.assert_array_equal(logprobs[row], alone[number][1][0], err_msg=f"{number} in {len(company)}")
 
 
-def test_more_new_tokens_and_a_longer_cache_change_nothing(model):
+def test_more_new_tokens_and_a_longer_cache_change_nothing():
+    model = make("float32")
     tokens, logprobs = run(model, [4])
     longer = run(model, [6, 4], new=NEW + 7, cache_length=1000)
     np.testing.assert_array_equal(longer[0][1, :NEW], tokens[0])
@@ -88,7 +97,7 @@ def test_more_new_tokens_and_a_longer_cache_change_nothing(model):
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=TILE), st.booleans())
 def test_any_company(numbers, left):
     """All of one compiled shape, so that many can be tried."""
-    model = _float32()
+    model = make("float32")
     tokens, logprobs = run(model, numbers, left)
     row = len(numbers) // 2
     alone = run(model, numbers[row : row + 1])
@@ -96,18 +105,9 @@ def test_any_company(numbers, left):
     np.testing.assert_array_equal(logprobs[row], alone[1][0])
 
 
-_MODELS: list[DbrxForCausalLM] = []
-
-
-def _float32():
-    if not _MODELS:
-        _MODELS.append(DbrxForCausalLM(CONFIG, rngs=nnx.Rngs(4), dtype="float32"))
-    return _MODELS[0]
-
-
 def test_it_says_what_it_says_without():
     """The mode computes the same model: the same tokens as the other path, and nearly the same numbers."""
-    model, options = _float32(), {"max_new_tokens": NEW, "eos_token_id": None, "return_dict_in_generate": True}
+    model, options = make("float32"), {"max_new_tokens": NEW, "eos_token_id": None, "return_dict_in_generate": True}
     ids = np.stack([prompt(1)[:100], prompt(6)[:100]])
     ours = model.generate(ids, batch_invariant=True, output_logprobs=True, **options)
     theirs = model.generate(ids, output_logprobs=True, **options)

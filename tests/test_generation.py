@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.cache import chunk_lengths
+from dbrx_jax.cache import PREFILL_CHUNKS, chunks
 from dbrx_jax.errors import ConfigError, GenerationError
 from dbrx_jax.generation import BURST, TokenStream
 from dbrx_jax.generation_config import GenerationConfig
@@ -48,12 +48,15 @@ def test_right_padding_and_ragged_padding_give_the_same(model, prompts):
     np.testing.assert_array_equal(new_tokens(model, spread_ids, spread_mask), greedy)
 
 
-def test_prompts_longer_than_a_chunk(model, models):
-    """Against the full forward, token by token."""
+def test_prompts_longer_than_a_chunk(models, monkeypatch):
+    """Against the full forward, token by token: one of a long and a short chunk, one that fits a long one."""
+    monkeypatch.setitem(PREFILL_CHUNKS, "cpu", (64, 128))
+    assert list(chunks(137, ONE_DEVICE)) == [(0, 128), (128, 64)]
+    assert list(chunks(65, ONE_DEVICE)) == [(0, 128)]
     model = models("fused")
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, chunk_lengths(ONE_DEVICE)[-1] + 9))
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 137))
     mask = np.ones_like(ids)
-    mask[1, :5] = 0
+    mask[1, :27] = 0
     out = model.generate(ids, mask, max_new_tokens=4, eos_token_id=None)
     for row in range(2):
         real = np.r_[ids[row][mask[row] == 1], out[row, ids.shape[1] :]]
@@ -341,3 +344,21 @@ def test_checkpoints_that_do_not_say_what_ends_a_text(tmp_path):
     assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == want
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
     assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == GenerationConfig((9,), 252)
+
+
+def test_an_int8_cache_is_half_the_bytes_and_says_nearly_the_same(model, prompts):
+    ids, mask, _ = prompts
+    options = {"max_new_tokens": N, "eos_token_id": None}
+    streams = [TokenStream(model, ids, mask, cache_dtype=kind, **options) for kind in (None, "int8")]
+    logprobs, sizes = [], []
+    for stream in streams:
+        next(stream)
+        assert stream._state is not None
+        sizes.append(sum(x.nbytes for x in jax.tree.leaves(stream._state.cache)))
+        logprobs.append(stream.logprobs)
+    K = model.config.head_dim
+    assert sizes[1] * 4 * K == sizes[0] * (K + 2)  # the model is of float32; a scale takes two bytes
+    # A prompt's own keys are read from the cache too.
+    assert 0 < np.abs(logprobs[0] - logprobs[1]).max() < 0.1
+    with pytest.raises(GenerationError, match="cache_dtype: expected int8 or None, got 'int4'"):
+        TokenStream(model, ids, mask, cache_dtype="int4", **options)

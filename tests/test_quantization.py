@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from dbrx_jax import DbrxConfig, DbrxForCausalLM, DbrxTokenizer
 from dbrx_jax.demo import source_folder
 from dbrx_jax.errors import MeshError, QuantizationError
-from dbrx_jax.model.causal_lm import parameter_places, split
+from dbrx_jax.model.causal_lm import split
 from dbrx_jax.parameters import abstract_model, model_from_parameters, parameter_specs, parameters_of, placed_arrays
 from dbrx_jax.quantization import (
     FORMATS,
@@ -35,6 +35,8 @@ from dbrx_jax.sharding import AXES
 from tests.test_mesh import SMALL, mesh_of
 
 DBRX = DbrxConfig.from_name("132b-instruct")
+TINY = dataclasses.replace(SMALL, n_layers=1, moe_num_experts=4, moe_top_k=2)
+MIXED = "experts=int4-32,attention=int8,embedding=int8,head=fp8"
 SHAPES = [((104, 192), (-1,)), ((104, 192), (-2,)), ((6, 32, 192), (-1,)), ((192, 6, 32), (-2, -1))]
 
 
@@ -202,15 +204,14 @@ class TestArray:
 
 
 class TestModel:
-    @pytest.mark.parametrize("text", ["int8", "int4-32", "fp8", "experts=int4"])
+    @pytest.mark.parametrize("text", [MIXED, "experts=int4"])
     def test_parameters_are_quantised_and_split_and_merge(self, text):
         q = Quantization.parse(text)
-        model = DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0), quantization=q)
-        graph, state = split(model)
-        merged = nnx.merge(graph, jax.jit(lambda s: s)(state))
+        model = DbrxForCausalLM(TINY, rngs=nnx.Rngs(0), quantization=q)
+        merged = jax.jit(lambda parts: parts)(split(model)).merge()
         assert (merged.quantization, merged.dtype) == (q, np.float32)
-        plain = parameters_of(DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0)))
-        specs = parameter_specs(SMALL)
+        plain = parameters_of(DbrxForCausalLM(TINY, rngs=nnx.Rngs(0)))
+        specs = parameter_specs(TINY)
         for name, value in parameters_of(merged).items():
             form = q.format_of(name)
             assert isinstance(value, QuantizedArray) == (form is not None)
@@ -218,15 +219,13 @@ class TestModel:
             if form is not None:  # what would have been drawn, quantised
                 same_bits(value, quantize(np.asarray(plain[name]), form, specs[name].contracted, "float32"))
 
-    @pytest.mark.parametrize("axes", ["expert=4,tensor=2", "fsdp=2,expert=2,tensor=2"])
-    def test_on_a_mesh(self, axes):
-        q, mesh = Quantization.parse("experts=int4-32,attention=int8,embedding=int8"), mesh_of(axes)
-        given = parameters_of(DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0), quantization=q))
-        model = model_from_parameters(SMALL, given, mesh, quantization=q)
+    def test_on_a_mesh(self):
+        q, mesh = Quantization.parse(MIXED), mesh_of("fsdp=2,expert=2,tensor=2")
+        given = parameters_of(DbrxForCausalLM(TINY, rngs=nnx.Rngs(0), quantization=q))
+        model = model_from_parameters(TINY, given, mesh, quantization=q)
         same_bits(given, parameters_of(model))
-        _, state = split(model)
-        partition, places = model.partition, parameter_places(state, model.partition)
-        same_bits(state, partition.over(lambda s: s, (places,), places)(state))
+        parts, partition = split(model), model.partition
+        same_bits(parts.arrays, partition.over(lambda p: p, (parts.places(),), parts.places())(parts).arrays)
         leaf = model.blocks[0].moe.experts[0].w2
         value, spec = leaf.get_value(), partition.places(leaf.get_value(), leaf.get_metadata("axes"))
         assert value.values.addressable_shards[0].data.size * len(value.values.sharding.device_set) == (
@@ -275,49 +274,44 @@ class _Holder:
         return self.leaf.get_metadata(key)
 
 
+TEXT = (
+    "This function returns a list of all the names in the module. If the argument is not given, the\n"
+    "default value is used. Raises ValueError if the string cannot be read.\n\n   >>> for item in items:\n"
+    "   ...     print(item)\n\nChanged in version 3.4: the keyword argument is optional, and a file may be\n"
+    "opened by its path. The objects of this class are not safe to share between threads."
+)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Token ids, and what the demo in float32 says of them."""
+    ids = DbrxTokenizer.from_pretrained(source_folder()).encode(TEXT)
+    return ids, log_softmax(DbrxForCausalLM.from_pretrained(source_folder(), dtype="float32")([ids])[0])
+
+
 class TestPredictions:
-    TEXT = (
-        "This function returns a list of all the names in the module. If the argument is not given, the\n"
-        "default value is used. Raises ValueError if the string cannot be read.\n\n   >>> for item in items:\n"
-        "   ...     print(item)\n\nChanged in version 3.4: the keyword argument is optional, and a file may be\n"
-        "opened by its path. The objects of this class are not safe to share between threads."
-    )
-
-    @pytest.fixture(scope="class")
-    def reference(self):
-        ids = DbrxTokenizer.from_pretrained(source_folder()).encode(self.TEXT)
-        model = DbrxForCausalLM.from_pretrained(source_folder(), dtype="float32")
-        return ids, log_softmax(model([ids])[0])
-
     @pytest.mark.parametrize(("text", "most"), [("int8", 0.01), ("int4", 0.05)])
     def test_the_demo_predicts_nearly_the_same(self, text, most, reference):
         ids, p = reference
         model = DbrxForCausalLM.from_pretrained(source_folder(), dtype="float32", quantization=text)
         q = log_softmax(model([ids])[0])
         assert 0 < (np.exp(p) * (p - q)).sum(-1).mean() < most
-        out = model.generate(
-            [ids[:-8]],
-            max_new_tokens=8,
-            eos_token_id=None,
-            return_dict_in_generate=True,
-            output_logprobs=True,
-        )
-        # The same path as that of the forward pass, which pads and batches otherwise.
-        new = out.sequences[0, len(ids) - 8 :]
-        follows = log_softmax(model(out.sequences)[0])[len(ids) - 9 : -1]
-        np.testing.assert_allclose(out.logprobs[0], follows[np.arange(8), new], rtol=0, atol=1e-3)
-        np.testing.assert_array_equal(new, follows.argmax(-1))
 
-    @pytest.mark.parametrize("text", ["experts=int4-32,attention=int8,embedding=int8,head=fp8"])
-    def test_what_is_computed_is_what_the_dequantised_model_computes(self, text):
-        q, ids = Quantization.parse(text), np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 9))
-        model = DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0), quantization=q)
+    def test_what_is_computed_is_what_the_dequantised_model_computes(self):
+        """By the forward pass, by generate, and on a mesh."""
+        q, ids = Quantization.parse(MIXED), np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9))
+        model = DbrxForCausalLM(TINY, rngs=nnx.Rngs(0), quantization=q)
         given = parameters_of(model)
         plain = {name: v.dequantize() if isinstance(v, QuantizedArray) else v for name, v in given.items()}
-        want = np.asarray(model_from_parameters(SMALL, plain)(ids))
+        options = {"max_new_tokens": 6, "eos_token_id": None, "return_dict_in_generate": True, "output_logprobs": True}
+        out = model.generate(ids, **options)
+        want = np.asarray(model_from_parameters(TINY, plain)(out.sequences))
         assert np.abs(want).max() > 0.01
-        for found in (model, model_from_parameters(SMALL, given, mesh_of("expert=4,tensor=2"), quantization=q)):
-            np.testing.assert_allclose(found(ids), want, rtol=0, atol=2e-5 * np.abs(want).max())
+        for found in (model, model_from_parameters(TINY, given, mesh_of("expert=4,tensor=2"), quantization=q)):
+            np.testing.assert_allclose(found(out.sequences), want, rtol=0, atol=2e-5 * np.abs(want).max())
+        new, follows = out.sequences[:, 9:], log_softmax(want)[:, 8:-1]
+        np.testing.assert_array_equal(new, follows.argmax(-1))
+        np.testing.assert_allclose(out.logprobs, np.take_along_axis(follows, new[..., None], -1)[..., 0], atol=1e-5)
 
 
 def log_softmax(logits):

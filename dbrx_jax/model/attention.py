@@ -58,9 +58,8 @@ class Attention(nnx.Module):
         q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
         stripe = partition.index(STRIPES), partition.size(STRIPES)
         cache = write(turned(cache, partition.platform), k, v, positions, first_row, stripe, active)
-        scales = None if cache.key_scale is None else (cache.key_scale, cache.value_scale)
         part = cached_attention(
-            q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, stripe, partition.platform, scales
+            q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, stripe, partition.platform, cache.scales
         )
         return self._project_out(join_stripes(part, x.dtype, partition), partition), turned(cache, partition.platform)
 

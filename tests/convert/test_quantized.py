@@ -235,4 +235,5 @@ def test_inspect(converted):
     assert facts["bytes_by_part"]["experts"] == 6 * 16 * (3 * 104 * 96 + 2 * (2 * 104 * 2 + 192))
     done = command("dbrx-convert", "inspect", str(converted("int4")))
     assert done.returncode == 0, done.stderr
-    assert ", experts 2,992,128, " in done.stdout
+    assert "\n  experts           2,992,128 bytes\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 80

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbrx_jax.cache import to_int8
 from dbrx_jax.ops.attention import cached_attention, join_stripes, reference_attention
 from dbrx_jax.ops.norm import layer_norm
 from dbrx_jax.ops.rope import rotate
@@ -49,6 +50,21 @@ def test_cached_bits_do_not_depend_on_the_caches_length_or_the_other_rows():
     long = cached(q, k, v, np.array([[5], [47]]), 0, 8)
     short = cached(q, k[:, :, :8], v[:, :, :8], np.array([[5], [2]]), 0, 8)
     np.testing.assert_array_equal(long[0], short[0])
+
+
+def test_an_int8_cache_is_near():
+    q, k, v = random(0, 2, 1, H, K), random(1, 2, 32, G, K), random(2, 2, 32, G, K)
+    positions = np.array([[5], [31]])
+    (k8, k_scale), (v8, v_scale) = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
+    assert np.abs(k8).max() == 127
+    # Rounded to a whole number, and the scale to eight bits.
+    np.testing.assert_allclose(np.float32(k8) * np.float32(k_scale)[..., None], k, atol=np.abs(k).max() * 1.5 / 127)
+    turned = [jnp.swapaxes(a, 1, 2) for a in (k8, v8, k_scale, v_scale)]
+    part = cached_attention(q, *turned[:2], positions, 0, 8, scales=tuple(turned[2:]))
+    out = join_stripes(part, q.dtype, ONE_DEVICE)
+    exact = [np.float32(a) * np.float32(s)[..., None] for a, s in ((k8, k_scale), (v8, v_scale))]
+    mask = np.arange(32) <= positions[:, :, None]
+    np.testing.assert_allclose(out, reference_attention(q, *exact, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_query_head_reads_its_own_kv_head():

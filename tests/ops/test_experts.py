@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dbrx_jax.ops import experts as module
 from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, apply_experts, reference_experts
+from dbrx_jax.ops.tiles import TILE
+from dbrx_jax.quantization import Format, quantize
 
 D, F = 24, 40
 
@@ -26,6 +27,7 @@ def problem(tokens, num_experts, top_k, skew, seed, dtype=np.float32):
 
 apply = jax.jit(apply_experts, static_argnums=4)
 reference = jax.jit(reference_experts, static_argnums=4)
+tiled = jax.jit(apply_experts, static_argnums=4, static_argnames="tile")
 
 
 @st.composite
@@ -111,8 +113,9 @@ def test_a_row_does_not_depend_on_the_others_bit_for_bit(tokens, seed, skew):
     np.testing.assert_array_equal(out[row], other[row])
 
 
-def test_few_tokens_leave_unchosen_experts_unread():
-    x, weights, chosen, expert_weights = problem(3, 6, 2, 0.0, 5)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_leave_unchosen_experts_unread(tokens):
+    x, weights, chosen, expert_weights = problem(tokens, 6, 2, 0.0, 5)
     chosen[:] = [1, 4]
     poison = ExpertWeights(
         *(tuple(w if e in (1, 4) else w * np.nan for e, w in enumerate(ws)) for ws in expert_weights)
@@ -120,4 +123,30 @@ def test_few_tokens_leave_unchosen_experts_unread():
     np.testing.assert_array_equal(
         apply(x, weights, chosen, poison, "silu"), apply(x, weights, chosen, expert_weights, "silu")
     )
-    assert x.shape[0] <= module.FEW_TOKENS["cpu"]
+
+
+@settings(max_examples=12)
+@given(problems(), st.sampled_from(["int8", "int4", "fp8"]))
+def test_quantised_weights_match_reference(case, kind):
+    x, weights, chosen, plain = case
+    contracted = {"w1": (-1,), "v1": (-1,), "w2": (-2,)}
+    quantised = ExpertWeights(
+        *(
+            tuple(quantize(w, Format.parse(kind), contracted[name], jnp.float32) for w in ws)
+            for name, ws in zip(ExpertWeights._fields, plain, strict=True)
+        )
+    )
+    want = reference(x, weights, chosen, quantised, "silu")
+    np.testing.assert_allclose(apply(x, weights, chosen, quantised, "silu"), want, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 99), st.sampled_from([3, 8, 29]), st.floats(0, 3))
+def test_in_tiles_a_row_does_not_depend_on_how_many_there_are(seed, tokens, skew):
+    x, weights, chosen, expert_weights = problem(TILE, 6, 3, 0.0, 7)
+    more, more_weights, more_chosen, _ = problem(TILE * tokens, 6, 3, skew, seed)
+    row = seed % (TILE * tokens)
+    more[row], more_weights[row], more_chosen[row] = x[2], weights[2], chosen[2]
+    few = tiled(x, weights, chosen, expert_weights, "silu", tile=TILE)
+    many = tiled(more, more_weights, more_chosen, expert_weights, "silu", tile=TILE)
+    np.testing.assert_array_equal(few[2], many[row])

@@ -1,0 +1,83 @@
+"""Products with plain and quantised weights against the plain product with what they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbrx_jax.ops import linear as module
+from dbrx_jax.ops.linear import dequantized, linear, matrix
+from dbrx_jax.quantization import Format, quantize
+
+FORMATS = (None, "int8", "fp8", "int4", "int4-32")
+
+
+def weight(form, shape, contracted, dtype=jnp.float32, seed=0):
+    drawn = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    if form is None:
+        return jnp.asarray(drawn, dtype)
+    return quantize(jnp.asarray(drawn), Format.parse(form), contracted, dtype)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(FORMATS),
+    st.sampled_from([1, 2, 7, 40]),
+    st.sampled_from([(72, 96), (100, 64)]),
+    st.sampled_from([0, 1]),
+    st.sampled_from(["cpu", "tpu"]),
+    st.sampled_from([64, 1 << 20]),
+)
+def test_matches_the_plain_product(form, rows, shape, contracted, platform, block):
+    """Also in many blocks, and as other platforms compute it."""
+    w = weight(form, shape, (contracted - 2,))
+    x = np.random.default_rng(1).normal(size=(rows, shape[contracted])).astype(np.float32)
+    plain = np.asarray(dequantized(w), np.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        y = jax.jit(lambda x, w: linear(x, w, contracted, platform))(x, w)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, x @ (plain.T if contracted else plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("contracted", [0, 1])
+def test_bfloat16(form, contracted):
+    w = weight(form, (72, 96), (contracted - 2,), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, w.shape[contracted])), jnp.bfloat16)
+    plain = np.float32(dequantized(w))
+    want = np.float32(x) @ (plain.T if contracted else plain)
+    y = jax.jit(lambda x, w: linear(x, w, contracted, "cpu"))(x, w)
+    assert y.dtype == jnp.bfloat16
+    assert np.abs(np.float32(y) - want).max() < 1e-2 * np.abs(want).max()
+    wide = linear(x, w, contracted, "cpu", jnp.float32)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_allclose(wide, want, rtol=0, atol=5e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_matrix_keeps_what_the_weight_stands_for(form):
+    w = weight(form, (6, 4, 64), (-2, -1))
+    flat = matrix(w, 1)
+    assert flat.shape == (6, 256)
+    np.testing.assert_array_equal(dequantized(flat), dequantized(w).reshape(6, 256))
+
+
+def test_a_quantised_weight_is_not_turned_into_floats_as_a_whole():
+    w = weight("int8", (1024, 2048), (-1,), jnp.bfloat16)
+    program = jax.jit(lambda x, w: linear(x, w, 1, "cpu")).lower(jnp.ones((1, 2048), jnp.bfloat16), w).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1.5 * 2 * module.BLOCK
+    assert "bf16[1024,2048]" not in program.as_text()
+    assert "f32[1024,2048]" not in program.as_text()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_plain_weight_is_not_copied(rows):
+    """Neither transposed nor cast: XLA for CPUs does both to a product written in another way."""
+    w = jnp.ones((512, 256), jnp.bfloat16)
+    for contracted in (0, 1):
+        x = jnp.ones((rows, w.shape[contracted]), jnp.bfloat16)
+        program = jax.jit(lambda x, w, c=contracted: linear(x, w, c, "cpu")).lower(x, w).compile()
+        assert program.memory_analysis().temp_size_in_bytes < w.nbytes / 4
