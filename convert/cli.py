@@ -57,7 +57,7 @@ class ToOrbax:
                 self.quantize,
             )
 
-        _convert(self.source, self.destination, convert)
+        _convert(self.source, self.destination, convert, self.quantize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +189,15 @@ class Inspect:
         sys.exit(1 if facts["problems"] else 0)
 
 
-def _convert(source: str, destination: str, convert: Callable[[Callable[[int], None]], dict[str, int]]) -> None:
+def _convert(
+    source: str,
+    destination: str,
+    convert: Callable[[Callable[[int], None]], dict[str, int]],
+    quantize: str | None = None,
+) -> None:
     """Runs a conversion with its progress, and says what was done."""
     from dbrx_jax.convert.folder import open_folder
+    from dbrx_jax.files import location
 
     folder = open_folder(source)
     size = folder.size
@@ -205,9 +211,10 @@ def _convert(source: str, destination: str, convert: Callable[[Callable[[int], N
     for name, count in bad.items():
         say(f"dbrx-convert: warning: {name}: {count} values are not finite; look at where the source comes from")
     say(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
-    made = open_folder(destination)
-    if made.quantization is not None:
-        say(f"{destination}: its weights are {made.quantization}, {made.size / 1e9:.3g} GB")
+    if quantize is not None:
+        files = location(destination).rglob("*")
+        taken = sum(file.stat().st_size for file in files if file.is_file())
+        say(f"{destination}: its weights are {quantize}, and take {taken / 1e9:.3g} GB")
 
 
 def _size(text: str) -> int:

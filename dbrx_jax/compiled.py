@@ -66,7 +66,8 @@ def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
     kinds: Any = (Sampling, Settings)  # with shapes in them rather than arrays
     settings = kinds[1](kinds[0](number, whole, number, number, number), None, jax.ShapeDtypeStruct((8,), jnp.int32))
     rows = setting.rows * setting.partition.size("data", "fsdp")
-    return lower(parts, settings, False, False, rows, setting.positions, parts.merge().dtype)
+    cache_dtype = jnp.dtype(setting.cache_dtype or setting.dtype)
+    return lower(parts, settings, False, False, rows, setting.positions, cache_dtype)
 
 
 def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:

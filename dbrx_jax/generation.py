@@ -205,13 +205,9 @@ class TokenStream(Iterator[np.ndarray]):
         self.timings = Timings()
         self._positions = capacity(max(longest + max_new_tokens, cache_length or 0), self._partition)
 
-    def compile(self) -> None:
-        """Compiles what this stream will run, the two large programs side by side; else the first steps do.
-
-        A second stream of the same shapes has nothing left to compile.
-        """
-        begin = time.perf_counter()
-        lowered = lower(
+    def lowered(self) -> list[Any]:
+        """The programs that this stream will run, traced and not compiled."""
+        programs = lower(
             self._parts,
             self._settings,
             self._filtered,
@@ -220,9 +216,17 @@ class TokenStream(Iterator[np.ndarray]):
             self._positions,
             self._cache_dtype,
             sorted({length for ids in self._rows for _, length in chunks(len(ids), self._partition)}),
-        ).values()
+        )
+        return list(programs.values())
+
+    def compile(self) -> None:
+        """Compiles what this stream will run, the two large programs side by side; else the first steps do.
+
+        A second stream of the same shapes has nothing left to compile.
+        """
+        begin = time.perf_counter()
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda program: program.compile(), lowered))
+            list(pool.map(lambda program: program.compile(), self.lowered()))
         self.timings.compile += time.perf_counter() - begin
 
     def __next__(self) -> np.ndarray:

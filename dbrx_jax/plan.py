@@ -23,6 +23,7 @@ FLOATS = ("float32", "bfloat16")
 PRECISIONS = (*FLOATS, "int8", "int4")  # that are suggested, most bytes first
 BATCHES = (1, 4, 16, 64)  # of the roofline's table
 PREFILL = 2048  # tokens of a chunk
+SCALE_BYTES = 2  # of the K elements of a position and head in an int8 cache
 # What a program needs beside its arguments: XLA's own buffers, and activations that live at once.
 _LIVE_HIDDEN, _LIVE_INNER = 8, 3
 
@@ -37,6 +38,7 @@ class Setting:
     precision: str  # of the weights, one of FLOATS or a text as Quantization.parse takes it
     batch: int  # rows
     context: int  # positions of the cache
+    cache_dtype: str | None = None  # "int8", or the activations'
 
     @functools.cached_property
     def partition(self) -> Partition:
@@ -111,7 +113,8 @@ def cache_bytes(setting: Setting) -> int:
     """Of one device: its rows, its heads, its positions."""
     config, partition = setting.config, setting.partition
     heads, positions = config.kv_n_heads // partition.size("tensor"), setting.positions // partition.size(STRIPES)
-    return config.n_layers * 2 * setting.rows * heads * positions * config.head_dim * setting.width
+    each = config.head_dim + SCALE_BYTES if setting.cache_dtype == "int8" else config.head_dim * setting.width
+    return config.n_layers * 2 * setting.rows * heads * positions * each
 
 
 def _working(setting: Setting, rows: int, tokens: int) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -30,6 +30,8 @@ class Plan:
     """Rows that are generated together."""
     context: int = 4096
     """Positions of the cache: prompt and new tokens."""
+    cache_dtype: Literal["int8"] | None = None
+    """int8 halves a bfloat16 cache."""
     compile: bool = False
     """Ask the real compiler for these devices, which need not be there (extra [compile])."""
     json: bool = False
@@ -79,7 +81,7 @@ class Plan:
             raise PlanError(f"--mesh: {self.mesh} makes {made} devices, and --on says {devices}")
         if self.context > config.max_seq_len:
             raise PlanError(f"--context: {self.context} is beyond the model's {config.max_seq_len} positions")
-        return Setting(config, accelerator, axes, precision, self.batch, self.context)
+        return Setting(config, accelerator, axes, precision, self.batch, self.context, self.cache_dtype)
 
 
 def _precision(text: str) -> str:
@@ -127,6 +129,7 @@ def collect(setting: Any) -> dict[str, Any]:
         "dtype": setting.precision,
         "batch": setting.batch,
         "context": setting.context,
+        "cache_dtype": setting.cache_dtype or setting.dtype,
         "memory": {
             "parameters": dict(held.parameters),
             "cache": held.cache,
@@ -150,7 +153,8 @@ def page(facts: dict[str, Any]) -> list[str]:
     memory = facts["memory"]
     axes = ", ".join(f"{axis} {size}" for axis, size in facts["axes"].items())
     lines = [
-        f"{facts['devices']} ({axes}), {facts['dtype']}, batch {facts['batch']}, context {facts['context']}",
+        f"{facts['devices']} ({axes}), {facts['dtype']}, batch {facts['batch']}, context {facts['context']}"
+        + (", int8 cache" if facts["cache_dtype"] == "int8" else ""),
         "",
         "memory of a device, GB",
         *(f"  {name:<22}{size / GB:9.3f}" for name, size in memory["parameters"].items()),

@@ -32,7 +32,7 @@ NEW = 6
 SLOW = pytest.mark.slow
 KINDS = [
     ("float32", None, False),
-    ("bfloat16", "int8", True),
+    pytest.param("bfloat16", "int8", True, marks=SLOW),
     *(pytest.param(*kind, marks=SLOW) for kind in [("float32", None, True), ("bfloat16", None, False)]),
     *(pytest.param(*kind, marks=SLOW) for kind in [("bfloat16", "int8", False), ("float32", "int4-32", True)]),
 ]
@@ -93,6 +93,7 @@ def test_more_new_tokens_and_a_longer_cache_change_nothing():
     np.testing.assert_array_equal(longer[1][1, :NEW], logprobs[0])
 
 
+@SLOW
 @settings(max_examples=6)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=TILE), st.booleans())
 def test_any_company(numbers, left):

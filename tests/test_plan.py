@@ -192,3 +192,11 @@ def test_recipes_of_the_readme_are_planned():
         recipe = find_recipe(name)
         if recipe.kind != "cpu":
             assert memory(setting(kind=recipe.kind, axes=recipe.axes)).total > 0
+
+
+def test_an_int8_cache_takes_a_byte_an_element_and_two_a_scale():
+    wide = setting()
+    small = dataclasses.replace(wide, cache_dtype="int8")
+    K = wide.config.head_dim
+    assert cache_bytes(small) * 2 * K == cache_bytes(wide) * (K + 2)
+    assert memory(wide).total - memory(small).total == cache_bytes(wide) - cache_bytes(small)

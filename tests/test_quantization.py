@@ -297,6 +297,7 @@ class TestPredictions:
         q = log_softmax(model([ids])[0])
         assert 0 < (np.exp(p) * (p - q)).sum(-1).mean() < most
 
+    @pytest.mark.slow
     def test_what_is_computed_is_what_the_dequantised_model_computes(self):
         """By the forward pass, by generate, and on a mesh."""
         q, ids = Quantization.parse(MIXED), np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9))

@@ -333,7 +333,7 @@ CHUNK = "blocks.1.moe.experts.0.w2/0.0"
     ("damage", "words"),
     [
         (lambda f: (f / MANIFEST).unlink(), "holds no *.safetensors"),
-        (lambda f: (f / MANIFEST).write_text('{"format_version": 99}'), "format_version: expected 1, got 99"),
+        (lambda f: (f / MANIFEST).write_text('{"format_version": 99}'), "format_version: expected 1 or 2, got 99"),
         (lambda f: shutil.rmtree(f / PARAMS), "holds no *.safetensors"),
         (lambda f: (f / PARAMS / "state" / CHUNK).unlink(), f"{CHUNK}: is missing or not 36864 bytes long"),
         (lambda f: os.truncate(f / PARAMS / "state" / CHUNK, 36863), f"{CHUNK}: is missing or not 36864 bytes long"),

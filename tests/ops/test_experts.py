@@ -38,7 +38,7 @@ def problems(draw):
     return problem(tokens, num_experts, top_k, draw(st.sampled_from([0.0, 1.0, 50.0])), draw(st.integers(0, 99)))
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(problems(), st.sampled_from(sorted(ACTIVATIONS)))
 @example(problem(200, 5, 1, 50.0, 0), "silu")  # all tokens to one expert, the others empty
 @example(problem(64, 4, 2, 0.0, 0), "silu")
@@ -125,7 +125,7 @@ def test_few_tokens_leave_unchosen_experts_unread(tokens):
     )
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(problems(), st.sampled_from(["int8", "int4", "fp8"]))
 def test_quantised_weights_match_reference(case, kind):
     x, weights, chosen, plain = case

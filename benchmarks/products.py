@@ -1,0 +1,78 @@
+"""How fast XLA for CPUs multiplies a few rows with weights, as this project writes it and as one would at first.
+
+    python -m benchmarks.products
+
+24 weights of (1792, 1024) one after another, more than the caches hold, with 1 to 16 rows. GB/s are of the
+weights' bytes. Writes results/products-JAX_VERSION.json; docs/cpu.md explains what follows from it.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from benchmarks.record import RESULTS, stamp, write
+from dbrx_jax.ops.linear import linear
+from dbrx_jax.quantization import Format, QuantizedArray, quantize
+
+WEIGHTS, SHAPE = 24, (1792, 1024)
+ROWS = (1, 2, 4, 8, 16)
+KINDS = ("float32", "bfloat16", "int8", "int4-128")
+REPEATS = 7
+
+
+def weights(kind: str, contracted: int) -> list[Any]:
+    rng = np.random.default_rng(0)
+    drawn = [rng.standard_normal(SHAPE, dtype=np.float32) for _ in range(WEIGHTS)]
+    if kind in ("float32", "bfloat16"):
+        return [jnp.asarray(w, kind) for w in drawn]
+    form = Format.parse(kind)
+    return [jax.tree.map(jnp.asarray, quantize(w, form, (contracted - 2,), "bfloat16")) for w in drawn]
+
+
+def plain(x: Array, weight: Any, contracted: int) -> Array:
+    """As one would write it."""
+    w = weight.dequantize(x.dtype) if isinstance(weight, QuantizedArray) else weight
+    return x @ w.T if contracted == 1 else x @ w
+
+
+def ours(x: Array, weight: Any, contracted: int) -> Array:
+    return linear(x, weight, contracted, "cpu")
+
+
+def seconds(product: Callable, x: Array, all_weights: list[Any], contracted: int) -> float:
+    run = jax.jit(lambda x, ws: [product(x, w, contracted) for w in ws])
+    jax.block_until_ready(run(x, all_weights))
+    best = float("inf")
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        jax.block_until_ready(run(x, all_weights))
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def main() -> None:
+    table = []
+    for kind in KINDS:
+        for contracted in (1, 0):
+            all_weights = weights(kind, contracted)
+            size = sum(w.nbytes for w in all_weights)
+            for rows in ROWS:
+                dtype = jnp.float32 if kind == "float32" else jnp.bfloat16
+                x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, SHAPE[contracted])), dtype)
+                took = {f.__name__: seconds(f, x, all_weights, contracted) for f in (ours, plain)}
+                entry = {"weights": kind, "summed_over": "columns" if contracted else "rows", "rows": rows}
+                entry |= {f"{name}_gb_per_second": round(size / s / 1e9, 2) for name, s in took.items()}
+                table.append(entry | {f"{name}_ms": round(s * 1e3, 2) for name, s in took.items()})
+                print(json.dumps(table[-1]), flush=True)
+    result = stamp("dbrx-jax", "jax") | {"weight_shape": SHAPE, "weights": WEIGHTS, "products": table}
+    write(result, RESULTS / f"products-{jax.__version__}.json")
+
+
+if __name__ == "__main__":
+    main()
