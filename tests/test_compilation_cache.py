@@ -58,6 +58,7 @@ def test_the_users_own_choice_stays(cache, tmp_path):
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_what_the_first_compiled(cache):
     """The two large programs, that is: whether a small one is slow enough to be kept depends on the machine."""
 

@@ -125,7 +125,7 @@ def small_parameters(skew):
     return parameters
 
 
-@pytest.mark.parametrize("skew", [0, 3])
+@pytest.mark.parametrize("skew", [pytest.param(0, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("axes", ["expert=4,tensor=2", pytest.param("data=2,fsdp=2,expert=2", marks=pytest.mark.slow)])
 def test_all_to_all(axes, skew):
     """Tokens sent to their experts' devices alone give the same, forward and backward, however uneven."""
@@ -176,6 +176,7 @@ def test_gradients_on_any_mesh(axes, length, skew, seed):
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_of_several_chunks_and_padded_rows():
     """Three rows over two groups, one of them longer than a chunk: the cache is dealt out in stripes."""
     parameters = small_parameters(0)

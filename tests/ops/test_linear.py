@@ -21,7 +21,7 @@ def weight(form, shape, contracted, dtype=jnp.float32, seed=0):
     return quantize(jnp.asarray(drawn), Format.parse(form), contracted, dtype)
 
 
-@settings(max_examples=24)
+@settings(max_examples=12)
 @given(
     st.sampled_from(FORMATS),
     st.sampled_from([1, 2, 7, 40]),
