@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 
 from dbrx_jax import hlo, targets
 from dbrx_jax.cache import CACHE_BLOCK
-from dbrx_jax.decoding import Settings
+from dbrx_jax.decoding import Settings, lower
 from dbrx_jax.errors import PlanError
-from dbrx_jax.generation import lower
 from dbrx_jax.model.causal_lm import split
 from dbrx_jax.parameters import abstract_model
 from dbrx_jax.plan import PREFILL, Setting, cache_bytes, memory, messages

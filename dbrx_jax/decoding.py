@@ -3,7 +3,7 @@
 On a mesh each function is one program that every device runs on its rows, heads and vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, UInt32
 
-from dbrx_jax.cache import Cache, create, specs
+from dbrx_jax.cache import Cache, chunk_lengths, create, specs
+from dbrx_jax.model.causal_lm import SplitModel
 from dbrx_jax.ops.tiles import over_tiles, tile_count
 from dbrx_jax.sampling import Sampling, choose, log_probability
 from dbrx_jax.sharding import ROWS, VOCABULARY, Partition
@@ -172,6 +173,46 @@ def decode(parts, filtered, tiled, settings, state, steps):
     where = places(config, partition, is_int8(state.cache), settings.keys is not None)
     inside = (parts.places(), where.settings, where.state, where.same)
     return partition.over(run, inside, where.state)(parts, settings, state, steps)
+
+
+def lower(
+    parts: SplitModel,
+    settings: Settings,
+    filtered: bool,
+    tiled: bool,
+    rows: int,
+    positions: int,
+    cache_dtype: np.dtype,
+    lengths: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The programs of a generation, lowered for the devices of the model's mesh, by name.
+
+    The parameters and settings may be shapes without memory behind them; `rows` and `positions` are
+    those of the cache; `lengths` are of the prompts' chunks, the longest by default.
+    """
+    model = parts.merge()
+    config, partition = model.config, model.partition
+    groups = partition.size(*ROWS)
+    where = places(config, partition, cache_dtype == np.int8, settings.keys is not None)
+
+    def int32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    parts = partition.abstract(parts, parts.places()) if partition.mesh else parts
+    cache, logits = jax.eval_shape(partial(empty, config, partition, rows, positions, cache_dtype))
+    cache, logits = partition.abstract(cache, where.cache), partition.abstract(logits, where.logits)
+    begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
+    state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *begin)
+    state = partition.abstract(state, where.state)
+    prefill = {
+        f"prefill {length}": prefill_chunk.lower(parts, cache, logits, int32(groups, length), int32(groups, 3))
+        for length in (chunk_lengths(partition)[-1:] if lengths is None else lengths)
+    }
+    return prefill | {
+        "decode": decode.lower(parts, filtered, tiled, settings, state, int32()),
+        "first_token": first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin),
+        "empty": empty.lower(config, partition, rows, positions, cache_dtype),
+    }
 
 
 class Picked(NamedTuple):

@@ -11,16 +11,14 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-from dbrx_jax.cache import capacity, chunk_lengths, chunks
+from dbrx_jax.cache import capacity, chunks
 from dbrx_jax.decoding import (
     MOST_EOS,
     DecodeState,
@@ -29,13 +27,13 @@ from dbrx_jax.decoding import (
     decode,
     empty,
     first_token,
+    lower,
     on_every_device,
-    places,
     prefill_chunk,
     stop_rows,
 )
 from dbrx_jax.errors import GenerationError
-from dbrx_jax.model.causal_lm import SplitModel, check_ids, split
+from dbrx_jax.model.causal_lm import check_ids, split
 from dbrx_jax.ops.tiles import TILE
 from dbrx_jax.sampling import Sampling, row_keys
 from dbrx_jax.sharding import ROWS, Partition
@@ -352,46 +350,6 @@ class _StopSearch:
                 return count
             self._tail = text[max(0, len(text) - self._keep) :]
         return None
-
-
-def lower(
-    parts: SplitModel,
-    settings: Settings,
-    filtered: bool,
-    tiled: bool,
-    rows: int,
-    positions: int,
-    cache_dtype: np.dtype,
-    lengths: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """The programs of a generation, lowered for the devices of the model's mesh, by name.
-
-    The parameters and settings may be shapes without memory behind them; `rows` and `positions` are
-    those of the cache; `lengths` are of the prompts' chunks, the longest by default.
-    """
-    model = parts.merge()
-    config, partition = model.config, model.partition
-    groups = partition.size(*ROWS)
-    where = places(config, partition, cache_dtype == np.int8, settings.keys is not None)
-
-    def int32(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    parts = partition.abstract(parts, parts.places()) if partition.mesh else parts
-    cache, logits = jax.eval_shape(partial(empty, config, partition, rows, positions, cache_dtype))
-    cache, logits = partition.abstract(cache, where.cache), partition.abstract(logits, where.logits)
-    begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
-    state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *begin)
-    state = partition.abstract(state, where.state)
-    prefill = {
-        f"prefill {length}": prefill_chunk.lower(parts, cache, logits, int32(groups, length), int32(groups, 3))
-        for length in (chunk_lengths(partition)[-1:] if lengths is None else lengths)
-    }
-    return prefill | {
-        "decode": decode.lower(parts, filtered, tiled, settings, state, int32()),
-        "first_token": first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin),
-        "empty": empty.lower(config, partition, rows, positions, cache_dtype),
-    }
 
 
 _keys = jax.jit(row_keys)
