@@ -53,7 +53,7 @@ def write_random(config: DbrxConfig, folder: Path) -> None:
         for start in range(0, size, BLOCK):
             count = min(BLOCK, size - start)
             block = np.ones(count, np.float32)
-            if ".norm_" not in name:
+            if not name.split(".")[-2].startswith("norm_"):
                 block = rng.standard_normal(count, np.float32) * np.float32(config.initializer_range)
             yield block.astype(ml_dtypes.bfloat16).view(np.uint8)
 

@@ -16,8 +16,8 @@ from benchmarks.engines import PEERS, Subject, ours, peer, started
 from benchmarks.load import direct_rate, read_rate
 from benchmarks.record import BenchmarkError
 from benchmarks.workers import serve
-from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
+from dbrx_jax.convert.source import HuggingFaceFolder
 from tests.conftest import GOLDEN
 
 TINY = DbrxConfig(
@@ -267,11 +267,13 @@ def test_a_gguf_that_cannot_be_made_is_one_line(tiny, tmp_path):
 
 
 def test_random_weights_are_made_once_and_are_what_they_should_be(tiny, monkeypatch, tmp_path):
-    model = DbrxForCausalLM.from_pretrained(tiny)
-    assert model.dtype == "bfloat16"
-    table = np.asarray(model.embedding.get_value(), np.float32)
-    assert table.std() == pytest.approx(0.02, rel=0.05)
-    assert (np.asarray(model.norm_f.scale.get_value()) == 1).all()
+    for name, tensor in HuggingFaceFolder.open(tiny).stored.items():
+        weight = np.float32(tensor.rows(0, tensor.shape[0]))
+        assert tensor.dtype == "bfloat16", name
+        if weight.ndim == 1:
+            assert (weight == 1).all(), name
+        else:
+            assert weight.std() == pytest.approx(0.02, rel=0.15), name
     monkeypatch.setattr("benchmarks.checkpoints.names", lambda: ["tiny"])
     monkeypatch.setattr("benchmarks.checkpoints.DbrxConfig.from_name", lambda name: SHALLOW)
     folder = checkpoint("tiny", tmp_path)
