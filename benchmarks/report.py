@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.engines import OURS
 from benchmarks.record import RESULTS, ROOT, BenchmarkError
-from benchmarks.show import number, quantity, share, unlike, words
+from benchmarks.show import number, quantity, share, words
 from dbrx_jax.console import say
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -42,10 +42,9 @@ How it is measured:
 - Every engine is a process of its own that keeps its model and takes its own time. After a run that is not
   counted they are measured in turn, ours, the peer, ours, the peer. The tables give medians. A ratio above 1
   means that ours is better; it is taken within a round, and stands with the least and the largest.
-- Before that, what both predict behind a prompt is compared. In float32 a difference of more than 1 % of the
-  largest logit ends the run: it would be another computation. (The tests ask for far more.)
-  Below float32 nothing is refused; "logits unlike" marks a difference of more than 10 %, where the run does not
-  show that both computed the same.
+- Before that, what both predict behind a prompt is compared. A difference of more than 0.1 % of the largest logit
+  in float32, 10 % in bfloat16, 20 % in int8 and 50 % in int4 ends the run: it would be another computation.
+  (The tests ask for far more.)
 - The roofline is of the same run: bytes over the bandwidth with which all CPUs read a GB, or FLOP over the
   rate of a product of matrices of 2048 x 2048 in JAX, whichever takes longer. A decode step must read the
   experts that its rows are expected to choose, attention, the head and the live cache; a prompt's head is
@@ -190,8 +189,7 @@ def _ratio(result: dict[str, Any], figure: str) -> str:
     if "ratio" not in result["summary"]:
         return ""
     ratio = result["summary"]["ratio"][figure]
-    mark = " (logits unlike)" if unlike(result) else ""
-    return f"**{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f}){mark}"
+    return f"**{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
 def _cells(result: dict[str, Any], figure: str) -> tuple[str, str, str]:
