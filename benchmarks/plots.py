@@ -40,7 +40,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[str]:
 def label(result: dict[str, Any]) -> str:
     """Of a comparison, beside its bars."""
     batch = f", batch {result['batch']}" if "batch" in result else ""
-    return f"{result['model']}, {result['dtype']}{batch}"
+    return f"{result['model']}, {result['dtype']}{batch}, jax {result['versions']['jax']}"
 
 
 def _bars(results: Sequence[dict[str, Any]], title: str, file: Path) -> None:

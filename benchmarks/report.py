@@ -121,6 +121,7 @@ def _order(result: dict[str, Any]) -> tuple:
         result.get("model", ""),
         DTYPES.index(dtype) if dtype in DTYPES else -1,
         result.get("batch", 0),
+        result["versions"]["jax"],
         result.get("against") or "",
     )
 
@@ -213,12 +214,13 @@ def _speed(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
                 r["dtype"],
                 str(r.get("batch", 1)),
                 shape,
+                r["versions"]["jax"],
                 number(r["roofline"][figure]),
                 *_cells(r, figure),
                 runs.number(r),
             )
         )
-    head = ("model", "weights", "batch", "tokens", "roofline", "dbrx_jax (of roofline)", "peer", "ratio", "run")
+    head = ("model", "weights", "batch", "tokens", "jax", "roofline", "dbrx_jax (of roofline)", "peer", "ratio", "run")
     return _table(head, rows)
 
 

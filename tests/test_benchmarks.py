@@ -348,9 +348,9 @@ def results(tmp_path):
 
 def test_the_page_has_every_result_in_order(results):
     text = report.page(report.read_results(results), ["decode.svg"])
-    float32 = "| bench | float32 | 8 | 64 + 32 | 100 | 50 tokens/s (50%) | transformers: 25 tokens/s (25%) |"
+    float32 = "| bench | float32 | 8 | 64 + 32 | 0.10.2 | 100 | 50 tokens/s (50%) | transformers: 25 tokens/s (25%) |"
     assert f"{float32} **2.00** (2.00 to 2.00) | 1 |" in text
-    bfloat16 = "| bench | bfloat16 | 1 | 64 + 32 | 100 | 60 tokens/s (60%) |  |  | 1 |"
+    bfloat16 = "| bench | bfloat16 | 1 | 64 + 32 | 0.10.2 | 100 | 60 tokens/s (60%) |  |  | 1 |"
     assert text.index(float32) < text.index(bfloat16)
     assert "| 8.98 GB | 1 | to-orbax | 0.57 GB/s | 2.21 | 107 MB | 2 |" in text
     assert "| 1 | 2026-11-21 | a machine | jax 0.10.2; torch 2.13.0 | 2.0 GB/s; 3 and 5 GFLOP/s | 0.1 |" in text

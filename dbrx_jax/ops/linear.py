@@ -15,8 +15,6 @@ Weight = Array | QuantizedArray
 BLOCK = 1 << 20
 # Fewer rows than these take a path of XLA's for CPUs that first casts the whole weight to float32.
 LEAST_ROWS = 2
-# Up to so many elements that cast costs less than the first calls into the library that does without.
-SMALL = 100_000
 
 
 def linear(
@@ -36,8 +34,6 @@ def linear(
     rows = x.shape[0]
     plain = weight.dtype == jnp.float32 and not isinstance(weight, QuantizedArray)
     if not plain and rows < LEAST_ROWS:
-        if isinstance(weight, Array) and weight.size <= SMALL:
-            return _dot(x.astype(jnp.float32), weight.astype(jnp.float32), contracted).astype(dtype)
         x = jnp.concatenate([x] * LEAST_ROWS)
     y = _in_blocks(x, weight, contracted) if isinstance(weight, QuantizedArray) else _dot(x, weight, contracted)
     return y[:rows].astype(dtype)
