@@ -18,7 +18,7 @@ from dbrx_jax.generation import TokenStream
 
 DTYPES = ("float32", "bfloat16", "int8")
 BATCHES = (1, 8, 64)
-PROMPT, TOKENS, ROUNDS = 8, 24, 4
+PROMPT, TOKENS, ROUNDS = 8, 16, 3
 
 
 def step(model: DbrxForCausalLM, prompts: np.ndarray, invariant: bool) -> float:

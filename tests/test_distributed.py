@@ -177,9 +177,10 @@ def one_line(text, program, *words):
         assert word in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("killed", "count"),
-    [(1, 2), pytest.param(0, 2, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)],
+    [(1, 2), (0, 2), (2, 4)],
 )
 def test_a_killed_process_ends_the_others_while_they_generate(killed, count, folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
