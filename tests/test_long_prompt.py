@@ -44,7 +44,7 @@ def experts(x, routing, weights):
 
 
 def reference_last_logits(model, ids):
-    """By the reference ops alone, some queries after others."""
+    """Attention and experts by their definitions, some queries after others; the rest is the model's."""
     positions, partition = np.arange(ids.shape[1])[None], model.partition
     x = model.embed(ids, partition)
     for block in model.blocks:
