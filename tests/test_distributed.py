@@ -124,6 +124,7 @@ def results(text):
     return [json.loads(line)["completion"] for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_generate_as_one(orbax, completions, tmp_path):
     """By the command, from an Orbax checkpoint; process 0 alone speaks and writes."""
     out = tmp_path / "{i}.jsonl"

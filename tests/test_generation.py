@@ -48,6 +48,7 @@ def test_right_padding_and_ragged_padding_give_the_same(model, prompts):
     np.testing.assert_array_equal(new_tokens(model, spread_ids, spread_mask), greedy)
 
 
+@pytest.mark.slow
 def test_prompts_longer_than_a_chunk(models, monkeypatch):
     """Against the full forward, token by token: one of a long and a short chunk, one that fits a long one."""
     monkeypatch.setitem(PREFILL_CHUNKS, "cpu", (64, 128))

@@ -29,7 +29,7 @@ MESHES = (
     "data=2,expert=2,tensor=2",
     "fsdp=2,expert=4",
 )
-FEW = ("expert=4,tensor=2", "data=2,expert=2,tensor=2")  # that are not left to the slow lane
+QUICK = "expert=4,tensor=2"  # is not left to the slow lane
 SMALL = DbrxConfig(
     d_model=48, n_heads=12, kv_n_heads=4, n_layers=2, vocab_size=83, ffn_hidden_size=56, moe_num_experts=8,
     moe_top_k=3, max_seq_len=512, clip_qkv=1.5, rope_theta=1e4, dtype="float32",
@@ -45,7 +45,7 @@ def mesh_of(text):
 @pytest.mark.parametrize(
     ("case", "axes"),
     [
-        pytest.param(case, axes, marks=() if axes in FEW and case == "fused" else pytest.mark.slow)
+        pytest.param(case, axes, marks=() if axes == QUICK and case == "fused" else pytest.mark.slow)
         for case, axes in [*(("fused", axes) for axes in MESHES), ("bf16", "data=2,expert=2,tensor=2")]
     ],
 )
@@ -107,7 +107,8 @@ def golden_gradients():
     return model.config, parameters, tokens, gradients(model.config, parameters, None, tokens)
 
 
-@pytest.mark.parametrize("axes", [m if m == FEW[0] else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", MESHES)
 def test_gradients(axes):
     config, parameters, tokens, want = golden_gradients()
     assert_same_gradients(gradients(config, parameters, mesh_of(axes), tokens), want)
@@ -126,13 +127,9 @@ def small_parameters(skew):
     return parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("axes", "skew"),
-    [
-        ("expert=4,tensor=2", 3),
-        pytest.param("expert=4,tensor=2", 0, marks=pytest.mark.slow),
-        pytest.param("data=2,fsdp=2,expert=2", 3, marks=pytest.mark.slow),
-    ],
+    ("axes", "skew"), [("expert=4,tensor=2", 3), ("expert=4,tensor=2", 0), ("data=2,fsdp=2,expert=2", 3)]
 )
 def test_all_to_all(axes, skew):
     """Tokens sent to their experts' devices alone give the same, forward and backward, however uneven."""

@@ -13,18 +13,20 @@ def python(code):
     return done.stdout.strip()
 
 
-def test_import_is_quick_and_starts_no_backend():
+def test_import_costs_little_and_starts_no_backend():
     code = """
-import time; begin = time.perf_counter()
-import dbrx_jax
-seconds = time.perf_counter() - begin
-from jax._src import xla_bridge
 import sys
-heavy = [m for m in ("orbax.checkpoint", "torch", "tokenizers", "tyro", "matplotlib") if m in sys.modules]
-print(seconds, xla_bridge.backends_are_initialized(), heavy)
+import jax
+from flax import nnx
+before = set(sys.modules)
+import dbrx_jax
+from jax._src import xla_bridge
+new = {m.split(".")[0] for m in set(sys.modules) - before}
+heavy = {"orbax", "torch", "tokenizers", "tyro", "matplotlib", "optax", "rich", "safetensors", "transformers"}
+print(len(set(sys.modules) - before), xla_bridge.backends_are_initialized(), sorted(new & heavy))
 """
-    seconds, initialized, heavy = python(code).split(" ", 2)
-    assert float(seconds) < 3
+    modules, initialized, heavy = python(code).split(" ", 2)
+    assert int(modules) < 60  # beside those of JAX and Flax; 42 when this was written, in 0.09 s
     assert initialized == "False"
     assert heavy == "[]"
 
