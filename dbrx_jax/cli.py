@@ -14,6 +14,7 @@ import tyro
 from dbrx_jax.console import run, say
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.plan_command import Plan
+from dbrx_jax.xla_settings import own_process
 
 if TYPE_CHECKING:
     from dbrx_jax.generation import TokenStream
@@ -357,6 +358,7 @@ class _Results:
 def main() -> None:
     """The command dbrx-jax."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on the machine are not the user's concern
+    own_process()
     command = tyro.extras.subcommand_cli_from_dict(
         {"generate": Generate, "chat": Chat, "plan": Plan, "info": Info}, prog="dbrx-jax", description="DBRX in JAX."
     )

@@ -14,6 +14,7 @@ import json
 
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer, distributed
 from dbrx_jax.console import run
+from dbrx_jax.xla_settings import own_process
 
 
 def main() -> None:
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process-id", type=int)
     args = parser.parse_args()
+    own_process()
     with (
         distributed.start(args.coordinator, args.processes, args.process_id)
         if args.distributed
