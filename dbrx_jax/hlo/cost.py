@@ -39,6 +39,7 @@ class _Cost:
 
 
 def cost(scope: Scope, instr: Instr) -> _Cost:
+    """What one run of an instruction moves."""
     shapes = leaves(result_type(instr))
     nothing = _Cost([], [0] * len(shapes))
     if instr.opcode in FREE or instr.opcode.endswith("-done") or instr.target in _NOTHING:
@@ -70,9 +71,6 @@ def _is_used(computation: Computation, start: Instr) -> bool:
 def _kernel_cost(instr: Instr, read: list[int], written: list[int]) -> _Cost:
     if instr.target.startswith(("__cublas", "__cudnn")) and len(written) > 1:
         written = [*written[:-1], 0]  # their workspace
-    estimate = int(instr.attribute(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"') or 0)
-    if 0 < estimate < sum(read) + sum(written):
-        return _Cost([max(0, estimate - sum(written))], written)
     return _Cost(read, written)
 
 
