@@ -18,10 +18,11 @@ from dbrx_jax.errors import CheckpointError
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.hub import checkpoint_folder
 from dbrx_jax.model.causal_lm import DbrxForCausalLM
+from dbrx_jax.ops.attention import chosen
 from dbrx_jax.parameters import model_from_arrays, parameter_specs, placed_arrays
 from dbrx_jax.quantization import Format, Quantization, QuantizedArray
 from dbrx_jax.recipes import find_mesh
-from dbrx_jax.sharding import check_mesh
+from dbrx_jax.sharding import Partition, check_mesh
 from dbrx_jax.tokenizer import stop_tokens
 
 READERS = 4  # threads
@@ -33,6 +34,7 @@ def load_model(
     dtype: DTypeLike | None = None,
     quantization: str | Quantization | None = None,
     all_to_all: bool = False,
+    attention_implementation: str | None = None,
 ) -> DbrxForCausalLM:
     """As :meth:`DbrxForCausalLM.from_pretrained`."""
     path = checkpoint_folder(path)
@@ -51,6 +53,7 @@ def load_model(
         mesh = find_mesh(mesh)
     if mesh is not None:
         check_mesh(folder.config, mesh)
+    chosen(attention_implementation, Partition(mesh).platform)  # or raises, before anything is read
     placed = placed_arrays(folder.config, mesh, use, target)
 
     def read(name: str) -> Any:
@@ -63,7 +66,7 @@ def load_model(
     with ThreadPoolExecutor(READERS) as pool:
         arrays = dict(zip(placed, pool.map(read, placed), strict=True))
     config = dataclasses.replace(folder.config, dtype=target.name)
-    model = model_from_arrays(config, arrays, mesh, all_to_all, use)
+    model = model_from_arrays(config, arrays, mesh, all_to_all, use, attention_implementation)
     model.generation_config = _generation_config(path)
     return model
 
@@ -111,7 +114,9 @@ def _array(
 ) -> jax.Array:
     """An array of a model: of each shard that belongs to a device here, its rows are read and its columns kept."""
     if mesh is None:
-        return jax.device_put(readers[0].rows(part, 0, shape.shape[0]))
+        if len(readers) == 1:
+            return jax.device_put(readers[0].rows(part, 0, shape.shape[0]))
+        return jax.device_put(_together(readers, part, [(0, n) for n in shape.shape[1:]], shape.dtype))
     shards: dict[tuple, np.ndarray] = {}  # by place: copies of a shard are read once
 
     def shard(index: Any) -> np.ndarray:
@@ -119,12 +124,20 @@ def _array(
         if (key := tuple(bounds)) not in shards:
             if len(readers) > 1:
                 (first, last), *rest = bounds
-                shards[key] = np.stack([_block(r, part, rest, shape.dtype) for r in readers[first:last]])
+                shards[key] = _together(readers[first:last], part, rest, shape.dtype)
             else:
                 shards[key] = _block(readers[0], part, bounds, shape.dtype)
         return shards[key]
 
     return jax.make_array_from_callback(shape.shape, NamedSharding(mesh, spec), shard)
+
+
+def _together(readers: list[_Reader], part: str, bounds: list[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
+    """The same block of several parameters in one array; none is held twice."""
+    array = np.empty((len(readers), *(b - a for a, b in bounds)), dtype)
+    for i, reader in enumerate(readers):
+        array[i] = _block(reader, part, bounds, dtype)
+    return array
 
 
 def _block(reader: _Reader, part: str, bounds: list[tuple[int, int]], dtype: np.dtype) -> np.ndarray:

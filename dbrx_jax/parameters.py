@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -71,20 +72,38 @@ def abstract_model(
     mesh: AnyMesh | None = None,
     all_to_all: bool = False,
     quantization: Quantization | None = None,
+    attention_implementation: str | None = None,
 ) -> DbrxForCausalLM:
     """A model whose parameters are shapes without memory behind them."""
-    return DbrxForCausalLM(config, rngs=None, dtype=dtype, mesh=mesh, all_to_all=all_to_all, quantization=quantization)
+    return DbrxForCausalLM(
+        config,
+        rngs=None,
+        dtype=dtype,
+        mesh=mesh,
+        all_to_all=all_to_all,
+        quantization=quantization,
+        attention_implementation=attention_implementation,
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_specs(config: DbrxConfig) -> Mapping[str, ParameterSpec]:
     """Every parameter by its dotted name, such as ``blocks.0.moe.experts.3.w1``, in the model's order."""
-    return {
-        name: ParameterSpec(
-            tuple(leaf.get_value().shape), leaf.get_metadata("axes"), leaf.get_metadata().get("contracted", ())
-        )
-        for name, leaf in _leaves(abstract_model(config))
-    }
+    specs: dict[str, ParameterSpec] = {}
+    for together, group in itertools.groupby(_leaves(abstract_model(config)), lambda leaf: _experts_in(leaf[1])):
+        leaves = list(group)
+        for e in range(together):  # one behind another, also where all of a layer lie in one array
+            for name, leaf in leaves:
+                shape, axes, about = leaf.get_value().shape, leaf.get_metadata("axes"), leaf.get_metadata()
+                if together > 1:
+                    name, shape, axes = name.replace(".experts.0.", f".experts.{e}."), shape[1:], axes[1:]
+                specs[name] = ParameterSpec(tuple(shape), axes, about.get("contracted", ()))
+    return specs
+
+
+def _experts_in(leaf: Any) -> int:
+    """Parameters that lie in one array of a model."""
+    return leaf.get_value().shape[0] if leaf.get_metadata("axes")[0] == "experts" else 1
 
 
 @functools.lru_cache(maxsize=32)
@@ -97,14 +116,16 @@ def placed_arrays(
       MeshError, QuantizationError: as in :class:`DbrxForCausalLM`.
     """
     model = abstract_model(config, dtype, mesh, quantization=quantization)
-    devices, result = model.partition.size("expert"), {}
+    experts, result = config.moe_num_experts, {}
+    arrays, devices = model.partition.expert_arrays(experts), model.partition.size("expert")
+    each, together = experts // devices, experts // devices // arrays  # of a device; of those in one array
     for name, leaf in _leaves(model):
         parameters = [name]
-        if devices > 1 and ".experts." in name:
+        if arrays < experts and ".experts." in name:
             block, _, rest = name.partition(".experts.")
             place, weight = rest.split(".")
-            each = config.moe_num_experts // devices
-            parameters = [f"{block}.experts.{x * each + int(place)}.{weight}" for x in range(devices)]
+            numbers = [x * each + int(place) * together + i for x in range(devices) for i in range(together)]
+            parameters = [f"{block}.experts.{e}.{weight}" for e in numbers]
         value = leaf.get_value()
         spec = model.partition.places(value, leaf.get_metadata("axes"))
         result[name] = PlacedArray(value, spec, tuple(parameters))
@@ -117,10 +138,11 @@ def model_from_arrays(
     mesh: Mesh | None,
     all_to_all: bool = False,
     quantization: Quantization | None = None,
+    attention_implementation: str | None = None,
 ) -> DbrxForCausalLM:
     """The model with these arrays, given under the names of :func:`placed_arrays`."""
     dtype = next(iter(arrays.values())).dtype
-    graph, state = nnx.split(abstract_model(config, dtype, mesh, all_to_all, quantization))
+    graph, state = nnx.split(abstract_model(config, dtype, mesh, all_to_all, quantization, attention_implementation))
     flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -131,6 +153,7 @@ def model_from_parameters(
     mesh: Mesh | None = None,
     all_to_all: bool = False,
     quantization: Quantization | None = None,
+    attention_implementation: str | None = None,
 ) -> DbrxForCausalLM:
     """The model with these arrays, given under the names of :func:`parameter_specs`, as its parameters.
 
@@ -148,7 +171,7 @@ def model_from_parameters(
             array = jnp.pad(array, missing) if any(m for _, m in missing) else array
             found[part] = jax.device_put(array, NamedSharding(mesh, spec)) if mesh else array
         arrays[name] = dataclasses.replace(placed.value, **found) if "values" in found else found[""]
-    return model_from_arrays(config, arrays, mesh, all_to_all, quantization)
+    return model_from_arrays(config, arrays, mesh, all_to_all, quantization, attention_implementation)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

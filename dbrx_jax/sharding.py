@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MeshError, QuantizationError
+from dbrx_jax.kernels.choice import kind_of
 from dbrx_jax.quantization import GROUPS, QuantizedArray, group_count
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -54,11 +55,14 @@ class Partition:
       split: whether the tokens between two layers are split over `expert` too, along dimension 1 (the
         ring: all-gather, compute, reduce-scatter), or are whole on each device of a row (decode).
       all_to_all: whether split tokens go to their experts' devices alone, rather than round the ring.
+      attention: which implementation of attention is used, a name of :mod:`dbrx_jax.ops.attention`'s; None is
+        the platform's best.
     """
 
     mesh: Mesh | AbstractMesh | None = None
     split: bool = False
     all_to_all: bool = False
+    attention: str | None = None
 
     @property
     def platform(self) -> str:
@@ -68,6 +72,13 @@ class Partition:
     def size(self, *axes: str) -> int:
         """Devices along these axes."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
+
+    def expert_arrays(self, experts: int) -> int:
+        """In how many arrays the experts of a layer lie, each with equally many of every device.
+
+        Kernels pick among those in one array. XLA would copy what is picked: it reads each from a buffer of its own.
+        """
+        return 1 if kind_of(self.platform) else experts // self.size("expert")
 
     def with_split(self, tokens: int) -> "Partition":
         """With tokens split over `expert`, where there are several and they divide."""

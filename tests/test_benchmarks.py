@@ -1,15 +1,17 @@
 """The benchmark harness: what it computes from measurements, and a run of it on a tiny model. No peers are needed."""
 
 import dataclasses
+import itertools
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import compare, report, roofline
+from benchmarks import compare, h200, report, roofline
 from benchmarks.__main__ import main
 from benchmarks.checkpoints import checkpoint, write_random
 from benchmarks.engines import PEERS, Subject, ours, peer, started
@@ -176,7 +178,7 @@ def test_a_user_waits_for_those_before(monkeypatch):
 
     monkeypatch.setattr(serve.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(serve.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    found = serve._users(Slow(), [[0], [1], [2], [3]], 1, 10.0, 2)
+    found = serve.users(Slow(), [[0], [1], [2], [3]], 1, 10.0, 2)
     # 0 begins at 0; at 25, 1 and 2 wait; at 50, 3 does.
     assert batches == [[0], [1, 2], [3]]
     assert found == {"seconds": 75.0, "first": [1.0, 16.0, 6.0, 21.0], "total": [25.0, 40.0, 30.0, 45.0]}
@@ -372,3 +374,22 @@ def test_the_report_is_the_same_bytes_each_time(results, monkeypatch, tmp_path):
     assert set(made[0]) == {"benchmarks.md", "decode.svg"}
     assert len(made[0]["decode.svg"]) < 60_000
     assert b"bench, float32, batch 8" in made[0]["decode.svg"]
+
+
+@pytest.mark.slow
+def test_h200_at_toy_size(tmp_path):
+    """All of the script that an H200 would run, but the peer."""
+    output = tmp_path / "h200.json"
+    command = [sys.executable, "-m", "benchmarks.h200", "--toy", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["toy"] is True
+    (errors,) = found["check"]
+    assert len(errors) == 3 * 2 + 3
+    assert max(errors.values()) < h200.LARGEST_ERROR
+    measured = found["decode"][1:]
+    cases = [(c["precision"], c["batch"], c["context"]) for c in measured]
+    assert cases == list(itertools.product(h200.TOY.precisions, h200.TOY.batches, h200.TOY.contexts))
+    assert all(0 < c["of_measured_roofline"] < 1 for c in measured + found["prefill"][1:])
+    assert [c["users"] for c in found["load"][1:]] == [2, 2]

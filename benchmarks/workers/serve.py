@@ -82,7 +82,7 @@ def _warm(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, An
     return {}
 
 
-def _users(engine: Engine, prompts: list[list[int]], tokens: int, interval: float, batch: int) -> dict[str, Any]:
+def users(engine: Engine, prompts: list[list[int]], tokens: int, interval: float, batch: int) -> dict[str, Any]:
     """An open loop: user i comes at i * interval, whatever the engine does.
 
     Whoever waits starts together, at most `batch` users; who comes meanwhile waits for their end.
@@ -100,7 +100,7 @@ def _users(engine: Engine, prompts: list[list[int]], tokens: int, interval: floa
     return {"seconds": time.perf_counter() - begin, "first": first, "total": total}
 
 
-_HANDLERS = {"load": _load, "check": _check, "decode": _decode, "prefill": _prefill, "warm": _warm, "users": _users}
+_HANDLERS = {"load": _load, "check": _check, "decode": _decode, "prefill": _prefill, "warm": _warm, "users": users}
 
 
 class Peak:

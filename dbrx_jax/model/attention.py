@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from dbrx_jax.cache import CACHE_BLOCK, LayerCache, turned, write
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.model.parameter import Init
-from dbrx_jax.ops.attention import cached_attention, join_stripes, reference_attention
+from dbrx_jax.ops.attention import cached_attention, chosen, join_stripes, sequence_attention
 from dbrx_jax.ops.linear import linear, matrix
 from dbrx_jax.ops.rope import rotate
 from dbrx_jax.sharding import STRIPES, Partition
@@ -34,11 +34,18 @@ class Attention(nnx.Module):
         self.theta = config.rope_theta
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"], partition: Partition
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T"], partition: Partition
     ) -> Array:
-        """Attention among x's own tokens; x and the result are (B, T, D), or this device's tokens of it."""
+        """Attention among x's own tokens; x and the result are (B, T, D), or this device's tokens of it.
+
+        Args:
+          mask: of all tokens, False for padding.
+        """
         q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
-        y = reference_attention(partition.own_tokens(q), k, v, partition.own_tokens(mask))
+        mine = partition.own_tokens(q)
+        first = partition.index("expert") * mine.shape[1] if partition.split else 0
+        platform = partition.platform
+        y = sequence_attention(mine, k, v, mask, first, chosen(partition.attention, platform), platform)
         return self._project_out(partition.all_tokens(y), partition)
 
     def extend(
@@ -58,10 +65,12 @@ class Attention(nnx.Module):
         q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
         stripe = partition.index(STRIPES), partition.size(STRIPES)
         cache = write(turned(cache, partition.platform), k, v, positions, first_row, stripe, active)
+        platform, keys, values = partition.platform, cache.key, cache.value
         part = cached_attention(
-            q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, stripe, partition.platform, cache.scales
-        )
-        return self._project_out(join_stripes(part, x.dtype, partition), partition), turned(cache, partition.platform)
+            q, keys, values, positions, first_row, CACHE_BLOCK, stripe, platform, cache.scales,
+            chosen(partition.attention, platform),
+        )  # fmt: skip
+        return self._project_out(join_stripes(part, x.dtype, partition), partition), turned(cache, platform)
 
     def _project_in(self, x: Array, positions: Array, partition: Partition) -> tuple[Array, Array, Array]:
         """Query, key and value (B, T, heads, K) of all tokens: clamped first, values too, then rotated."""

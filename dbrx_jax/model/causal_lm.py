@@ -23,6 +23,7 @@ from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.model.decoder import Block, Norm
 from dbrx_jax.model.parameter import Init
+from dbrx_jax.ops.attention import chosen
 from dbrx_jax.ops.linear import dequantized, linear
 from dbrx_jax.ops.routing import Routing
 from dbrx_jax.ops.tiles import TILE, over_tiles, tile_count
@@ -48,8 +49,10 @@ class DbrxForCausalLM(nnx.Module):
       mesh: the devices that it lies on, see :mod:`dbrx_jax.sharding`; None is one device.
       all_to_all: as in :meth:`from_pretrained`.
       quantization: how weights are quantised, see :mod:`dbrx_jax.quantization`; None leaves them as they are.
+      attention_implementation: as in :meth:`from_pretrained`.
 
     Raises:
+      ConfigError: there is no such implementation of attention, or none for the devices.
       MeshError: the mesh does not fit the configuration, or the quantisation.
       QuantizationError: the quantisation does not fit the configuration.
     """
@@ -63,12 +66,14 @@ class DbrxForCausalLM(nnx.Module):
         mesh: Mesh | AbstractMesh | None = None,
         all_to_all: bool = False,
         quantization: Quantization | None = None,
+        attention_implementation: str | None = None,
     ):
         if mesh is not None:
             check_mesh(config, mesh)
             if all_to_all:
                 check_all_to_all(mesh)
-        self.partition = Partition(mesh, all_to_all=all_to_all)
+        self.partition = Partition(mesh, all_to_all=all_to_all, attention=attention_implementation)
+        chosen(attention_implementation, self.partition.platform)  # or raises
         dtype = config.dtype if dtype is None else dtype
         init = Init(None if rngs is None else rngs.params(), dtype, self.partition, quantization)
         V, D, std = self.partition.pad_vocabulary(config.vocab_size), config.d_model, config.initializer_range
@@ -88,6 +93,7 @@ class DbrxForCausalLM(nnx.Module):
         dtype: DTypeLike | None = None,
         quantization: str | Quantization | None = None,
         all_to_all: bool = False,
+        attention_implementation: str | None = None,
     ) -> "DbrxForCausalLM":
         """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
 
@@ -105,16 +111,19 @@ class DbrxForCausalLM(nnx.Module):
             keeps what the checkpoint holds.
           all_to_all: in prompts and training, send tokens to their experts' devices alone rather than
             round the ring (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all and picks).
+          attention_implementation: "flash", kernels for TPU and GPU; "xla", blocks in plain XLA; "reference", the
+            definition with all scores at once, for tests. None is "flash" where there are kernels, else "xla".
 
         Raises:
           CheckpointError: the folder is not a complete checkpoint of a DBRX; the message says what is wrong.
-          ConfigError: its config.json is missing or has a value that cannot be used.
+          ConfigError: its config.json is missing or has a value that cannot be used, or there is no such
+            implementation of attention, or none for the devices.
           MeshError: the mesh does not fit the model or the devices.
           QuantizationError: the quantisation is not known, or does not fit the model.
         """
         from dbrx_jax.checkpoint import load_model
 
-        return load_model(path, mesh, dtype, quantization, all_to_all)
+        return load_model(path, mesh, dtype, quantization, all_to_all, attention_implementation)
 
     @property
     def dtype(self) -> np.dtype:
@@ -193,16 +202,13 @@ class DbrxForCausalLM(nnx.Module):
           mask: False for padding.
           jitter_key: in training, the random key of the router's jitter.
         """
-        T = input_ids.shape[1]
-        visible = jnp.tril(jnp.ones((T, T), bool)) & mask[:, None, :]
-
-        partition = self.partition.with_split(T)
+        partition = self.partition.with_split(input_ids.shape[1])
 
         states, routings = [self.embed(input_ids, partition)], []
         for i, block in enumerate(self.blocks):
             key = None if jitter_key is None else jax.random.fold_in(jitter_key, i)
             with jax.named_scope(f"block_{i}"):
-                x = states[-1] + block.attention(block.norm_1(states[-1]), positions, visible, partition)
+                x = states[-1] + block.attention(block.norm_1(states[-1]), positions, mask, partition)
                 x, routing = block.feed_forward(x, partition, mask, key)
             states.append(x)
             routings.append(routing)

@@ -15,28 +15,31 @@ from dbrx_jax.sharding import ROWS, Partition
 
 
 class Expert(nnx.Module):
-    """The weights of one expert, each (F, D) as published: w2 is not transposed.
+    """The weights of one expert, each (F, D) as published: w2 is not transposed; or of several, (count, F, D)."""
 
-    Where experts are split over devices, of the expert in this place on each of X devices: (X, F, D).
-    """
-
-    def __init__(self, config: DbrxConfig, init: Init):
+    def __init__(self, config: DbrxConfig, init: Init, count: int):
         shape: tuple[int, ...] = (config.ffn_hidden_size, config.d_model)
         axes: tuple[str, ...] = ("ffn", "embed")
-        if (devices := init.partition.size("expert")) > 1:
-            shape, axes = (devices, *shape), ("experts", *axes)
+        if count > 1:
+            shape, axes = (count, *shape), ("experts", *axes)
         std = config.initializer_range
         self.w1, self.v1 = (init.normal(shape, axes, std, "experts") for _ in range(2))
         self.w2 = init.normal(shape, axes, std, "experts", contracted=(-2,))
 
 
 class MoE(nnx.Module):
-    """Router and experts. Device x of X along `expert` has experts x E/X to (x + 1) E/X, each in buffers of its own."""
+    """Router and experts. Device x of X along `expert` has experts x E/X to (x + 1) E/X.
+
+    Each in buffers of its own, one of each device in an array (X, F, D); or where kernels pick among them,
+    all in one array (E, F, D).
+    """
 
     def __init__(self, config: DbrxConfig, init: Init):
         E, D = config.moe_num_experts, config.d_model
         self.router = init.normal((E, D), ("whole", "whole"), config.initializer_range)
-        self.experts = nnx.List([Expert(config, init) for _ in range(E // init.partition.size("expert"))])
+        arrays = init.partition.expert_arrays(E)
+        self.experts = nnx.List([Expert(config, init, E // arrays) for _ in range(arrays)])
+        self.num_experts = E
         self.dense = E == 1
         self.top_k = config.moe_top_k
         self.norm = config.moe_normalize_expert_weights
@@ -79,7 +82,7 @@ class MoE(nnx.Module):
         if self.dense:  # softmax over one expert gives the weight 1
             y = expert_mlp(rows, *weights.one(0), self.activation, partition.platform)
         else:
-            first = partition.index("expert") * len(self.experts)
+            first = partition.index("expert") * (self.num_experts // partition.size("expert"))
             valid = None if valid is None else valid.reshape(-1)
             chosen = routing.experts - first
             y = apply_experts(rows, routing.weights, chosen, weights, self.activation, valid, partition.platform, tile)
@@ -90,7 +93,8 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The same with each token sent to the devices of its experts, and what they make of it sent back."""
         mine = self.route(x, partition, jitter_key)
-        devices, each = partition.size("expert"), len(self.experts)
+        devices = partition.size("expert")
+        each = self.num_experts // devices
         experts, (B, T, _) = mine.experts, x.shape
         if valid is not None:  # padding goes nowhere: its place is behind the last device's
             experts = jnp.where(partition.own_tokens(valid).reshape(-1, 1), experts, devices * each)
@@ -122,8 +126,12 @@ class MoE(nnx.Module):
         return route(linear(seen, self.router[...], 1, partition.platform), self.top_k, self.norm)
 
     def _weights(self, partition: Partition) -> ExpertWeights:
-        def local(parameter) -> Weight:
-            weight = partition.whole(parameter)
-            return weight[0] if weight.ndim == 3 else weight
+        """This device's experts."""
 
-        return ExpertWeights(*(tuple(local(getattr(e, name)) for e in self.experts) for name in ExpertWeights._fields))
+        def local(name: str) -> Weight | tuple[Weight, ...]:
+            weights = [partition.whole(getattr(e, name)) for e in self.experts]
+            if partition.expert_arrays(self.num_experts) == 1 and weights[0].ndim == 3:
+                return weights[0]
+            return tuple(w[0] if w.ndim == 3 else w for w in weights)
+
+        return ExpertWeights(*map(local, ExpertWeights._fields))

@@ -2,8 +2,8 @@
 
 Dropless: every token is computed by every expert it chose, however uneven the choice. Expert e
 maps x to (act(x w1_e^T) * (x v1_e^T)) w2_e, and a token's output is the weighted sum over its
-experts. A weight is given as E arrays (F, D), one per expert, each in a buffer of its own; one
-array (E, F, D) is indexed the same way.
+experts. A weight is given as E arrays (F, D), one per expert, each in a buffer of its own; or as one
+array (E, F, D), which is indexed the same way and which kernels take (:mod:`dbrx_jax.kernels`).
 """
 
 import math
@@ -17,7 +17,9 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from dbrx_jax.kernels.choice import ExpertKernels, expert_kernels
 from dbrx_jax.ops.linear import Weight, dequantized, linear
+from dbrx_jax.quantization import QuantizedArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -38,9 +40,19 @@ SKIP_TOKENS = 16
 class ExpertWeights(NamedTuple):
     """Gate (w1), up (v1) and down (w2) projections of E experts, each (F, D) as in published checkpoints."""
 
-    w1: Sequence[Weight]
-    v1: Sequence[Weight]
-    w2: Sequence[Weight]
+    w1: Weight | Sequence[Weight]
+    v1: Weight | Sequence[Weight]
+    w2: Weight | Sequence[Weight]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each is one array."""
+        return isinstance(self.w1, Array | QuantizedArray)
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return self.w1.shape[0] if isinstance(self.w1, Array | QuantizedArray) else len(self.w1)
 
     def one(self, e: int) -> tuple[Weight, Weight, Weight]:
         return self.w1[e], self.v1[e], self.w2[e]
@@ -66,7 +78,7 @@ def reference_experts(
     def expert(w1: Array, v1: Array, w2: Array) -> Array:
         return (ACTIVATIONS[activation](x @ w1.T) * (x @ v1.T)) @ w2
 
-    outputs = [expert(*map(dequantized, expert_weights.one(e))) for e in range(len(expert_weights.w1))]
+    outputs = [expert(*map(dequantized, expert_weights.one(e))) for e in range(expert_weights.count)]
     chosen = jnp.take_along_axis(jnp.stack(outputs, axis=1), experts[:, :, None], axis=1)  # (N, K, D)
     return jnp.sum(chosen * weights[:, :, None].astype(x.dtype), axis=1)
 
@@ -91,24 +103,49 @@ def apply_experts(
         None leaves that to the platform.
     """
     weights = weights.astype(x.dtype)
-    here = (experts >= 0) & (experts < len(expert_weights.w1))
+    here = (experts >= 0) & (experts < expert_weights.count)
     if valid is not None:
         here = here & valid[:, None]
     # One past the last expert: such rows sort behind all groups and match no expert.
-    experts = jnp.where(here, experts, len(expert_weights.w1))
-    few = tile is None and x.shape[0] <= FEW_TOKENS.get(platform, FEW_TOKENS_ELSEWHERE)
+    experts = jnp.where(here, experts, expert_weights.count)
+    way = _way(x, experts, expert_weights, platform, tile)
+    return _apply(x, weights, experts, expert_weights, activation, way)
+
+
+class _Way(NamedTuple):
+    """How the experts are applied."""
+
+    platform: str
+    few: bool  # tokens, or many
+    tile: int  # rows of a product of many tokens
+    kernels: ExpertKernels | None  # or XLA's own products
+
+
+def _way(x: Array, experts: Array, expert_weights: ExpertWeights, platform: str, tile: int | None) -> _Way:
+    """Chosen by platform, shapes and dtype. Kernels are not for products of a given number of rows."""
+    tokens = x.shape[0]
+    kernels = expert_kernels(platform) if tile is None and expert_weights.stacked else None
+    if kernels is not None and kernels.take_few(x, *expert_weights):
+        return _Way(platform, True, 0, kernels)
+    few = tile is None and tokens <= FEW_TOKENS.get(platform, FEW_TOKENS_ELSEWHERE)
+    if kernels is not None and kernels.take_many(x, *expert_weights):
+        return _Way(platform, False, TILE_ELSEWHERE, kernels)
     if tile is None:
-        tile = _tile(experts.size / len(expert_weights.w1)) if platform == "cpu" else TILE_ELSEWHERE
-    return _apply(x, weights, experts, expert_weights, activation, platform, tile, few)
+        tile = _tile(experts.size / expert_weights.count) if platform == "cpu" else TILE_ELSEWHERE
+    return _Way(platform, few, tile, None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _apply(x, weights, experts, expert_weights, activation, platform, tile_rows, few):
-    if not few:
-        return _many_tokens(x, weights, experts, expert_weights, activation, platform, tile_rows)
-    if platform == "cpu":
-        return _one_token(x, weights, experts, expert_weights, activation, platform)
-    return _few_tokens(x, weights, experts, expert_weights, activation, platform)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _apply(x, weights, experts, expert_weights, activation, way):
+    if way.kernels is not None:
+        from dbrx_jax.kernels.experts import decode, grouped
+
+        return (decode if way.few else grouped)(x, weights, experts, expert_weights, activation, way.kernels)
+    if not way.few:
+        return _many_tokens(x, weights, experts, expert_weights, activation, way.platform, way.tile)
+    if way.platform == "cpu":
+        return _one_token(x, weights, experts, expert_weights, activation, way.platform)
+    return _few_tokens(x, weights, experts, expert_weights, activation, way.platform)
 
 
 def _tile(rows: float) -> int:
@@ -122,7 +159,7 @@ def _one_token(x, weights, experts, expert_weights, activation, platform):
     def branch(own: tuple[Weight, Weight, Weight]) -> Callable[[Array], Array]:
         return lambda x: expert_mlp(x, *own, activation, platform)
 
-    branches = [branch(expert_weights.one(e)) for e in range(len(expert_weights.w1))]
+    branches = [branch(expert_weights.one(e)) for e in range(expert_weights.count)]
     branches.append(jnp.zeros_like)  # of an expert that is elsewhere
 
     def add(k, y):
@@ -134,7 +171,7 @@ def _one_token(x, weights, experts, expert_weights, activation, platform):
 def _few_tokens(x, weights, experts, expert_weights, activation, platform):
     """Each chosen expert once, on all rows; the weights of the other experts are never read."""
     y = jnp.zeros_like(x)
-    for e in range(len(expert_weights.w1)):
+    for e in range(expert_weights.count):
 
         def add(y, e=e):
             mine = experts == e  # (N, K)
@@ -147,7 +184,7 @@ def _few_tokens(x, weights, experts, expert_weights, activation, platform):
     return y
 
 
-class _Groups(NamedTuple):
+class Groups(NamedTuple):
     """The (token, expert) pairs sorted by expert, those of E experts in P places: each pair's, were all to come."""
 
     order: Int[Array, "P"]  # place -> pair, a tile longer than the places
@@ -174,7 +211,8 @@ class _Groups(NamedTuple):
         return y
 
 
-def _group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> _Groups:
+def group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> Groups:
+    """Sorts the pairs, with `tile_rows` places behind them."""
     N, K = experts.shape
     pairs = experts.reshape(-1)
     order = jnp.argsort(pairs, stable=True)
@@ -183,7 +221,7 @@ def _group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> _Gro
     # A token goes to each expert once at most. A tile may reach past its expert's places, so one more lies behind.
     places = N * min(K, num_experts)
     inverse = jnp.minimum(jnp.argsort(order), places).reshape(N, K)
-    return _Groups(
+    return Groups(
         jnp.pad(order, (0, tile_rows))[: places + tile_rows],
         inverse,
         experts < num_experts,
@@ -195,10 +233,10 @@ def _group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> _Gro
 
 def _many_tokens(x, weights, experts, expert_weights, activation, platform, tile_rows):
     """Sorts the pairs by expert and runs each expert's rows through it, `tile_rows` at a time."""
-    groups = _group(experts, len(expert_weights.w1), tile_rows)
+    groups = group(experts, expert_weights.count, tile_rows)
     top_k = experts.shape[1]
     y = jnp.zeros((groups.order.shape[0], x.shape[1]), x.dtype)
-    for e in range(len(expert_weights.w1)):
+    for e in range(expert_weights.count):
 
         def add(i, y, e=e):
             start, pairs, own = groups.tile(e, i)
@@ -215,20 +253,31 @@ def _write(y: Array, start: Array, own: Array, rows: Array) -> Array:
     return lax.dynamic_update_slice(y, jnp.where(own, rows, old), (start, 0))
 
 
-def _forward(x, weights, experts, expert_weights, activation, platform, tile_rows, few):
-    y = _apply(x, weights, experts, expert_weights, activation, platform, tile_rows, few)
+def _forward(x, weights, experts, expert_weights, activation, way):
+    y = _apply(x, weights, experts, expert_weights, activation, way)
     return y, (x, weights, experts, expert_weights)
 
 
-def _backward(activation, platform, tile_rows, few, saved, dy):
-    """Tile by tile again: recomputes each expert's rows and sums its weights' gradients in float32."""
+def _backward(activation, way, saved, dy):
     x, weights, experts, expert_weights = saved
-    groups = _group(experts, len(expert_weights.w1), tile_rows)
+    if way.kernels is not None and way.kernels.take_gradients(x, *expert_weights):
+        from dbrx_jax.kernels.experts import grouped_gradients
+
+        dx, dweights, by_weight = grouped_gradients(*saved, dy, activation, way.kernels)
+    else:
+        tile = way.tile or TILE_ELSEWHERE
+        dx, dweights, by_weight = _gradients(*saved, dy, activation, way.platform, tile)
+    return dx, dweights, np.zeros(experts.shape, jax.dtypes.float0), by_weight
+
+
+def _gradients(x, weights, experts, expert_weights, dy, activation, platform, tile_rows):
+    """Tile by tile again: recomputes each expert's rows and sums its weights' gradients in float32."""
+    groups = group(experts, expert_weights.count, tile_rows)
     top_k = experts.shape[1]
     places = groups.order.shape[0]
     dx, dweights = jnp.zeros((places, x.shape[1]), x.dtype), jnp.zeros((places, 1), weights.dtype)
     gradients = []
-    for e in range(len(expert_weights.w1)):
+    for e in range(expert_weights.count):
         own_weights = expert_weights.one(e)
 
         def add(i, carry, e=e, own_weights=own_weights):
@@ -250,7 +299,7 @@ def _backward(activation, platform, tile_rows, few, saved, dy):
     dweights = jnp.where(groups.here, dweights[groups.inverse, 0], 0)
     stack = [jnp.stack if isinstance(w, Array) else tuple for w in expert_weights]
     by_weight = ExpertWeights(*(s(g) for s, g in zip(stack, zip(*gradients, strict=True), strict=True)))
-    return dx, dweights, np.zeros(experts.shape, jax.dtypes.float0), by_weight
+    return dx, dweights, by_weight
 
 
 _apply.defvjp(_forward, _backward)

@@ -9,11 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.cache import to_int8
-from dbrx_jax.ops.attention import cached_attention, join_stripes, reference_attention
+from dbrx_jax.errors import ConfigError
+from dbrx_jax.kernels.attention_xla import blockwise_attention
+from dbrx_jax.kernels.choice import kind_of
+from dbrx_jax.ops import attention
+from dbrx_jax.ops.attention import (
+    cached_attention,
+    chosen,
+    join_stripes,
+    reference_attention,
+    sequence_attention,
+)
 from dbrx_jax.ops.norm import layer_norm
 from dbrx_jax.ops.rope import rotate
 from dbrx_jax.sharding import ONE_DEVICE
+from tests.conftest import GOLDEN
 
 H, G, K = 6, 2, 10  # query heads, key-value heads, elements
 
@@ -65,6 +77,133 @@ def test_an_int8_cache_is_near():
     exact = [np.float32(a) * np.float32(s)[..., None] for a, s in ((k8, k_scale), (v8, v_scale))]
     mask = np.arange(32) <= positions[:, :, None]
     np.testing.assert_allclose(out, reference_attention(q, *exact, mask), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.data())
+def test_the_definition_through_a_cache_is_the_same(seed, stride, new, int8, data):
+    S = 8
+    offset = data.draw(st.integers(0, stride - 1))
+    start = data.draw(st.lists(st.integers(0, S * stride - new), min_size=1, max_size=3))
+    q, k, v = random(seed, len(start), new, H, K), random(seed + 1, 4, G, S, K), random(seed + 2, 4, G, S, K)
+    scales = None
+    if int8:
+        (k, k_scale), (v, v_scale) = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
+        scales = k_scale, v_scale
+    positions = np.array(start)[:, None] + np.arange(new)
+    parts = [
+        cached_attention(q, k, v, positions, 1, 4, (offset, stride), scales=scales, implementation=name)
+        for name in ("reference", "xla")
+    ]
+    for got, want in zip(*parts, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=8)
+@given(
+    st.integers(0, 99), st.integers(1, 3), st.integers(1, 23), st.integers(1, 3), st.sampled_from([1, 5, 8]), st.data()
+)
+def test_blocks_match_the_definition_with_their_gradients(seed, batch, tokens, parts, block, data):
+    """Any padding, and the queries of one of several devices."""
+    S, first = tokens * parts, tokens * data.draw(st.integers(0, parts - 1))
+    q, k, v = random(seed, batch, tokens, H, K), random(seed + 1, batch, S, G, K), random(seed + 2, batch, S, G, K)
+    grad = random(seed + 3, batch, tokens, H, K)
+    valid = np.random.default_rng(seed).random((batch, S)) < data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    mask = (np.arange(S) <= first + np.arange(tokens)[:, None]) & valid[:, None]
+    sees = mask.any(axis=-1)[:, :, None, None]
+
+    def plain(q, k, v):
+        return jnp.where(sees, reference_attention(q, k, v, mask), 0)
+
+    def blocks(q, k, v):
+        return blockwise_attention(q, k, v, valid, jnp.int32(first), block)
+
+    results = []
+    for function in (plain, blocks):
+        out, pull = jax.vjp(jax.jit(function), q, k, v)
+        results.append((out, *pull(grad)))
+    for want, got in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+
+
+def test_blocks_in_bfloat16_are_near():
+    arrays = [jnp.asarray(random(i, 1, 40, heads, K), jnp.bfloat16) for i, heads in ((0, H), (1, G), (2, G))]
+    mask = np.tril(np.ones((1, 40, 40), bool))
+
+    def gradients(function):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(function(*x).astype(jnp.float32))), argnums=(0, 1, 2))
+
+    got = gradients(lambda *x: blockwise_attention(*x, mask[:, -1], jnp.int32(0), 16))(*arrays)
+    want = gradients(lambda *x: reference_attention(*x, mask))(*(a.astype(jnp.float32) for a in arrays))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.abs(np.float32(a) - b).max() <= 2e-2 * np.abs(b).max()
+
+
+def test_an_infinite_row_spoils_no_other_in_blocks():
+    q, k, v = random(0, 2, 9, H, K), random(1, 2, 9, G, K), random(2, 2, 9, G, K)
+    valid = np.ones((2, 9), bool)
+    clean = blockwise_attention(q, k, v, valid, jnp.int32(0), 4)
+    q[1], k[1] = np.inf, np.inf
+    np.testing.assert_array_equal(blockwise_attention(q, k, v, valid, jnp.int32(0), 4)[0], clean[0])
+
+
+def test_no_array_of_scores_is_as_large_as_the_sequence_squared():
+    """Neither forward nor backward."""
+    T, block = 64, 8
+    q, k, v = random(0, 1, T, H, K), random(1, 1, T, G, K), random(2, 1, T, G, K)
+
+    def loss(q, k, v):
+        return jnp.sum(blockwise_attention(q, k, v, np.ones((1, T), bool), jnp.int32(0), block))
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v))
+    assert f"{block},{block}]" in text
+    assert f"{T},{T}]" not in text
+    assert f"{block},{T}]" not in text
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_sequences_long_and_short_match_the_definition(monkeypatch, implementation):
+    for short in (1024, 8):
+        monkeypatch.setattr(attention, "SHORT_SEQUENCE", short)
+        q, k, v = random(0, 2, 20, H, K), random(1, 2, 20, G, K), random(2, 2, 20, G, K)
+        valid = np.arange(20) < np.array([[20], [13]])
+        want = reference_attention(q, k, v, np.tril(np.ones((20, 20), bool)) & valid[:, None])
+        np.testing.assert_allclose(sequence_attention(q, k, v, valid, 0, implementation), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_platform_chooses():
+    assert chosen(None, "cpu") == "xla"
+    assert chosen(None, "tpu") == "flash"
+    assert chosen(None, "cuda") == ("flash" if kind_of("cuda") else "xla")
+    assert chosen("reference", "tpu") == "reference"
+
+
+def test_a_wrong_implementation_is_one_line():
+    with pytest.raises(
+        ConfigError, match=r"^attention_implementation: expected one of reference, xla, flash, got 'x'$"
+    ):
+        chosen("x", "tpu")
+    with pytest.raises(
+        ConfigError, match=r'^attention_implementation: "flash" needs a TPU or GPU; take "xla" or leave'
+    ):
+        DbrxForCausalLM.from_pretrained(GOLDEN / "fused", attention_implementation="flash")
+
+
+def test_a_model_does_as_it_is_told(models, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 50, (1, 20))
+    want = models("fused")(ids)
+    monkeypatch.setattr(attention, "SHORT_SEQUENCE", 4)
+    monkeypatch.setattr(attention, "SEQUENCE_BLOCK", 8)
+    used = []
+    whole = attention.blockwise_attention
+    monkeypatch.setattr(attention, "blockwise_attention", lambda *a: used.append(1) or whole(*a))
+    for name, blocks in (("reference", False), ("xla", True)):
+        model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32", attention_implementation=name)
+        np.testing.assert_allclose(model(ids), want, rtol=1e-4, atol=1e-4)
+        assert bool(used) == blocks
+        out = model.generate(ids, max_new_tokens=4)
+        np.testing.assert_array_equal(out, models("fused").generate(ids, max_new_tokens=4))
 
 
 def test_query_head_reads_its_own_kv_head():

@@ -1,0 +1,113 @@
+"""The gradient of a grouped matrix product's weights on Hopper GPUs: for each group, rows^T times rows.
+
+A block sums one tile of one group's matrix over the group's rows. Tiles of rows lie where they do for all
+groups, so the first and the last of a group may hold others' rows, which are replaced by zeros in shared memory:
+not multiplied by 0, for they may hold anything.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int
+
+
+class GradientTiles(NamedTuple):
+    """How it is cut: rows in a step, a block's part of the matrix (M, C), and steps on their way at once."""
+
+    rows: int = 64
+    m: int = 128
+    c: int = 128
+    steps: int = 4
+
+
+def gradient_tiles(m: int, c: int) -> list[GradientTiles]:
+    """What is worth timing for a matrix (M, C), the default first; none if it is not taken."""
+    tried = (GradientTiles(), GradientTiles(64, 128, 256, 3), GradientTiles(64, 64, 128), GradientTiles(64, 64, 64))
+    return [t for t in tried if m % t.m == 0 and c % t.c == 0]
+
+
+def gradient_supports(out: Any, rows: Any, interpret: bool = False) -> bool:
+    """Whether :func:`grouped_gradient` takes these shapes and dtypes (arrays or shapes of them)."""
+    if out.dtype != rows.dtype or not (rows.dtype == jnp.bfloat16 or interpret):
+        return False
+    return bool(gradient_tiles(out.shape[1], rows.shape[1]))
+
+
+def grouped_gradient(
+    out: Float[Array, "P M"],
+    rows: Float[Array, "P C"],
+    sizes: Int[Array, "E"],
+    tiles: GradientTiles | None = None,
+    interpret: Any = None,
+) -> Float[Array, "E M C"]:
+    """Each group's sum of out^T rows, in float32 and rounded once to the rows' dtype; an empty group's is zeros.
+
+    Rows past the sum of sizes belong to no group.
+    """
+    t = tiles or gradient_tiles(out.shape[1], rows.shape[1])[0]
+    fill = ((0, -rows.shape[0] % t.rows), (0, 0))
+    out, rows = jnp.pad(out, fill), jnp.pad(rows, fill)
+    ends = jnp.cumsum(sizes).astype(jnp.int32)
+    starts = (ends - sizes).astype(jnp.int32)
+    total = rows.shape[0] // t.rows
+
+    def body(starts_ref, ends_ref, out_ref, rows_ref, result, tile):
+        group, m, c = (lax.axis_index(name) for name in _GRID)
+        start, end = starts_ref[group], ends_ref[group]
+        first = lax.div(start, t.rows)
+        count = jnp.where(end > start, lax.div(end + t.rows - 1, t.rows) - first, 0)
+
+        def scope(acc):
+            def step(index, left, right):
+                begin = (first + index[0]) * t.rows
+
+                @pl.when((begin < start) | (begin + t.rows > end))
+                def _():
+                    for ref in (left, right):
+                        ref[...] = _own(ref[...], start - begin, end - begin)
+                    plgpu.commit_smem()
+
+                plgpu.wgmma(acc, left.transpose((1, 0)), right)
+                plgpu.wgmma_wait(0)
+
+            @pl.when(count > 0)
+            def _():
+                plgpu.emit_pipeline(
+                    step,
+                    grid=(count,),
+                    in_specs=[
+                        plgpu.BlockSpec((t.rows, t.m), lambda k: (first + k, m)),
+                        plgpu.BlockSpec((t.rows, t.c), lambda k: (first + k, c)),
+                    ],
+                    max_concurrent_steps=min(t.steps, total),
+                )(out_ref, rows_ref)
+
+            return acc[...]
+
+        tile[...] = pl.run_scoped(scope, plgpu.ACC((t.m, t.c))).astype(tile.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, result.at[group, pl.ds(m * t.m, t.m), pl.ds(c * t.c, t.c)])
+        plgpu.wait_smem_to_gmem(0)
+
+    run = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((sizes.shape[0], out.shape[1], rows.shape[1]), rows.dtype),
+        grid=(sizes.shape[0], out.shape[1] // t.m, rows.shape[1] // t.c),
+        grid_names=_GRID,
+        scratch_types=[plgpu.SMEM((t.m, t.c), rows.dtype)],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+    )
+    return run(starts, ends, out, rows)
+
+
+_GRID = ("group", "m", "c")
+
+
+def _own(tile: Array, start: Array, end: Array) -> Array:
+    row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, tile.shape, 0), plgpu.Layout.WGMMA)
+    return jnp.where((row >= start) & (row < end), tile, jnp.zeros_like(tile))

@@ -1,0 +1,162 @@
+"""Quantised weights as words of 16 bits, which a Hopper multiprocessor turns into bfloat16 without moving a byte.
+
+A word holds two int8 or fp8 weights, or four int4. Read as int16, a weight has the element size that the matrix
+unit's own loads are made for (ldmatrix, plain and transposed), so weights land where a product wants them whether
+or not they are contiguous along its contraction. Everything else is arithmetic on words, two in a register:
+one weight of each word makes a *plane*, and each plane is a bfloat16 matrix of its own. Along the contraction the
+rows of activations are cut into the same planes, beforehand; across it each plane is another output.
+
+Integers become floats by bfloat16's own spacing: 0x4300 is 128, and its low seven bits count up from there.
+int8 takes about 2.3 instructions of one lane per weight, int4 1.8, both exact; an int4 in the upper half of its
+byte stays there and counts 16 times, which the activations of its plane make up for.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dbrx_jax.ops.linear import Weight
+from dbrx_jax.quantization import QuantizedArray
+
+# Weights in a word, and what to multiply each plane's activations by.
+FACTORS: dict[str, tuple[float, ...]] = {
+    "plain": (1.0,),
+    "int8": (1.0, 1.0),
+    "fp8": (1.0, 1.0),
+    "int4": (1.0, 1 / 16, 1.0, 1 / 16),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Stacked weights (E, F, D) as a kernel reads them.
+
+    Attributes:
+      bits: (E, A, B) int16, or the weights themselves where they are plain.
+      kind: "plain" or of :class:`QuantizedArray`.
+      contracted: the dimension that is summed over, 1 (of E, M, C) or 0 (of E, C, M), without E.
+      scale: by channel, None where there is none or one for each group.
+      groups: scales by group, two neighbours in a uint32: (E, M, C / group / 2) or (E, C / group, M / 2).
+      group: words along the contraction that share a scale, None without groups.
+    """
+
+    bits: Any
+    kind: str = dataclasses.field(metadata={"static": True})
+    contracted: int = dataclasses.field(metadata={"static": True})
+    scale: Any = None
+    groups: Any = None
+    group: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def inputs(self) -> int:
+        """Planes of activations."""
+        planes = len(FACTORS[self.kind])
+        return planes if self.contracted == 1 or planes == 1 else planes // 2
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of each word of channels."""
+        return len(FACTORS[self.kind]) // self.inputs
+
+    @property
+    def channels(self) -> int:
+        """Words of output channels."""
+        return self.bits.shape[2 - self.contracted]
+
+    @property
+    def depth(self) -> int:
+        """Words along the contraction."""
+        return self.bits.shape[1 + self.contracted]
+
+    @property
+    def period(self) -> int:
+        """Words along the contraction after which scales begin a new uint32; 1 without groups."""
+        if self.group is None:
+            return 1
+        return self.group * (2 if self.contracted == 1 else 1)
+
+
+def words(weight: Weight, contracted: int) -> Words:
+    """A stacked weight (E, M, C), contracted 1, or (E, C, M), contracted 0, without copying it (XLA's bitcast)."""
+    if not isinstance(weight, QuantizedArray):
+        return Words(weight, "plain", contracted)
+    bits = _pairs(weight.values, jnp.int16)
+    if weight.group is None:
+        return Words(bits, weight.kind, contracted, weight.scale)
+    each = 4 if contracted == 1 else 2  # weights along the contraction in a word of int4
+    return Words(bits, weight.kind, contracted, None, _pairs(weight.scale, jnp.uint32), weight.group // each)
+
+
+def fits(weight: Weight, contracted: int) -> bool:
+    """Whether :func:`words` can take it apart: pairs in bytes and scales, groups that the matrix unit sums alone."""
+    if not isinstance(weight, QuantizedArray):
+        return weight.dtype in (jnp.bfloat16, jnp.float32)
+    if weight.scale.dtype != jnp.bfloat16 or weight.values.shape[-1] % 2:
+        return False
+    if weight.group is None:
+        return True
+    each = 4 if contracted == 1 else 2
+    return weight.scale.shape[-1] % 2 == 0 and weight.group // each in (16, 32, 64)
+
+
+def activations(rows: Array, weight: Words) -> Array:
+    """Rows (..., N, C) as planes (..., inputs, N, C / inputs), each with its factor."""
+    planes = weight.inputs
+    cut = jnp.moveaxis(rows.reshape(*rows.shape[:-1], -1, planes), -1, -3)
+    factors = jnp.array(FACTORS[weight.kind][:planes], rows.dtype)
+    return cut * factors[:, None, None] if weight.kind == "int4" else cut
+
+
+def planes(word: Array, kind: str) -> tuple[Array, ...]:
+    """In a kernel: the bfloat16 planes of int16 words, to be multiplied by :data:`FACTORS`."""
+    if kind == "fp8":
+        upper = lax.shift_right_logical(word & 0x7F00, jnp.int16(4))
+        return _fp8((word & 0x7F) << 4, (word & 0x80) << 8), _fp8(upper, word & -0x8000)
+    upper = lax.shift_right_logical(word, jnp.int16(8))
+    if kind == "int8":
+        return _signed(word, 0x7F), _signed(upper, 0x7F)
+    return _nibble(word), _signed(word, 0x70), _nibble(upper), _signed(upper, 0x70)
+
+
+def split_scales(pairs: Array) -> tuple[Array, Array]:
+    """In a kernel: the two bfloat16 scales of a uint32, as float32."""
+    return _float32(pairs << 16), _float32(pairs & jnp.uint32(0xFFFF0000))
+
+
+def _pairs(array: Array, dtype: jnp.dtype) -> Array:
+    return lax.bitcast_convert_type(array.reshape(*array.shape[:-1], -1, 2), dtype)
+
+
+def _signed(word: Array, mask: int) -> Array:
+    """The low byte as a signed integer, of whose magnitude only the bits of `mask` count."""
+    magnitude, sign = (word & mask) | 0x4300, (word & 0x80) | 0x4300  # the sign makes 128 into 256
+    return _bfloat16(magnitude) - _bfloat16(sign)
+
+
+def _nibble(word: Array) -> Array:
+    """The low four bits as a signed integer, by way of 0 to 15, which is 8 more."""
+    return _bfloat16((word & 0xF) ^ 0x4308) - jnp.bfloat16(136)
+
+
+def _fp8(magnitude: Array, sign: Array) -> Array:
+    """float8_e4m3fn, its exponent and mantissa (in bits 4 to 10) and sign (in bit 15) where bfloat16 has them.
+
+    With the difference of the biases added, numbers from 2^-6 on are right. Those below, which have no leading 1,
+    came out as (1 + m / 8) 2^-7 instead of (m / 8) 2^-6, which is the lesser here and the greater there. None of
+    this meets a subnormal bfloat16, which processors treat each in its own way.
+    """
+    normal = _bfloat16(magnitude + jnp.int16(120 << 7))
+    value = jnp.minimum(normal, normal * jnp.bfloat16(2) - jnp.bfloat16(2.0**-6))
+    return _bfloat16(lax.bitcast_convert_type(value, jnp.int16) | sign)
+
+
+def _bfloat16(word: Array) -> Array:
+    return lax.bitcast_convert_type(word, jnp.bfloat16)
+
+
+def _float32(word: Array) -> Array:
+    return lax.bitcast_convert_type(word, jnp.float32)

@@ -1,0 +1,85 @@
+"""All experts of a layer in one array, as kernels take them: the same model, loaded, sharded, quantised and run."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dbrx_jax import DbrxConfig, DbrxForCausalLM
+from dbrx_jax.kernels import choice
+from dbrx_jax.parameters import model_from_parameters, parameter_specs, parameters_of, placed_arrays
+from dbrx_jax.quantization import Quantization
+from dbrx_jax.sharding import make_mesh, parse_axes
+from tests.conftest import GOLDEN
+
+# Sizes that the kernels take.
+SMALL = DbrxConfig(
+    d_model=256,
+    n_heads=4,
+    kv_n_heads=2,
+    n_layers=2,
+    max_seq_len=512,
+    vocab_size=300,
+    clip_qkv=8.0,
+    rope_theta=5e5,
+    ffn_hidden_size=384,
+    moe_num_experts=4,
+    moe_top_k=2,
+)
+
+
+def forget():
+    for cached in (placed_arrays, parameter_specs):
+        cached.cache_clear()
+    jax.clear_caches()
+
+
+@pytest.fixture
+def stacked(monkeypatch):
+    """A function after which this CPU is taken for a TPU, as to experts."""
+
+    def take():
+        monkeypatch.setitem(choice.KINDS, "cpu", "tpu")
+        forget()
+
+    yield take
+    forget()
+
+
+def mesh_of(axes):
+    sizes = parse_axes(axes)
+    return make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+@pytest.mark.parametrize("axes", [None, "expert=2,tensor=2", "fsdp=2,expert=4"])
+def test_a_checkpoint_is_loaded_into_one_array_and_comes_back(stacked, expected, axes):
+    e = expected["fused"]
+    want = parameters_of(DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32"))
+    stacked()
+    model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", None if axes is None else mesh_of(axes), dtype="float32")
+    (experts,) = model.blocks[0].moe.experts
+    assert experts.w1.shape == (model.config.moe_num_experts, model.config.ffn_hidden_size, model.config.d_model)
+    logits = np.asarray(model(e["tokens"], e["mask"]))
+    real = e["mask"].astype(bool)
+    np.testing.assert_allclose(logits[real], e["logits"][real], rtol=0, atol=1e-4)
+    back = parameters_of(model)
+    assert list(back) == list(want)
+    for name, array in want.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("axes", "quantization"), [(None, None), (None, "int4"), ("expert=2,tensor=2", "int8"), ("expert=4", "int4")]
+)
+def test_kernels_generate_as_the_plain_experts(stacked, axes, quantization):
+    """Through a prompt that is long enough for grouped products, and steps of one token."""
+    how = Quantization.parse(quantization)
+    parameters = parameters_of(DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0), dtype="float32", quantization=how))
+    ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 270))
+    plain = model_from_parameters(SMALL, parameters, quantization=how)
+    want, tokens = np.asarray(plain(ids)), plain.generate(ids, max_new_tokens=3, eos_token_id=None)
+    stacked()
+    model = model_from_parameters(SMALL, parameters, axes and mesh_of(axes), quantization=how)
+    logits = np.asarray(model(ids))
+    assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=3, eos_token_id=None), tokens)
