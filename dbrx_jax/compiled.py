@@ -18,11 +18,10 @@ from dbrx_jax.parameters import abstract_model
 from dbrx_jax.plan import PREFILL, Setting, cache_bytes, memory, messages
 from dbrx_jax.sampling import Sampling
 from dbrx_jax.sharding import STRIPES, make_mesh
-from dbrx_jax.xla_settings import FLAGS
 
 # Without a card XLA cannot try out how often to split a product's sum, and splits the small ones often, with
 # partial sums that a card would hold in its cache but that count as traffic here.
-CUDA_OPTIONS = {"xla_gpu_experimental_force_split_k": "1", **FLAGS}
+CUDA_OPTIONS = {"xla_gpu_experimental_force_split_k": "1"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Settings of XLA that its defaults get wrong for a large model, for programs that own their process.
+"""What JAX's defaults get wrong for a large model, set by programs that own their process.
 
 The library sets nothing: docs/kernels.md says what to set, and why, where it is used in another program.
 """
@@ -9,14 +9,9 @@ from collections.abc import Mapping
 # The share of a GPU's memory that JAX takes when it starts. Its own three quarters of an H200 are 113 GB: 132B in
 # int8 takes 133. A TPU's runtime gives all there is.
 ENVIRONMENT: Mapping[str, str] = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-# Products that share an operand are not joined: that would copy the weights of queries, keys and values in each step.
-FLAGS: Mapping[str, str] = {"xla_gpu_dot_merger_threshold_mb": "0"}
 
 
 def own_process() -> None:
     """Sets what the user has not set, in this process' environment; before JAX starts its devices."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    given = os.environ.get("XLA_FLAGS", "")
-    added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
-    os.environ["XLA_FLAGS"] = " ".join([*added, given]).strip()

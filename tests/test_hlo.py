@@ -39,6 +39,13 @@ def test_a_gpu_matmul_split_in_four_writes_and_reads_its_parts():
     assert traffic("matmul_h100") == (x + w + parts, parts + y)
 
 
+def test_a_gpu_sum_over_devices_in_a_fusion_that_is_started_counts_as_one():
+    """By jax-cuda13-plugin 0.12.0: the all-reduce is a kernel of XLA's own."""
+    x, w, y = 8 * 768 * 2, 768 * 6144 * 2, 8 * 6144 * 2
+    assert traffic("async_psum_h100") == (x + w + 2 * y, 3 * y)
+    assert kinds("async_psum_h100") == {("all-reduce", y, y, 8, ())}
+
+
 def test_packed_int4_weights_count_half_a_byte():
     assert traffic("int4_v5e") == (64 * 6144 * 2 + 10752 * 6144 // 2 + 10752 * 2, 64 * 10752 * 2)
 

@@ -166,12 +166,16 @@ class Module:
         if not opcode:
             raise ValueError(f"cannot read this line of HLO: {line:.120}")
         end = _closing(rest, opcode.end())
-        literal = rest[opcode.end() : end]
+        literal, name = rest[opcode.end() : end], opcode.group(1)
+        if name == "fusion-start" and not isinstance(kind, Shape):  # ((operands), result): a fusion that something
+            name, kind = "fusion", kind[1]  # else runs beside; its done only hands the result on
+        elif name == "fusion-done":
+            name = "bitcast"
         return Instr(
             name=found.group(2),
             type=kind,
-            opcode=opcode.group(1),
-            operands=tuple(re.findall(r"%([^\s,()]+)", literal)) if opcode.group(1) != "constant" else (),
+            opcode=name,
+            operands=tuple(re.findall(r"%([^\s,()]+)", literal)) if name != "constant" else (),
             literal=literal,
             attributes=rest[end + 1 :],
             is_root=bool(found.group(1)),
