@@ -1,10 +1,10 @@
 """What the real compilers make of 132B: memory, HBM traffic and collectives of each device.
 
-    python -m benchmarks.compiled [v5e-64 v6e-16 v5p-4 h100-8]
+    python -m benchmarks.compiled [CASE ...]
 
-Needs the extra [compile] and no accelerator. A decode step of 64 rows with 4096 positions each, and a chunk
-of 2048 tokens of one prompt, in bfloat16. Puts results/compiled.json in step for these targets (all by
-default) and prints them as a table in Markdown.
+Needs the extra [compile] and no accelerator. A case is devices, weights, rows and positions, such as
+h200-1,int8,8,8192; CASES are compiled by default. Of each, a decode step with all positions live, and a chunk of
+2048 tokens of one prompt. Puts results/compiled.json in step for these cases and prints them as a table in Markdown.
 """
 
 import json
@@ -13,17 +13,25 @@ import sys
 
 from benchmarks.record import RESULTS, stamp, write
 
-TARGETS = ("v5e-64", "v6e-16", "v5p-4", "h100-8")
-ARGUMENTS = ("--batch", "64", "--context", "4096", "--compile", "--json")
+CASES = (
+    "h200-1,int8,8,8192",
+    "h200-1,int4,8,32768",
+    "v5e-16,int8,64,4096",
+    "v6e-8,int4,64,4096",
+    "v5e-64,bfloat16,8,32768",
+    "h100-8,bfloat16,8,32768",
+)
 PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "flax")
 
 
-def plan(target: str) -> dict:
-    """The plan of 132B on a target, compiled."""
+def plan(case: str) -> dict:
+    """The plan of 132B for a case, compiled."""
+    target, dtype, batch, context = case.split(",")
     program = [sys.executable, "-c", "from dbrx_jax.cli import main; main()", "plan", "132b-instruct", "--on", target]
-    done = subprocess.run([*program, *ARGUMENTS], capture_output=True, text=True)
+    options = ["--dtype", dtype, "--batch", batch, "--context", context, "--compile", "--json"]
+    done = subprocess.run([*program, *options], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{target}: {done.stderr.splitlines()[-1]}")
+        sys.exit(f"{case}: {done.stderr.splitlines()[-1]}")
     return json.loads(done.stdout)
 
 
@@ -41,15 +49,14 @@ def line(p: dict) -> str:
 
 def main() -> None:
     path = RESULTS / "compiled.json"
-    results = json.loads(path.read_text())["targets"] if path.exists() else {}
-    print("| devices | program | compiled in | memory, GB (planned) | traffic, GB | of least | sent, MB (planned) |")
+    cases = json.loads(path.read_text())["cases"] if path.exists() else {}
+    print("| case | program | compiled in | memory, GB (planned) | traffic, GB | of least | sent, MB (planned) |")
     print("|---|---|---|---|---|---|---|")
-    for target in sys.argv[1:] or TARGETS:
-        results[target] = plan(target)
-        for p in results[target]["compiled"]:
-            print(f"| {target} | {line(p)} |", flush=True)
-    model = "132b-instruct, bfloat16, 64 rows, 4096 positions; chunks of 2048 tokens"
-    write({**stamp(*PACKAGES), "model": model, "targets": results}, path)
+    for case in sys.argv[1:] or CASES:
+        cases[case] = {**stamp(*PACKAGES), "compiled": plan(case)["compiled"]}
+        for p in cases[case]["compiled"]:
+            print(f"| {case.replace(',', ', ')} | {line(p)} |", flush=True)
+        write({"model": "132b-instruct; chunks of 2048 tokens", "cases": cases}, path)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,14 @@ def turned(cache: LayerCache, platform: str) -> LayerCache:
     return jax.tree.map(lambda x: x.swapaxes(1, 2), cache) if platform == "tpu" else cache
 
 
+def lies_by_head(heads: int, dtype: DTypeLike) -> bool:
+    """Whether a TPU's (B, S, G, K) lies as (B, G, S, K) in memory: its compiler fills 4 bytes with heads, or turns.
+
+    The scales always do.
+    """
+    return heads * jnp.dtype(dtype).itemsize < 4
+
+
 def create(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, partition: Partition) -> Cache:
     """This device's part of an empty cache of `rows` rows and `positions` positions."""
     shape = (
@@ -118,6 +126,7 @@ def write(
     first_row: Int[Array, ""] | int,
     stripe: tuple[Int[Array, ""] | int, int] = (0, 1),
     active: Bool[Array, ""] | bool = True,
+    platform: str = "cpu",
 ) -> LayerCache:
     """The cache with the new keys and values at `positions` of rows first_row … first_row + R.
 
@@ -149,7 +158,13 @@ def write(
     mine = (positions % stride == offset) & active
     rows, place = first_row + jnp.arange(R)[:, None], jnp.where(mine, positions // stride, cache.key.shape[2])
 
+    heads = cache.key.shape[1]
+    # A TPU's compiler copies the whole cache if it lies by head, and a scatter writes all heads of a position at once.
+    each = jnp.arange(heads) if platform == "tpu" and lies_by_head(heads, cache.key.dtype) else slice(None)
+
     def put(into: Array, new: Array) -> Array:
-        return into.at[rows, :, place].set(new, unique_indices=True, mode="drop")
+        if isinstance(each, slice):
+            return into.at[rows, :, place].set(new, unique_indices=True, mode="drop")
+        return into.at[rows[..., None], each, place[..., None]].set(new, unique_indices=True, mode="drop")
 
     return jax.tree.map(put, cache, new)

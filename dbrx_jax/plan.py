@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MeshError, PlanError, QuantizationError
+from dbrx_jax.kernels.choice import kind_of
 from dbrx_jax.parameters import PlacedArray, placed_arrays
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding import AXES, ROWS, STRIPES, VOCABULARY, Partition, check_mesh, names_of
@@ -132,6 +133,8 @@ def _working(setting: Setting, rows: int, tokens: int) -> int:
     if partition.size("fsdp") > 1:
         weights = [array for name, array in setting.arrays.items() if ".experts." in name][:3]  # of one expert
         gathered = sum(_gathered(leaf, spec, partition) for w in weights for _, leaf, spec in w.leaves())
+        if kind_of(setting.target.platform):  # all of a device lie in one array
+            gathered *= config.moe_num_experts // partition.size("expert")
     return hidden + max(attention, experts * setting.width) + rows * vocabulary * 8 + gathered
 
 

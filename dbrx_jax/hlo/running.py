@@ -9,7 +9,7 @@ from dbrx_jax.hlo.text import VIEWS, Computation, Instr, Module, called, words
 
 CONTROL = words("while conditional call call-start async-start")
 FREE = VIEWS | words(
-    "parameter constant after-all partition-id replica-id add-dependency opt-barrier domain async-update"
+    "parameter constant after-all partition-id replica-id add-dependency opt-barrier domain async-update call-update"
 )
 _MOVES = words("copy copy-start convert reshape transpose slice slice-start dynamic-slice")
 COLLECTIVES = words(

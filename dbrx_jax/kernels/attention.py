@@ -10,7 +10,7 @@ class AttentionKernels(NamedTuple):
     """The modules with a platform's kernels, imported when they are asked for: Pallas takes seconds."""
 
     cache: ModuleType  # has cache_attention and supports
-    sequence: ModuleType | None  # has sequence_attention and supports
+    sequence: ModuleType  # has sequence_attention and supports
 
 
 def attention_kernels(platform: str) -> AttentionKernels | None:
@@ -21,7 +21,7 @@ def attention_kernels(platform: str) -> AttentionKernels | None:
 
         return AttentionKernels(attention_tpu, attention_splash)
     if kind == "gpu":
-        from dbrx_jax.kernels import attention_gpu
+        from dbrx_jax.kernels import attention_cudnn, attention_gpu
 
-        return AttentionKernels(attention_gpu, None)
+        return AttentionKernels(attention_gpu, attention_cudnn)
     return None

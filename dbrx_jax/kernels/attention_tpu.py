@@ -15,8 +15,9 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 from jaxtyping import Float, Int
+
+from dbrx_jax.cache import lies_by_head
 
 LANES = 128
 QUERY_TILE = 128  # tokens
@@ -35,14 +36,6 @@ def supports(query: Array, key: Array, value: Array) -> bool:
 def tile_of(tokens: int) -> int:
     """Queries of one row that look at the cache together: a power of two."""
     return min(tokens, QUERY_TILE)
-
-
-def lies_by_head(heads: int, dtype: DTypeLike) -> bool:
-    """Whether a cache (B, S, G, K) lies as (B, G, S, K) in memory: a TPU's compiler fills 4 bytes with heads, or turns.
-
-    Its scales always do. The kernel takes both as they lie: what is turned is copied.
-    """
-    return heads * jnp.dtype(dtype).itemsize < 4
 
 
 def block_of(positions: int) -> int:
@@ -161,7 +154,7 @@ def cache_attention(
     def scale_index(*at):
         return kv_index(*at)[:3]
 
-    by_head = lies_by_head(G, key.dtype)
+    by_head = lies_by_head(G, key.dtype)  # taken as it lies: what is turned is copied
     kv = pl.BlockSpec((1, G, block, K), kv_index) if by_head else pl.BlockSpec((1, block, G, K), as_it_lies)
     scale = pl.BlockSpec((1, G, block), scale_index)
     key, value = (x if by_head else x.swapaxes(1, 2) for x in (key, value))

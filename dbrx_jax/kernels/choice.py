@@ -78,5 +78,6 @@ def _of_kind(kind: str, interpret: bool) -> ExpertKernels:
     from dbrx_jax.kernels import experts_gpu, grouped_gpu
     from dbrx_jax.kernels.grouped_gradient_gpu import gradient_supports, grouped_gradient
 
-    how = mosaic_gpu.InterpretGPUParams() if interpret else None
+    mosaic: Any = mosaic_gpu  # of which versions before LEAST_JAX_ON_GPU have no interpreter
+    how = mosaic.InterpretGPUParams() if interpret else None
     return ExpertKernels(experts_gpu, grouped_gpu, grouped_gradient, gradient_supports, how)

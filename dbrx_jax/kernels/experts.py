@@ -24,7 +24,7 @@ def decode(
     kernels: ExpertKernels,
 ) -> Float[Array, "N D"]:
     """For few tokens: each chosen expert, read once, on all rows. Experts from E on are left out."""
-    chosen, count, mix = distinct(weights, experts, expert_weights.count)
+    chosen, count, mix = distinct(weights, experts, expert_weights.number)
     with jax.named_scope("few_tokens"):
         out = kernels.few.decode_experts(
             x, chosen, count, mix, *expert_weights, activation=activation, interpret=kernels.interpret
@@ -56,7 +56,7 @@ def grouped(
     """For many tokens: the (token, expert) pairs sorted by expert, and a grouped product with each weight."""
     from dbrx_jax.ops.experts import ACTIVATIONS, group
 
-    groups = group(experts, expert_weights.count, 0)
+    groups = group(experts, expert_weights.number, 0)
     product = _product(kernels, groups.ends - groups.starts)
     rows = x[groups.order // experts.shape[1]]
     gate, up = product(rows, expert_weights.w1, 1), product(rows, expert_weights.v1, 1)
@@ -76,8 +76,8 @@ def grouped_gradients(
     from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, group
 
     w1, v1, w2 = expert_weights
-    assert not isinstance(w1, QuantizedArray)
-    groups = group(experts, expert_weights.count, 0)
+    assert isinstance(w1, Array)
+    groups = group(experts, expert_weights.number, 0)
     sizes = groups.ends - groups.starts
     product = _product(kernels, sizes)
     tokens = groups.order // experts.shape[1]

@@ -60,7 +60,7 @@ def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False
         return False
     up, other, down = (jax.eval_shape(partial(words, contracted=c), w) for w, c in sides)
     tokens = x.shape[0] + -x.shape[0] % LEAST_TOKENS
-    alike = jax.tree.structure(up) == jax.tree.structure(other) and up.bits.shape == other.bits.shape
+    alike = (up.kind, up.group, up.bits.shape) == (other.kind, other.group, other.bits.shape)
     return alike and bool(candidate_tiles((up, other), tokens, 1)) and bool(candidate_tiles((down,), tokens, 1))
 
 
@@ -94,7 +94,8 @@ def decode_experts(
     chosen = jnp.where(here, chosen, 0)
     up, down = (words(w1, 1), words(v1, 1)), (words(w2, 0),)
     if tiles is None:
-        tiles = tuple(default_tiles(p, filled.shape[0], chosen.shape[0]) for p in (up, down))
+        tokens, places = filled.shape[0], chosen.shape[0]
+        tiles = default_tiles(up, tokens, places), default_tiles(down, tokens, places)
     gate, other = products(activations(filled, up[0])[None], up, chosen, count, tiles[0], interpret)
     inner = (ACTIVATIONS[activation](gate) * other).astype(x.dtype)  # (C, N, F)
     (y,) = products(activations(inner, down[0]), down, chosen, count, tiles[1], interpret)
@@ -225,7 +226,8 @@ def decode_bytes(
     tokens = x.shape[0] + -x.shape[0] % LEAST_TOKENS
     up, down = (jax.eval_shape(partial(words, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
     if tiles is None:
-        tiles = tuple(default_tiles(p, tokens, chosen.shape[0]) for p in ((up, up), (down,)))
+        places = chosen.shape[0]
+        tiles = default_tiles((up, up), tokens, places), default_tiles((down,), tokens, places)
     total = [0, 0, 0, 0]
     for weight, matrices, t in ((up, 2, tiles[0]), (down, 1, tiles[1])):
         itemsize = weight.bits.dtype.itemsize

@@ -4,72 +4,35 @@ For every chosen expert the grid goes over tiles of F. A step reads those rows o
 (N, tile) of act(x w1^T) * (x v1^T) and adds its product with the rows of w2 to the sums (N, D), which stay in
 VMEM. Which expert comes when is known before the kernel starts (scalar prefetch), so the next tile is on its way
 while this one is used, also from one expert to the next.
-
-Products run on small integers as they are, exact in the activations' dtype, and scales multiply the float32
-results. With groups of weights the rows are put under each other once for each group of a chunk, and are zero
-outside it: then one product gives the partial sums of all of them, for a matrix unit that is filled with weights
-either way.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
+from dbrx_jax.kernels.forms_tpu import CHUNK, LANES, MOST_VMEM, Form, iota, scale_bytes, stored
+from dbrx_jax.kernels.sums_tpu import add_out, into
 from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
-LANES = 128
 # Rows are filled up to the sublanes of a packed bfloat16 register.
 ROWS = 16
 MOST_ROWS = 256
 # Of one step's three tiles: its reading takes some µs, ten times what a step costs by itself.
 STEP_BYTES = 5 << 20
-# Of the 128 MiB of a v5e or v6e, and the 64 MiB of a v5p core. The compiler's own limit, 16 MiB, would be spent on the
-# two buffers of the tiles.
-MOST_VMEM = 48 << 20
-# Of D, in one product; and chunks of 256 of it in one turn of int4's loop.
-CHUNK = 1024
-UNROLL = 4
-# Nibbles are left in the upper half of a byte, as 16 times their value.
-NIBBLE = 16
 
 
 class DecodeTiles(NamedTuple):
     """rows: of w1, v1 and w2 that one step reads, a divisor of F."""
 
     rows: int
-
-
-class Form(NamedTuple):
-    """How a kernel reads a weight.
-
-    Args:
-      packed: two values in a byte.
-      scaled: has scales.
-      group: weights along the contraction that share a scale; None is per channel.
-    """
-
-    packed: bool
-    scaled: bool
-    group: int | None
-
-    @classmethod
-    def of(cls, weight: Weight) -> "Form":
-        if isinstance(weight, QuantizedArray):
-            return cls(weight.kind == "int4", True, weight.group)
-        return cls(False, False, None)
-
-    def groups(self, chunk: int) -> int:
-        """How many groups lie in a chunk of the contraction."""
-        return 1 if self.group is None else chunk // self.group
 
 
 def supports(x: Float[Array, "N D"], w1: Weight, v1: Weight, w2: Weight, interpret: bool = False) -> bool:
@@ -91,8 +54,7 @@ def tile_candidates(x: Float[Array, "N D"], w1: Weight) -> list[DecodeTiles]:
     """The tiles that are legal for x and weights like w1 (E, F, D) and fit into VMEM, smallest first."""
     form, width = Form.of(w1), w1.shape[1]
     # Whole registers: 16 rows of bfloat16, 32 of bytes, of which int4 has half as many in w2; lanes, for scales of w1.
-    values = w1.values if isinstance(w1, QuantizedArray) else w1
-    step = LANES if form.group else 32 // values.dtype.itemsize * (2 if form.packed else 1)
+    step = LANES if form.group else 32 // stored(w1).dtype.itemsize * (2 if form.packed else 1)
     tiles = [DecodeTiles(rows) for rows in [*range(step, width, step), width] if width % rows == 0 == width % 64]
     return [t for t in tiles if vmem_bytes(x, w1, t) <= MOST_VMEM]
 
@@ -172,14 +134,16 @@ def decode_operands(x: Array, mix: Array, w1: Weight, v1: Weight, w2: Weight, ti
     if form.packed:
         # Of each 256 the even ones first, as 128 bytes of w1 and v1 give them.
         x = x.reshape(x.shape[0], -1, LANES, 2).transpose(1, 0, 3, 2).reshape(-1, x.shape[0], 2 * LANES)
-    if not isinstance(w1, QuantizedArray):
-        return DecodeOperands(x, mix.T, w1, v1, w2)
-    s1, t1, s2 = (w.scale for w in (w1, v1, w2))
+    values = stored(w1), stored(v1), stored(w2)
+    scales = [w.scale for w in (w1, v1, w2) if isinstance(w, QuantizedArray)]
+    if not scales:
+        return DecodeOperands(x, mix.T, *values)
+    s1, t1, s2 = scales
     if form.group is None:
         s1, t1 = (s.reshape(s.shape[0], -1, 1, tiles.rows) for s in (s1, t1))
     else:
         s1, t1 = s1.swapaxes(1, 2), t1.swapaxes(1, 2)
-    return DecodeOperands(x, mix.T, w1.values, v1.values, w2.values, s1, t1, s2)
+    return DecodeOperands(x, mix.T, *values, s1, t1, s2)
 
 
 def decode_grid(
@@ -248,11 +212,11 @@ def _kernel(chosen, count, x, mix, *refs, activation: str, form: Form):
             s1_, t1_, s2_ = rows_of_scales
         else:
             s1_, t1_, s2_ = s1, t1, s2
-        _into(x, (w1, v1), (s1_, t1_), (gate, up), form)
+        into(x, (w1, v1), (s1_, t1_), (gate, up), form)
         inner = ACTIVATIONS[activation](gate[...]) * up[...]
         own = jnp.sum(jnp.where(iota(mix.shape, 1) == c, mix[...], 0), axis=1, keepdims=True)
         inner = jnp.where(own != 0, inner * own, 0).astype(x.dtype)
-        _add_out(y, inner, w2, s2_, t, form)
+        add_out(y, inner, w2, s2_, t, form)
 
 
 def _keep_scales(s1, t1, s2, kept, t) -> None:
@@ -264,130 +228,9 @@ def _keep_scales(s1, t1, s2, kept, t) -> None:
         kept[2][...] = s2[...].astype(jnp.float32)
 
 
-def _into(x, weights, scales, sums, form: Form) -> None:
-    """Puts x w^T, (N, tile), into the sums, for the rows of w1 and v1 in VMEM."""
-    for total in sums:
-        total[...] = jnp.zeros_like(total)
-    if form.packed:
-        unroll = math.gcd(x.shape[0], UNROLL)
-        _loop(x.shape[0] // unroll, lambda i: _add_packed(x, weights, scales, sums, i * unroll, unroll, form))
-    else:
-        size = _columns(x.shape[1])
-
-        def add(i):
-            part = _part(i, size)
-            for w, total in zip(weights, sums, strict=True):
-                total[...] += product(x[:, part], w[:, part].astype(x.dtype), 1)
-
-        _loop(x.shape[1] // size, add)
-    if form.scaled:
-        for s, total in zip(scales, sums, strict=True):
-            factor = s[...].astype(jnp.float32) if form.group is None else 1
-            total[...] = total[...] * (factor / NIBBLE if form.packed else factor)
-
-
-def _add_packed(x, weights, scales, sums, first, count: int, form: Form) -> None:
-    """Adds `count` chunks of x w^T for int4 w1 and v1, in 16ths."""
-    groups, rows = form.groups(2 * LANES), x.shape[1]
-    for chunk in range(count):
-        own = _by_group(x[first + chunk], lax.rem(iota((rows, 2 * LANES), 1), LANES), LANES // groups, groups)
-        part = pl.ds(pl.multiple_of((first + chunk) * LANES, LANES), LANES)
-        for w, s, total in zip(weights, scales, sums, strict=True):
-            parts = product(own, even_odd(w[:, part], x.dtype), 1)
-            total[...] += _scaled_sum(parts, rows, s, (first + chunk) * groups, slice(None), form)
-
-
-def _by_group(x: Array, lane: Array, size: int, groups: int) -> Array:
-    """Rows under each other once for each group of `size` lanes, and 0 in other groups: (groups * N, lanes)."""
-    if groups == 1:
-        return x
-    group = lax.div(lane, size)
-    return jnp.concatenate([jnp.where(group == g, x, jnp.zeros_like(x)) for g in range(groups)])
-
-
-def _scaled_sum(parts: Array, rows: int, s, first, columns, form: Form) -> Array:
-    """The sum over groups of (groups * N, M) times their scales, which are rows of s from `first` on."""
-    if form.group is None:
-        return parts
-    pieces = [parts[g : g + rows] for g in range(0, parts.shape[0], rows)]
-    return sum(piece * s[pl.ds(first + g, 1), columns] for g, piece in enumerate(pieces))
-
-
-def _add_out(y, inner: Array, w2, s2, t, form: Form) -> None:
-    """Adds inner w2 to y, a few columns at a time; in groups, chunks of F that fill the matrix unit."""
-    rows, tile = inner.shape
-    depth = tile if form.group is None else math.gcd(tile, 2 * LANES)
-    groups, size = form.groups(depth), _columns(y.shape[1])
-    owns = [inner[:, f : f + depth] for f in range(0, tile, depth)]
-    owns = [_by_group(own, iota((rows, depth), 1), depth // groups, groups) for own in owns]
-
-    def add(i):
-        columns = _part(i, size)
-        for chunk, own in enumerate(owns):
-            stored = depth // 2 if form.packed else depth
-            w = w2[chunk * stored : (chunk + 1) * stored, columns]
-            w = (pltpu.bitcast(w, jnp.int4) if form.packed else w).astype(inner.dtype)
-            first = (t * (tile // depth) + chunk) * groups
-            out = _scaled_sum(product(own, w, 0), rows, s2, first, columns, form)
-            if form.scaled and form.group is None:
-                out = out * s2[:, columns].astype(jnp.float32)
-            y[:, columns] += out
-
-    _loop(y.shape[1] // size, add)
-
-
-def _loop(count: int, body) -> None:
-    """A loop in the kernel: written out, these steps take the compiler half a minute a layer."""
-    if count == 1:
-        body(0)
-    else:
-        lax.fori_loop(0, count, lambda i, carry: body(i), None)
-
-
-def _columns(d: int) -> int:
-    """Of D, so many at a time."""
-    return next(n for n in range(min(CHUNK, d), 0, -LANES) if d % n == 0)
-
-
-def _part(i, size: int):
-    return pl.ds(pl.multiple_of(i * size, size), size)
-
-
-def even_odd(w: Array, dtype) -> Array:
-    """Bytes (tile, 128) to 16 times the even values beside 16 times the odd ones, (tile, 256).
-
-    Taken apart four bytes at a time: a shift of bytes is not to be had.
-    """
-    words = pltpu.bitcast(w, jnp.int32)
-    upper = jnp.int32(-0x0F0F0F10)  # 0xF0F0F0F0
-    halves = (words << 4) & upper, words & upper
-    return jnp.concatenate([pltpu.bitcast(h, jnp.int8).astype(dtype) for h in halves], axis=1)
-
-
-def _scale(s: Array, form: Form) -> Array:
-    return s.astype(jnp.float32) / NIBBLE if form.packed else s.astype(jnp.float32)
-
-
-def _transposed(s: Array) -> Array:
-    """In float32, by the matrix unit: exact, as all but one of the products are 0."""
-    size = s.shape[1]
-    return product((iota((size, size), 0) == iota((size, size), 1)).astype(s.dtype), s, 1)
-
-
-def product(x: Array, w: Array, contracted: int, contracted_x: int = 1) -> Array:
-    """x w^T (1) or x w (0) in float32, or with x^T (0); float32 factors are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = (((contracted_x,), (contracted,)), ((), ()))
-    return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def iota(shape: tuple[int, ...], dimension: int) -> Array:
-    return lax.broadcasted_iota(jnp.int32, shape, dimension)
-
-
 def _tile_bytes(w1: Weight, tiles: DecodeTiles) -> int:
     """Of the stored values of so many rows of one weight."""
-    values = w1.values if isinstance(w1, QuantizedArray) else w1
+    values = stored(w1)
     return tiles.rows * values.shape[2] * values.dtype.itemsize
 
 
@@ -397,7 +240,7 @@ def vmem_bytes(x: Float[Array, "N D"], w1: Weight, tiles: DecodeTiles) -> int:
     rows, groups = x.shape[0] + -x.shape[0] % ROWS, form.groups(2 * LANES)
     item = x.dtype.itemsize
     buffers = 2 * (3 * _tile_bytes(w1, tiles) + rows * d * (4 + item))
-    scales = 0 if form.group is None else (width + 2 * tiles.rows) * d // form.group * (4 + 2 * w1.scale.dtype.itemsize)
+    scales = 0 if form.group is None else (width + 2 * tiles.rows) * d // form.group * (4 + 2 * scale_bytes(w1))
     # Of one product: both factors, and its parts.
     turn = tiles.rows * CHUNK * (item + 4) + groups * rows * (CHUNK * 8 + tiles.rows * (8 + item))
     return buffers + scales + turn + 2 * rows * tiles.rows * 4
@@ -411,7 +254,7 @@ def decode_bytes(x: Float[Array, "N D"], w1: Weight, places: int, count: int, ti
     tiles, form = tiles or default_tiles(x, w1), Form.of(w1)
     (_, width, d), rows = w1.shape, x.shape[0] + -x.shape[0] % ROWS
     small = rows * (d * x.dtype.itemsize + 4 * places + 4 * d)
-    item = w1.scale.dtype.itemsize if isinstance(w1, QuantizedArray) else 0
+    item = scale_bytes(w1)
     # w2's scales come whole, all else in tiles of F.
     of_w2 = item * d * (1 if form.group is None else width // form.group)
     of_others = 2 * item * width * (1 if form.group is None else d // form.group)

@@ -7,7 +7,7 @@ computed for each of them, and each stores its own rows alone.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 from jaxtyping import Float, Int
 
-from dbrx_jax.kernels.sums_gpu import Block, sums_of
+from dbrx_jax.kernels.sums_gpu import Block, by_channel, sums_of
 from dbrx_jax.kernels.words_gpu import Words, activations, fits, split_scales, words
 from dbrx_jax.ops.linear import Weight
 
@@ -112,11 +112,7 @@ def _channel_scales(weight: Words) -> Array:
 
 
 def _scaled(block: Block, totals: tuple[Array, ...], ref: Any) -> list[Array]:
-    own = plgpu.load(
-        ref.at[pl.ds(block.channel * block.tiles.channels, block.tiles.channels)],
-        layout=plgpu.Layout.WGMMA.reduce(1),
-        optimized=False,
-    )
+    own = by_channel(ref.at[pl.ds(block.channel * block.tiles.channels, block.tiles.channels)])
     scales = [own.astype(jnp.float32)] if block.weight.outputs == 1 else split_scales(own)
     return [t * lax.broadcast_in_dim(s, t.shape, (0,)) for t, s in zip(totals, scales, strict=True)]
 
@@ -186,7 +182,7 @@ def grouped_matmul(
     """
     taken = words(weight, contracted)
     tiles = tiles or candidate_tiles(weight, contracted)[0]
-    product = _plain if taken.kind == "plain" else _quantized
+    product: Callable[..., Array] = _plain if taken.kind == "plain" else _quantized
     y = product(rows, taken, sizes, tiles, interpret)[: rows.shape[0]]
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], y, 0).astype(rows.dtype)
 
@@ -196,13 +192,11 @@ def candidate_tiles(weight: Weight, contracted: int) -> list[GroupedTiles] | lis
     return _candidates(jax.eval_shape(partial(words, contracted=contracted), weight))
 
 
-def _candidates(weight: Words) -> list:
+def _candidates(weight: Words) -> list[GroupedTiles] | list[PlainTiles]:
     if weight.kind == "plain":
-        tried = [PlainTiles(r, c, d, s) for r, c, d, s in _PLAIN]
-    else:
-        # Two planes of sums, or sums by group beside the totals, leave registers for fewer rows.
-        tried = [GroupedTiles(r, c, d, s) for r, c, d, s in (_GROUPED if weight.group is None else _BY_GROUP)]
-    return [t for t in tried if _cuts(weight, t)]
+        return [t for t in itertools.starmap(PlainTiles, _PLAIN) if _cuts(weight, t)]
+    tried = _GROUPED if weight.group is None else _BY_GROUP if weight.outputs == 1 else _BY_GROUP_OF_TWO
+    return [t for t in itertools.starmap(GroupedTiles, tried) if _cuts(weight, t)]
 
 
 def _cuts(weight: Words, t: GroupedTiles | PlainTiles) -> bool:
@@ -217,13 +211,16 @@ _SHARED_BYTES = 224 * 1024  # of a block, less than the 227 KiB there are, for b
 # Rows, channels, depth, steps; the first that fits is the default, the last ones are for small shapes.
 _PLAIN = ((128, 128, 64, 4), (128, 256, 64, 3), (64, 256, 64, 4), (64, 64, 64, 4))
 _GROUPED = ((128, 64, 64, 3), (64, 64, 64, 4), (192, 64, 64, 2), (128, 64, 32, 4))
+# Sums by group beside the totals leave registers for fewer rows, and of two outputs for 64 at most.
 _BY_GROUP = ((64, 64, 64, 2), (64, 64, 64, 3), (128, 64, 64, 2), (64, 64, 32, 4))
+_BY_GROUP_OF_TWO = ((64, 64, 64, 2), (64, 64, 64, 3), (64, 64, 32, 4))
 
 
 def _plain(rows: Array, weight: Words, sizes: Array, tiles: PlainTiles, interpret: Any) -> Array:
     """jax's kernel; rows of no group are undefined."""
     filled = jnp.pad(rows, ((0, -rows.shape[0] % tiles.rows), (0, 0)))
-    with plgpu.force_gpu_interpret_mode(interpret) if interpret else nullcontext():
+    mosaic: Any = plgpu  # of which versions of jax before 0.11 have no interpreter
+    with mosaic.force_gpu_interpret_mode(interpret) if interpret else nullcontext():
         return ragged_dot(
             filled,
             weight.bits,

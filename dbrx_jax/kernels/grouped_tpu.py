@@ -19,13 +19,22 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Float, Int
 
-from dbrx_jax.kernels.experts_tpu import LANES, MOST_VMEM, NIBBLE, Form, even_odd, iota, product
+from dbrx_jax.kernels.forms_tpu import (
+    CHUNK,
+    LANES,
+    MOST_VMEM,
+    NIBBLE,
+    Form,
+    even_odd,
+    iota,
+    product,
+    scale_bytes,
+    stored,
+)
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
 ROW_TILES = (128, 256, 512)
-# Of the contraction, that one product takes.
-CHUNK = 1024
 # Of tgmm, whose blocks have to fit in the compiler's own limit of VMEM.
 TRANSPOSED_TILE = 512
 
@@ -134,7 +143,7 @@ class GroupedSteps(NamedTuple):
       expert, source: whose weight and which tile of rows are read, (S,): past all groups those of the step before,
         so that nothing is.
       starts, ends: of each group's rows, (E + 1,).
-      count: how many steps there are.
+      number: how many steps there are.
     """
 
     group: Int[Array, "S"]
@@ -143,7 +152,7 @@ class GroupedSteps(NamedTuple):
     source: Int[Array, "S"]
     starts: Int[Array, "E+1"]
     ends: Int[Array, "E+1"]
-    count: Int[Array, ""]
+    number: Int[Array, ""]
 
 
 def grouped_steps(sizes: Int[Array, "E"], rows: int, tile: int) -> GroupedSteps:
@@ -210,7 +219,7 @@ def grouped_grid(
         scratch += [] if contracted else [pltpu.VMEM((groups, tiles.columns), jnp.float32)]
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=6,
-        grid=(m // tiles.columns, steps.count),
+        grid=(m // tiles.columns, steps.number),
         in_specs=specs,
         out_specs=pl.BlockSpec((tiles.rows, tiles.columns), lambda n, i, group, tile, *_: (tile[i], n)),
         scratch_shapes=scratch,
@@ -249,16 +258,16 @@ def _sum(sums, rows, w, s, contracted: int, form: Form) -> None:
 
     def add(k, carry):
         x = rows[:, pl.ds(pl.multiple_of(k * size, size), size)]
-        stored = size // 2 if form.packed else size
-        part = pl.ds(pl.multiple_of(k * stored, stored), stored)
+        held = size // 2 if form.packed else size
+        part = pl.ds(pl.multiple_of(k * held, held), held)
         if contracted:
             floats = even_odd(w[:, part], x.dtype) if form.packed else w[:, part].astype(x.dtype)
             if form.group is not None:
-                floats = (floats * _across(s, k, size, form)).astype(x.dtype)
+                floats = (floats * _across(s, k, size, form.group)).astype(x.dtype)
         else:
             floats = (pltpu.bitcast(w[part], jnp.int4) if form.packed else w[part]).astype(x.dtype)
             if form.group is not None:
-                floats = _down(floats, s, k, form)
+                floats = _down(floats, s, k, form.group)
         sums[...] += product(x, floats, contracted)
         return carry
 
@@ -277,23 +286,22 @@ def chunk_size(c: int, contracted: int, form: Form) -> int:
     return next((n for n in range(min(CHUNK, c) // LANES * LANES, 0, -LANES) if c % n == 0), c)
 
 
-def _across(s, k, size: int, form: Form) -> Array:
+def _across(s, k, size: int, group: int) -> Array:
     """The scales of chunk k (tile, size) of a weight (M, C), whose even elements come first, from all (groups, tile).
 
     By the matrix unit, which is exact here: all but one of the products are 0.
     """
     shape = s.shape[0], size
-    group = k * (size // form.group) + lax.div(lax.rem(iota(shape, 1), LANES), form.group // 2)
-    own = (iota(shape, 0) == group).astype(s.dtype)
+    number = k * (size // group) + lax.div(lax.rem(iota(shape, 1), LANES), group // 2)
+    own = (iota(shape, 0) == number).astype(s.dtype)
     return product(s[...], own, 0, 0) / NIBBLE
 
 
-def _down(w: Array, scales, k, form: Form) -> Array:
+def _down(w: Array, scales, k, group: int) -> Array:
     """A chunk (size, tile) of a weight (C, M) times its scales, from (groups, tile)."""
-    groups = w.shape[0] // form.group
+    groups = w.shape[0] // group
     parts = [
-        w[g * form.group : (g + 1) * form.group].astype(jnp.float32) * scales[pl.ds(k * groups + g, 1)]
-        for g in range(groups)
+        w[g * group : (g + 1) * group].astype(jnp.float32) * scales[pl.ds(k * groups + g, 1)] for g in range(groups)
     ]
     return jnp.concatenate(parts).astype(w.dtype)
 
@@ -301,10 +309,10 @@ def _down(w: Array, scales, k, form: Form) -> Array:
 def vmem_bytes(rows: Float[Array, "P C"], weight: Weight, contracted: int, tiles: GroupedTiles) -> int:
     """Of VMEM that a kernel takes: two buffers of each block, and what a step makes on the way."""
     form, c, item = Form.of(weight), rows.shape[1], rows.dtype.itemsize
-    values = weight.values if isinstance(weight, QuantizedArray) else weight
-    stored = tiles.columns * values.shape[2 if contracted else 1] * values.dtype.itemsize
-    scales = 0 if form.group is None else (c // form.group) * tiles.columns * (4 + 2 * weight.scale.dtype.itemsize)
-    blocks = tiles.rows * c * item + stored + tiles.rows * tiles.columns * item
+    values = stored(weight)
+    of_weight = tiles.columns * values.shape[2 if contracted else 1] * values.dtype.itemsize
+    scales = 0 if form.group is None else (c // form.group) * tiles.columns * (4 + 2 * scale_bytes(weight))
+    blocks = tiles.rows * c * item + of_weight + tiles.rows * tiles.columns * item
     # Of a chunk: in float32 and in the rows' dtype; and the sums, and their product before it is added.
     chunk = chunk_size(c, contracted, form) * (tiles.columns * (4 + item) + tiles.rows * item)
     return 2 * blocks + scales + chunk + 2 * tiles.rows * tiles.columns * 4

@@ -25,7 +25,7 @@ class Block(NamedTuple):
       channel: which tile of channels.
       row: which tile of rows.
       first: step along the contraction.
-      count: of steps.
+      number: of steps.
       interpret: whether this runs in Pallas' interpreter.
     """
 
@@ -35,7 +35,7 @@ class Block(NamedTuple):
     channel: Array
     row: Array | int
     first: Array | int
-    count: int
+    number: int
     interpret: bool
 
     @property
@@ -87,7 +87,7 @@ def sums_of(block: Block, bits: list, scales: list, x: Any) -> tuple[Array, ...]
 def _emit(block: Block, step: Any, refs: list, weights: int, carry: Any = None) -> Any:
     pipeline = plgpu.emit_pipeline(
         step,
-        grid=(block.count,),
+        grid=(block.number,),
         in_specs=block.specs(weights),
         max_concurrent_steps=block.tiles.steps,
         init_carry=carry,
@@ -155,7 +155,12 @@ def _group_scales(block: Block, ref: Any, step: Array, g: int) -> list[Array]:
     first = (block.first + step) * (t.depth // weight.group) + g
     channels = pl.ds(block.channel * t.channels, t.channels)
     where = (channels, first // 2) if weight.contracted == 1 else (first, channels)
-    pairs = plgpu.load(ref.at[where], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    low, high = split_scales(pairs)
+    low, high = split_scales(by_channel(ref.at[where]))
     scales = [low, high] if weight.contracted == 0 else [high if g % 2 else low]
     return [lax.broadcast_in_dim(s, (t.channels, block.rows), (0,)) for s in scales]
+
+
+def by_channel(ref: Any) -> Array:
+    """One element for each channel of a tile, where the threads that sum the channel have it."""
+    load: Any = plgpu.load  # before jax 0.11, which runs none of this, an index had to be given
+    return load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)

@@ -63,9 +63,9 @@ class Attention(nnx.Module):
           active: False leaves the cache as it is: there is no new token.
         """
         q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
-        stripe = partition.index(STRIPES), partition.size(STRIPES)
-        cache = write(turned(cache, partition.platform), k, v, positions, first_row, stripe, active)
-        platform, keys, values = partition.platform, cache.key, cache.value
+        stripe, platform = (partition.index(STRIPES), partition.size(STRIPES)), partition.platform
+        cache = write(turned(cache, platform), k, v, positions, first_row, stripe, active, platform)
+        keys, values = cache.key, cache.value
         part = cached_attention(
             q, keys, values, positions, first_row, CACHE_BLOCK, stripe, platform, cache.scales,
             chosen(partition.attention, platform),

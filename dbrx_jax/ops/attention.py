@@ -76,7 +76,7 @@ def sequence_attention(
 ) -> Float[Array, "B T H K"]:
     """Attention among a sequence's own tokens: query t sees the valid ones of keys 0 … first + t. Has gradients.
 
-    A query that sees nothing gives some finite number.
+    A query that sees nothing, or is padding, gives some finite number.
 
     Args:
       valid: False for padding.
@@ -85,7 +85,7 @@ def sequence_attention(
     """
     T, S = query.shape[1], key.shape[1]
     kernels = attention_kernels(platform) if implementation == "flash" else None
-    if kernels is not None and kernels.sequence is not None and kernels.sequence.supports(query, key, value):
+    if kernels is not None and kernels.sequence.supports(query, key, value):
         return kernels.sequence.sequence_attention(query, key, value, valid, jnp.int32(first))
     if implementation == "reference" or S <= SHORT_SEQUENCE:
         visible = (jnp.arange(S) <= first + jnp.arange(T)[:, None]) & valid[:, None, :]

@@ -50,7 +50,7 @@ class ExpertWeights(NamedTuple):
         return isinstance(self.w1, Array | QuantizedArray)
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """E."""
         return self.w1.shape[0] if isinstance(self.w1, Array | QuantizedArray) else len(self.w1)
 
@@ -78,7 +78,7 @@ def reference_experts(
     def expert(w1: Array, v1: Array, w2: Array) -> Array:
         return (ACTIVATIONS[activation](x @ w1.T) * (x @ v1.T)) @ w2
 
-    outputs = [expert(*map(dequantized, expert_weights.one(e))) for e in range(expert_weights.count)]
+    outputs = [expert(*map(dequantized, expert_weights.one(e))) for e in range(expert_weights.number)]
     chosen = jnp.take_along_axis(jnp.stack(outputs, axis=1), experts[:, :, None], axis=1)  # (N, K, D)
     return jnp.sum(chosen * weights[:, :, None].astype(x.dtype), axis=1)
 
@@ -103,11 +103,11 @@ def apply_experts(
         None leaves that to the platform.
     """
     weights = weights.astype(x.dtype)
-    here = (experts >= 0) & (experts < expert_weights.count)
+    here = (experts >= 0) & (experts < expert_weights.number)
     if valid is not None:
         here = here & valid[:, None]
     # One past the last expert: such rows sort behind all groups and match no expert.
-    experts = jnp.where(here, experts, expert_weights.count)
+    experts = jnp.where(here, experts, expert_weights.number)
     way = _way(x, experts, expert_weights, platform, tile)
     return _apply(x, weights, experts, expert_weights, activation, way)
 
@@ -131,7 +131,7 @@ def _way(x: Array, experts: Array, expert_weights: ExpertWeights, platform: str,
     if kernels is not None and kernels.take_many(x, *expert_weights):
         return _Way(platform, False, TILE_ELSEWHERE, kernels)
     if tile is None:
-        tile = _tile(experts.size / expert_weights.count) if platform == "cpu" else TILE_ELSEWHERE
+        tile = _tile(experts.size / expert_weights.number) if platform == "cpu" else TILE_ELSEWHERE
     return _Way(platform, few, tile, None)
 
 
@@ -159,7 +159,7 @@ def _one_token(x, weights, experts, expert_weights, activation, platform):
     def branch(own: tuple[Weight, Weight, Weight]) -> Callable[[Array], Array]:
         return lambda x: expert_mlp(x, *own, activation, platform)
 
-    branches = [branch(expert_weights.one(e)) for e in range(expert_weights.count)]
+    branches = [branch(expert_weights.one(e)) for e in range(expert_weights.number)]
     branches.append(jnp.zeros_like)  # of an expert that is elsewhere
 
     def add(k, y):
@@ -171,7 +171,7 @@ def _one_token(x, weights, experts, expert_weights, activation, platform):
 def _few_tokens(x, weights, experts, expert_weights, activation, platform):
     """Each chosen expert once, on all rows; the weights of the other experts are never read."""
     y = jnp.zeros_like(x)
-    for e in range(expert_weights.count):
+    for e in range(expert_weights.number):
 
         def add(y, e=e):
             mine = experts == e  # (N, K)
@@ -233,10 +233,10 @@ def group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> Group
 
 def _many_tokens(x, weights, experts, expert_weights, activation, platform, tile_rows):
     """Sorts the pairs by expert and runs each expert's rows through it, `tile_rows` at a time."""
-    groups = group(experts, expert_weights.count, tile_rows)
+    groups = group(experts, expert_weights.number, tile_rows)
     top_k = experts.shape[1]
     y = jnp.zeros((groups.order.shape[0], x.shape[1]), x.dtype)
-    for e in range(expert_weights.count):
+    for e in range(expert_weights.number):
 
         def add(i, y, e=e):
             start, pairs, own = groups.tile(e, i)
@@ -259,7 +259,7 @@ def _forward(x, weights, experts, expert_weights, activation, way):
 
 
 def _backward(activation, way, saved, dy):
-    x, weights, experts, expert_weights = saved
+    x, _, experts, expert_weights = saved
     if way.kernels is not None and way.kernels.take_gradients(x, *expert_weights):
         from dbrx_jax.kernels.experts import grouped_gradients
 
@@ -272,12 +272,12 @@ def _backward(activation, way, saved, dy):
 
 def _gradients(x, weights, experts, expert_weights, dy, activation, platform, tile_rows):
     """Tile by tile again: recomputes each expert's rows and sums its weights' gradients in float32."""
-    groups = group(experts, expert_weights.count, tile_rows)
+    groups = group(experts, expert_weights.number, tile_rows)
     top_k = experts.shape[1]
     places = groups.order.shape[0]
     dx, dweights = jnp.zeros((places, x.shape[1]), x.dtype), jnp.zeros((places, 1), weights.dtype)
     gradients = []
-    for e in range(expert_weights.count):
+    for e in range(expert_weights.number):
         own_weights = expert_weights.one(e)
 
         def add(i, carry, e=e, own_weights=own_weights):

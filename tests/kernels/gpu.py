@@ -2,11 +2,10 @@
 
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 
-from dbrx_jax.quantization import Format, quantize
+from tests.kernels.weights import floats
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if not hasattr(plgpu, "InterpretGPUParams"):
@@ -14,19 +13,6 @@ if not hasattr(plgpu, "InterpretGPUParams"):
 callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
 
 INTERPRET = plgpu.InterpretGPUParams()
-
-
-def weight(key, shape, form, contracted, dtype):
-    """Stacked weights (E, ., .) in a format, None for plain, whose last dimension is contracted (1) or not (0)."""
-    values = jax.random.normal(key, shape) * shape[1 + contracted] ** -0.5
-    if form is None:
-        return values.astype(dtype)
-    return quantize(values, Format.parse(form), (-1,) if contracted == 1 else (-2,), dtype)
-
-
-def floats(array):
-    array = array.dequantize(np.float32) if hasattr(array, "dequantize") else array
-    return np.asarray(array, np.float32)
 
 
 def error(y, reference):

@@ -8,16 +8,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax.ops.experts import ACTIVATIONS
-from tests.kernels.gpu import INTERPRET, copied, error, floats, fresh_interpreter, weight  # noqa: F401
+from tests.kernels.gpu import INTERPRET, copied, error, fresh_interpreter  # noqa: F401
+from tests.kernels.weights import floats, shape_of, stored_bytes, weight_of
 
 from dbrx_jax.kernels import experts_gpu, words_gpu  # isort: skip  (after the check for a jax that has it)
 
 FORMS = ("int8", "fp8", "int4", "int4-64", "int4-128")
 
 
-def experts(form, E, F, D, dtype=jnp.bfloat16, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return [weight(k, (E, F, D), form, c, dtype) for k, c in zip(keys, (1, 1, 0), strict=True)]
+def experts(form, E, F, D, dtype=jnp.bfloat16):
+    return [weight_of((E, F, D), form, c, dtype, seed) for seed, c in enumerate((1, 1, 0))]
+
+
+def shapes(form, E, F, D):
+    return [shape_of((E, F, D), form, c) for c in (1, 1, 0)]
 
 
 def run(x, chosen, count, mix, weights, activation="silu", tiles=None):
@@ -52,8 +56,8 @@ def mixes(C, N):
 @pytest.mark.parametrize(
     ("form", "dtype", "activation"),
     [
-        (None, jnp.bfloat16, "silu"),
-        (None, jnp.float32, "gelu"),
+        ("plain", jnp.bfloat16, "silu"),
+        ("plain", jnp.float32, "gelu"),
         ("int8", jnp.bfloat16, "relu"),
         ("fp8", jnp.bfloat16, "silu"),
         ("int4", jnp.bfloat16, "silu"),
@@ -62,7 +66,7 @@ def mixes(C, N):
     ],
 )
 def test_decode_is_the_sum_of_the_chosen_experts(form, dtype, activation):
-    F, D = (128, 256) if str(form).startswith("int4") else (192, 128)
+    F, D = (128, 256) if form.startswith("int4") else (192, 128)
     weights, x, chosen, mix = experts(form, 3, F, D, dtype), rows(3, D, dtype), [2, 0, 99], mixes(3, 3)
     y = run(x, chosen, 2, mix, weights, activation)
     assert y.dtype == np.float32
@@ -70,7 +74,7 @@ def test_decode_is_the_sum_of_the_chosen_experts(form, dtype, activation):
 
 
 @settings(max_examples=2, deadline=None, derandomize=True)
-@given(st.sampled_from(["int8", None]), st.integers(1, 20), st.permutations(range(4)), st.integers(0, 4))
+@given(st.sampled_from(["int8", "plain"]), st.integers(1, 20), st.permutations(range(4)), st.integers(0, 4))
 @example("int8", 9, [3, 1, 2, 0], 4)
 @example("int8", 1, [3, 1, 2, 0], 0)
 def test_any_number_of_tokens_and_experts(form, N, chosen, count):
@@ -118,19 +122,29 @@ def test_words_are_every_value_exactly():
         np.testing.assert_array_equal(np.asarray(found, np.float32)[real], expected[real])
 
 
-@pytest.mark.parametrize(("form", "count"), [(None, 2), ("int8", 0), ("int8", 2), ("int4-64", 1)])
+@pytest.mark.parametrize(("form", "count"), [("plain", 2), ("int8", 0), ("int8", 2), ("int4-64", 1)])
 def test_bytes_are_those_of_the_copies(form, count, copied):  # noqa: F811
     D = 256 if form == "int4-64" else 128
     weights, x = experts(form, 3, 64, D), rows(3, D)
     run(x, [2, 0, 1], count, mixes(3, 3), weights)
     expected = experts_gpu.decode_bytes(x, np.zeros(3), count, *weights)
-    if form is None:
+    if form == "plain":
         assert copied["in", "bfloat16"] == expected.weights + expected.activations
     else:
         assert copied["in", "int16"] == expected.weights
         assert copied["in", "bfloat16"] == expected.activations
     assert copied["out"] == expected.written
-    assert expected.weights == count * sum(w.values.nbytes if form else w.nbytes for w in weights) // 3
+    assert expected.weights == count * sum(w.nbytes if form == "plain" else w.values.nbytes for w in weights) // 3
+
+
+@pytest.mark.parametrize("form", ["plain", "int8", "int4-128"])
+@pytest.mark.parametrize("E", [16, 2, 1])
+@pytest.mark.parametrize("N", [1, 8, 64])
+def test_with_all_experts_a_call_reads_its_weights_once(form, E, N):
+    """At published sizes, as the count of a whole program's bytes takes it. Scales by channel are few."""
+    weights, x = shapes(form, E, 10752, 6144), jax.ShapeDtypeStruct((N, 6144), jnp.bfloat16)
+    read = experts_gpu.decode_bytes(x, np.zeros(E), E, *weights)
+    assert read.weights + read.scales == pytest.approx(sum(map(stored_bytes, weights)), rel=0.015)
 
 
 def test_what_it_does_not_take_is_said():
@@ -140,18 +154,16 @@ def test_what_it_does_not_take_is_said():
     assert not experts_gpu.supports(x.astype(jnp.float32), *weights)
     assert not experts_gpu.supports(x, *experts("int8", 2, 100, 256))
     assert not experts_gpu.supports(x, *experts("int4-32", 2, 128, 256))
-    assert not experts_gpu.supports(x.astype(jnp.float32), *experts(None, 2, 128, 256, jnp.float32))
+    assert not experts_gpu.supports(x.astype(jnp.float32), *experts("plain", 2, 128, 256, jnp.float32))
 
 
-@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("form", ["plain", *FORMS])
 @pytest.mark.parametrize("F", [10752, 2688])
 def test_dbrx_has_tiles_that_fill_the_card(form, F):
     D, E = 6144, 16
-    shapes = [
-        jax.eval_shape(lambda c=c: weight(jax.random.key(0), (E, F, D), form, c, jnp.bfloat16)) for c in (1, 1, 0)
-    ]
-    assert experts_gpu.supports(jax.ShapeDtypeStruct((1, D), jnp.bfloat16), *shapes)
-    for w, c, n in zip(shapes, (1, 1, 0), (2, 2, 1), strict=True):
+    weights = shapes(form, E, F, D)
+    assert experts_gpu.supports(jax.ShapeDtypeStruct((1, D), jnp.bfloat16), *weights)
+    for w, c, n in zip(weights, (1, 1, 0), (2, 2, 1), strict=True):
         taken = jax.eval_shape(lambda w, c=c: words_gpu.words(w, c), w)
         tiles = experts_gpu.default_tiles((taken,) * n, 8, 4)
         assert 4 * (taken.channels // tiles.channels) * tiles.splits >= 2 * experts_gpu.MULTIPROCESSORS

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from dbrx_jax.kernels.experts_tpu import (
     DecodeTiles,
-    Form,
     decode_bytes,
     decode_experts,
     decode_grid,
@@ -22,27 +21,24 @@ from dbrx_jax.kernels.experts_tpu import (
     tile_candidates,
     vmem_bytes,
 )
+from dbrx_jax.kernels.forms_tpu import Form
 from dbrx_jax.ops.experts import ACTIVATIONS
-from dbrx_jax.quantization import Format, QuantizedArray, abstract, quantize
+from tests.kernels.weights import QUICKLY, floats, shape_of, stored_bytes, weight_of
 
 FORMS = ("plain", "int8", "fp8", "int4", "int4-128", "int4-64", "int4-32")
 BOUNDS = {jnp.bfloat16: 1e-2, jnp.float32: 1e-5}
 
 
-def stored(array, form, contracted, dtype):
-    return array.astype(dtype) if form == "plain" else quantize(array, Format.parse(form), contracted, dtype)
+decode = jax.jit(decode_experts, static_argnames=("activation", "tiles", "interpret"), compiler_options=QUICKLY)
 
 
-def in_float32(weight):
-    floats = weight.dequantize(jnp.float32) if isinstance(weight, QuantizedArray) else weight.astype(jnp.float32)
-    return np.asarray(floats)
-
-
-def weights(form, dtype, experts=3, width=384, d=256, seed=0):
+def weights(form, dtype=jnp.float32, experts=3, width=384, d=256):
     """w1, v1 and w2 (E, F, D)."""
-    random = np.random.default_rng(seed)
-    arrays = [jnp.asarray(random.standard_normal((experts, width, d)) / 16, jnp.float32) for _ in range(3)]
-    return [stored(a, form, c, dtype) for a, c in zip(arrays, ((-1,), (-1,), (-2,)), strict=True)]
+    return [weight_of((experts, width, d), form, c, dtype, seed) for seed, c in enumerate((1, 1, 0))]
+
+
+def shapes(form, experts, width, d):
+    return [shape_of((experts, width, d), form, c) for c in (1, 1, 0)]
 
 
 def rows_of(count, d=256, dtype=jnp.float32, seed=1):
@@ -53,7 +49,7 @@ def reference(x, chosen, count, mix, w1, v1, w2, activation):
     x, mix = np.asarray(x.astype(jnp.float32)), np.asarray(mix)
     y = np.zeros(x.shape, np.float32)
     for c in range(count):
-        gate, up, down = (in_float32(w)[chosen[c]] for w in (w1, v1, w2))
+        gate, up, down = (floats(w)[chosen[c]] for w in (w1, v1, w2))
         own = mix[c] != 0
         inner = np.asarray(ACTIVATIONS[activation](x[own] @ gate.T)) * (x[own] @ up.T)
         y[own] += mix[c][own, None] * (inner @ down)
@@ -66,16 +62,19 @@ def assert_close(got, want, dtype):
 
 
 def run(x, chosen, count, mix, experts, activation="silu", tiles=None):
-    y = decode_experts(x, jnp.asarray(chosen), jnp.int32(count), mix, *experts, activation, tiles, interpret=True)
+    chosen, count = jnp.asarray(chosen), jnp.int32(count)
+    y = decode(x, chosen, count, mix, *experts, activation=activation, tiles=tiles, interpret=True)
     assert y.shape == x.shape
     assert y.dtype == jnp.float32
     return y
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=lambda d: d.__name__)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [*((f, jnp.float32) for f in FORMS), *((f, jnp.bfloat16) for f in ("plain", "int8", "fp8", "int4-128"))],
+)
 def test_the_sum_over_chosen_experts(form, dtype):
-    experts, x = weights(form, dtype, width=384), rows_of(5, dtype=dtype)
+    experts, x = weights(form, dtype), rows_of(5, dtype=dtype)
     mix = jnp.asarray([[0.5, 0, 0.25, 0, 1], [0, 0.75, 0.5, 0, 0], [9, 9, 9, 9, 9]], jnp.float32)
     assert supports(x, *experts)
     y = run(x, [2, 0, 7], 2, mix, experts, tiles=DecodeTiles(128))
@@ -102,13 +101,13 @@ def test_any_routing(data):
 @pytest.mark.parametrize("form", ["plain", "int8", "int4-64"])
 def test_no_expert_gives_zeros(form):
     x = rows_of(3)
-    y = run(x, [9, 9], 0, jnp.ones((2, 3)), weights(form, jnp.float32))
+    y = run(x, [9, 9], 0, jnp.ones((2, 3)), weights(form))
     assert not np.asarray(y).any()
 
 
 @pytest.mark.parametrize(("form", "value"), [("plain", np.inf), ("int8", np.nan), ("int4-128", np.inf)])
 def test_a_row_that_is_no_number_stays_alone(form, value):
-    experts, mix = weights(form, jnp.float32), jnp.asarray([[1, 0, 2], [1, 0, 0]], jnp.float32)
+    experts, mix = weights(form), jnp.asarray([[1, 0, 2], [1, 0, 0]], jnp.float32)
     x = rows_of(3)
     clean = run(x, [1, 2], 2, mix, experts)
     y = np.asarray(run(x.at[1].set(value), [1, 2], 2, mix, experts))
@@ -148,10 +147,21 @@ def test_bytes_are_those_of_the_grid(form, count, places, tile):
 @pytest.mark.parametrize("form", ["int8", "int4-128"])
 def test_each_chosen_weight_is_read_once(form):
     """Of 16 experts, as many bytes as those chosen have, and few beside."""
-    shape, x = (16, 384, 512), rows_of(16, 512, jnp.bfloat16)
-    experts = [abstract(shape, Format.parse(form), c, jnp.bfloat16) for c in ((-1,), (-1,), (-2,))]
+    x, experts = rows_of(16, 512, jnp.bfloat16), shapes(form, 16, 384, 512)
     one = sum(w.nbytes for w in experts) // 16
     assert decode_bytes(x, experts[0], 16, 5) - decode_bytes(x, experts[0], 16, 4) == one
+
+
+@pytest.mark.parametrize("form", ["plain", "int8", "int4-128"])
+@pytest.mark.parametrize("experts", [16, 2, 1])
+@pytest.mark.parametrize("count", [1, 8, 64])
+def test_with_all_experts_a_call_reads_its_operands_once(form, experts, count):
+    """At published sizes, as the count of a whole program's bytes takes it."""
+    weights, x = shapes(form, experts, 10752, 6144), rows_of(count, 6144, jnp.bfloat16)
+    rows = -(-count // 16) * 16
+    beside = rows * 6144 * (2 + 4) + rows * experts * 4  # activations and results, and what each expert counts
+    read = decode_bytes(x, weights[0], experts, experts) - beside
+    assert read == pytest.approx(sum(map(stored_bytes, weights)), rel=0.015)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -160,9 +170,7 @@ def test_published_sizes_have_tiles(form, width):
     """Up to 256 rows of 6144; with small groups fewer, and not the narrowest F, which lanes do not divide."""
     grouped = form.startswith("int4-")
     width = max(width, 2688) if grouped else width
-    w = [jax.ShapeDtypeStruct((1, width, 6144), jnp.bfloat16)] * 3
-    if form != "plain":
-        w = [abstract((1, width, 6144), Format.parse(form), c, jnp.bfloat16) for c in ((-1,), (-1,), (-2,))]
+    w = shapes(form, 1, width, 6144)
     for count in (1, 64, 128 if grouped else 256):
         x = jax.ShapeDtypeStruct((count, 6144), jnp.bfloat16)
         assert supports(x, *w)
@@ -173,12 +181,12 @@ def test_published_sizes_have_tiles(form, width):
 
 
 def test_what_is_not_taken():
-    x, (w1, v1, w2) = rows_of(4), weights("int4-128", jnp.float32)
+    x, (w1, v1, w2) = rows_of(4), weights("int4-128")
     assert supports(x, w1, v1, w2)
     assert not supports(rows_of(257), w1, v1, w2)
     assert not supports(x.astype(jnp.float16), w1, v1, w2)
-    assert not supports(x, w1, v1, weights("int8", jnp.float32)[2])
-    assert not supports(rows_of(4, 128), *weights("int4", jnp.float32, d=128))
-    assert not supports(rows_of(4, 192), *weights("plain", jnp.float32, d=192))
+    assert not supports(x, w1, v1, weights("int8")[2])
+    assert not supports(rows_of(4, 128), *weights("int4", d=128))
+    assert not supports(rows_of(4, 192), *weights("plain", d=192))
     assert not supports(x, *(dataclasses.replace(w, group=48) for w in (w1, v1, w2)))
-    assert not supports(x, *weights("plain", jnp.float32, width=100))
+    assert not supports(x, *weights("plain", width=100))

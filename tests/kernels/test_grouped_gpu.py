@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.gpu import INTERPRET, copied, error, floats, fresh_interpreter, weight  # noqa: F401
+from tests.kernels.gpu import INTERPRET, copied, error, fresh_interpreter  # noqa: F401
+from tests.kernels.weights import floats, weight_of
 
 from dbrx_jax.kernels import grouped_gpu as grouped  # isort: skip  (after the check for a jax that has it)
 from dbrx_jax.kernels import grouped_gradient_gpu as gradient  # isort: skip
@@ -20,7 +21,7 @@ def matrices(form, contracted, dtype=jnp.bfloat16, E=3):
     if form == "int4-64" and contracted == 1:
         C = 256
     shape = (E, M, C) if contracted == 1 else (E, C, M)
-    return weight(jax.random.key(1), shape, form, contracted, dtype), C, M
+    return weight_of(shape, form, contracted, dtype), C, M
 
 
 def run(rows, w, contracted, sizes, tiles=None):
@@ -46,7 +47,7 @@ def normal(P, C, dtype=jnp.bfloat16):
 @pytest.mark.parametrize("contracted", [1, 0])
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [(None, jnp.bfloat16), (None, jnp.float32), *((f, jnp.bfloat16) for f in ("int8", "fp8", "int4", "int4-64"))],
+    [("plain", jnp.bfloat16), ("plain", jnp.float32), *((f, jnp.bfloat16) for f in ("int8", "fp8", "int4", "int4-64"))],
 )
 def test_each_row_times_its_own_matrix(form, dtype, contracted):
     w, C, M = matrices(form, contracted, dtype)
@@ -60,10 +61,10 @@ def test_each_row_times_its_own_matrix(form, dtype, contracted):
 
 
 @settings(max_examples=1, deadline=None, derandomize=True)
-@given(st.sampled_from([None, "int8"]), st.lists(st.integers(0, 60), min_size=3, max_size=3), st.integers(0, 40))
+@given(st.sampled_from(["plain", "int8"]), st.lists(st.integers(0, 60), min_size=3, max_size=3), st.integers(0, 40))
 @example("int8", [0, 0, 0], 5)
 @example("int8", [0, 130, 0], 0)
-@example(None, [1, 0, 63], 1)
+@example("plain", [1, 0, 63], 1)
 def test_ragged_and_empty_groups_with_rows_past_the_end(form, sizes, past):
     w, C, _ = matrices(form, 1)
     rows = normal(max(sum(sizes) + past, 1), C)
@@ -71,7 +72,7 @@ def test_ragged_and_empty_groups_with_rows_past_the_end(form, sizes, past):
     assert error(y, reference(rows, w, 1, sizes)) < 1e-2
 
 
-@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize("form", ["plain", "int8"])
 def test_a_row_that_is_not_finite_spoils_no_other(form):
     w, C, _ = matrices(form, 0)
     sizes, rows = [40, 20, 0], normal(70, C)
@@ -103,7 +104,7 @@ def test_the_gradient_of_the_weights(dtype, sizes):
     np.testing.assert_array_equal(floats(found)[np.array(sizes) == 0], 0)
 
 
-@pytest.mark.parametrize("form", [None, "int8", "int4-64"])
+@pytest.mark.parametrize("form", ["plain", "int8", "int4-64"])
 def test_bytes_are_those_of_the_copies(form, copied):  # noqa: F811
     w, C, _ = matrices(form, 1)
     sizes, rows = [40, 0, 33], normal(80, C)
@@ -118,6 +119,6 @@ def test_what_it_does_not_take_is_said():
     rows = normal(8, C)
     assert grouped.supports(rows, w, 1)
     assert not grouped.supports(rows.astype(jnp.float32), w, 1)
-    assert not grouped.supports(rows, weight(jax.random.key(0), (2, 100, 128), "int8", 1, jnp.bfloat16), 1)
-    assert not grouped.supports(rows, weight(jax.random.key(0), (2, 100, 128), None, 1, jnp.bfloat16), 1)
+    assert not grouped.supports(rows, weight_of((2, 100, 128), "int8", 1), 1)
+    assert not grouped.supports(rows, weight_of((2, 100, 128), "plain", 1), 1)
     assert not gradient.gradient_supports(normal(8, 100), rows)

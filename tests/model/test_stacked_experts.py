@@ -36,10 +36,10 @@ def forget():
 
 @pytest.fixture
 def stacked(monkeypatch):
-    """A function after which this CPU is taken for a TPU, as to experts."""
+    """A function after which this CPU is taken for a TPU or a GPU, as to kernels."""
 
-    def take():
-        monkeypatch.setitem(choice.KINDS, "cpu", "tpu")
+    def take(kind="tpu"):
+        monkeypatch.setitem(choice.KINDS, "cpu", kind)
         forget()
 
     yield take
@@ -68,18 +68,34 @@ def test_a_checkpoint_is_loaded_into_one_array_and_comes_back(stacked, expected,
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("axes", "quantization"), [(None, None), (None, "int4"), ("expert=2,tensor=2", "int8"), ("expert=4", "int4")]
-)
-def test_kernels_generate_as_the_plain_experts(stacked, axes, quantization):
+CASES = [
+    ("tpu", "expert=4", "int4"),
+    pytest.param("tpu", None, None, marks=pytest.mark.slow),
+    pytest.param("tpu", "expert=2,tensor=2", "int8", marks=pytest.mark.slow),
+]
+if jax.__version_info__ >= choice.LEAST_JAX_ON_GPU:
+    # Not quantised: scales are in bfloat16 there, and tokens could differ.
+    CASES += [("gpu", None, None), ("gpu", "expert=2,tensor=2", None)]
+
+
+@pytest.mark.parametrize(("kind", "axes", "quantization"), CASES)
+def test_kernels_generate_as_the_plain_experts(stacked, kind, axes, quantization, monkeypatch):
     """Through a prompt that is long enough for grouped products, and steps of one token."""
     how = Quantization.parse(quantization)
     parameters = parameters_of(DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0), dtype="float32", quantization=how))
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 270))
     plain = model_from_parameters(SMALL, parameters, quantization=how)
     want, tokens = np.asarray(plain(ids)), plain.generate(ids, max_new_tokens=3, eos_token_id=None)
-    stacked()
+    stacked(kind)
+    kernels, traced = choice.expert_kernels("cpu"), []
+    for module, name in ((kernels.few, "decode_experts"), (kernels.many, "grouped_matmul")):
+        assert module.__name__.endswith(kind)
+        whole = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=whole, n=name, **b: (traced.append(n), f(*a, **b))[1])
     model = model_from_parameters(SMALL, parameters, axes and mesh_of(axes), quantization=how)
     logits = np.asarray(model(ids))
     assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=3, eos_token_id=None), tokens)
+    # Two layers each: the sequence's and the prompt's grouped products, three a layer, and the steps.
+    assert traced.count("decode_experts") == 2
+    assert traced.count("grouped_matmul") == 2 * 2 * 3

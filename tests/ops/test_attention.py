@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.cache import to_int8
+from dbrx_jax.cache import LayerCache, to_int8, write
 from dbrx_jax.errors import ConfigError
 from dbrx_jax.kernels.attention_xla import blockwise_attention
 from dbrx_jax.kernels.choice import kind_of
@@ -40,9 +40,9 @@ def cached(query, key, value, positions, first_row, block):
 
 
 @settings(max_examples=12)
-@given(st.integers(0, 99), st.sampled_from([4, 8]), st.integers(1, 3), st.integers(1, 5), st.data())
-def test_cached_matches_reference(seed, block, rows, new, data):
-    S, B = 24, 4
+@given(st.integers(0, 99), st.sampled_from([(4, 1, 5), (8, 3, 1), (4, 3, 2)]), st.data())
+def test_cached_matches_reference(seed, sizes, data):
+    (block, rows, new), S, B = sizes, 24, 4
     first_row = data.draw(st.integers(0, B - rows))
     start = np.array(data.draw(st.lists(st.integers(0, S - new), min_size=rows, max_size=rows)))
     q, k, v = random(seed, rows, new, H, K), random(seed + 1, B, G, S, K), random(seed + 2, B, G, S, K)
@@ -79,62 +79,79 @@ def test_an_int8_cache_is_near():
     np.testing.assert_allclose(out, reference_attention(q, *exact, mask), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_what_is_written_is_there_however_the_cache_lies(int8, tokens):
+    """Every second position, from 1 on, of rows 1 and 2 of three; a TPU writes two heads of int8 one by one."""
+    new = jnp.asarray(random(0, 2, tokens, G, K)), jnp.asarray(random(1, 2, tokens, G, K))
+    positions = np.array([[4], [8]]) + np.arange(tokens)
+    empty = [jnp.full((3, G, 6, K), 9, jnp.int8 if int8 else jnp.float32)] * 2
+    empty += [jnp.full((3, G, 6), 9, jnp.bfloat16)] * (2 * int8)
+    want = [np.array(x) for x in empty]
+    (key, key_scale), (value, value_scale) = map(to_int8, new)
+    for into, x in zip(want, (key, value, key_scale, value_scale) if int8 else new, strict=True):
+        for r, t in np.ndindex(2, tokens):
+            if positions[r, t] % 2 == 1:
+                into[1 + r, :, positions[r, t] // 2] = x[r, t]
+    for platform in ("cpu", "tpu"):
+        got = write(LayerCache(*empty), *new, positions, 1, (1, 2), platform=platform)
+        for a, b in zip((x for x in got if x is not None), want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached_part(implementation, q, k, v, positions, stripe, scales):
+    return cached_attention(q, k, v, positions, 1, 4, stripe, scales=scales, implementation=implementation)
+
+
 @settings(max_examples=10)
-@given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.data())
+@given(st.integers(0, 99), st.integers(1, 4), st.sampled_from([1, 3]), st.booleans(), st.data())
 def test_the_definition_through_a_cache_is_the_same(seed, stride, new, int8, data):
     S = 8
     offset = data.draw(st.integers(0, stride - 1))
-    start = data.draw(st.lists(st.integers(0, S * stride - new), min_size=1, max_size=3))
+    start = data.draw(st.lists(st.integers(0, S * stride - new), min_size=2, max_size=2))
     q, k, v = random(seed, len(start), new, H, K), random(seed + 1, 4, G, S, K), random(seed + 2, 4, G, S, K)
     scales = None
     if int8:
         (k, k_scale), (v, v_scale) = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
         scales = k_scale, v_scale
     positions = np.array(start)[:, None] + np.arange(new)
-    parts = [
-        cached_attention(q, k, v, positions, 1, 4, (offset, stride), scales=scales, implementation=name)
-        for name in ("reference", "xla")
-    ]
+    parts = [cached_part(name, q, k, v, positions, (offset, stride), scales) for name in ("reference", "xla")]
     for got, want in zip(*parts, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=8)
-@given(
-    st.integers(0, 99), st.integers(1, 3), st.integers(1, 23), st.integers(1, 3), st.sampled_from([1, 5, 8]), st.data()
-)
-def test_blocks_match_the_definition_with_their_gradients(seed, batch, tokens, parts, block, data):
+def plain(q, k, v, valid, first, _):
+    """The definition, and 0 for a query that sees nothing."""
+    mask = (jnp.arange(k.shape[1]) <= first + jnp.arange(q.shape[1])[:, None]) & valid[:, None]
+    return jnp.where(mask.any(axis=-1)[:, :, None, None], reference_attention(q, k, v, mask), 0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def with_gradients(function, arrays, grad, valid, first, block):
+    out, pull = jax.vjp(lambda *x: function(*x, valid, first, block), *arrays)
+    return out, *pull(grad.astype(out.dtype))
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.sampled_from([(7, 3, 5), (23, 1, 8), (2, 3, 1)]), st.data())
+def test_blocks_match_the_definition_with_their_gradients(seed, sizes, data):
     """Any padding, and the queries of one of several devices."""
+    tokens, parts, block = sizes
     S, first = tokens * parts, tokens * data.draw(st.integers(0, parts - 1))
-    q, k, v = random(seed, batch, tokens, H, K), random(seed + 1, batch, S, G, K), random(seed + 2, batch, S, G, K)
-    grad = random(seed + 3, batch, tokens, H, K)
-    valid = np.random.default_rng(seed).random((batch, S)) < data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
-    mask = (np.arange(S) <= first + np.arange(tokens)[:, None]) & valid[:, None]
-    sees = mask.any(axis=-1)[:, :, None, None]
-
-    def plain(q, k, v):
-        return jnp.where(sees, reference_attention(q, k, v, mask), 0)
-
-    def blocks(q, k, v):
-        return blockwise_attention(q, k, v, valid, jnp.int32(first), block)
-
-    results = []
-    for function in (plain, blocks):
-        out, pull = jax.vjp(jax.jit(function), q, k, v)
-        results.append((out, *pull(grad)))
+    arrays = random(seed, 2, tokens, H, K), random(seed + 1, 2, S, G, K), random(seed + 2, 2, S, G, K)
+    grad = random(seed + 3, 2, tokens, H, K)
+    valid = np.random.default_rng(seed).random((2, S)) < data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    results = (with_gradients(function, arrays, grad, valid, first, block) for function in (plain, blockwise_attention))
     for want, got in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
 
 
 def test_blocks_in_bfloat16_are_near():
     arrays = [jnp.asarray(random(i, 1, 40, heads, K), jnp.bfloat16) for i, heads in ((0, H), (1, G), (2, G))]
-    mask = np.tril(np.ones((1, 40, 40), bool))
-
-    def gradients(function):
-        return jax.grad(lambda *x: jnp.sum(jnp.sin(function(*x).astype(jnp.float32))), argnums=(0, 1, 2))
-
-    got = gradients(lambda *x: blockwise_attention(*x, mask[:, -1], jnp.int32(0), 16))(*arrays)
-    want = gradients(lambda *x: reference_attention(*x, mask))(*(a.astype(jnp.float32) for a in arrays))
+    grad, valid = random(3, 1, 40, H, K), np.ones((1, 40), bool)
+    got = with_gradients(blockwise_attention, arrays, grad, valid, 0, 16)
+    want = with_gradients(plain, [a.astype(jnp.float32) for a in arrays], grad, valid, 0, 16)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == jnp.bfloat16
         assert np.abs(np.float32(a) - b).max() <= 2e-2 * np.abs(b).max()
@@ -202,8 +219,14 @@ def test_a_model_does_as_it_is_told(models, monkeypatch):
         model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32", attention_implementation=name)
         np.testing.assert_allclose(model(ids), want, rtol=1e-4, atol=1e-4)
         assert bool(used) == blocks
-        out = model.generate(ids, max_new_tokens=4)
-        np.testing.assert_array_equal(out, models("fused").generate(ids, max_new_tokens=4))
+
+
+@pytest.mark.slow
+def test_the_definition_generates_the_same(models):
+    ids = np.random.default_rng(0).integers(0, 50, (1, 20))
+    model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32", attention_implementation="reference")
+    out = model.generate(ids, max_new_tokens=4)
+    np.testing.assert_array_equal(out, models("fused").generate(ids, max_new_tokens=4))
 
 
 def test_query_head_reads_its_own_kv_head():
