@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.sums_gpu import Block, sums_of
+from dbrx_jax.kernels.tiles import name_of, table
 from dbrx_jax.kernels.words_gpu import Words, activations, fits, words
 from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
@@ -106,8 +107,17 @@ def decode_experts(
 
 
 def default_tiles(weights: tuple[Words, ...], tokens: int, experts: int) -> DecodeTiles:
-    """Tiles that fill the multiprocessors, for weights of one shape that are read together."""
-    return candidate_tiles(weights, tokens, experts)[0]
+    """The table's, else tiles that fill the multiprocessors, for weights of one shape that are read together."""
+    candidates = candidate_tiles(weights, tokens, experts)
+    found = table().get(tiles_name(weights, tokens, experts))
+    return DecodeTiles(*found) if found is not None and DecodeTiles(*found) in candidates else candidates[0]
+
+
+def tiles_name(weights: tuple[Words, ...], tokens: int, experts: int) -> str:
+    """Of products in the table of tile sizes."""
+    w = weights[0]
+    kernel = f"experts_gpu {len(weights)} of {experts}"
+    return name_of(kernel, w.kind, w.group, (w.channels, w.depth), tokens)
 
 
 def candidate_tiles(weights: tuple[Words, ...], tokens: int, experts: int) -> list[DecodeTiles]:

@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from dbrx_jax.kernels.forms_tpu import CHUNK, LANES, MOST_VMEM, Form, iota, scale_bytes, stored
+from dbrx_jax.kernels.forms_tpu import CHUNK, LANES, MOST_VMEM, Form, iota, scale_bytes, stored, tiles_name
 from dbrx_jax.kernels.sums_tpu import add_out, into
+from dbrx_jax.kernels.tiles import table
 from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
@@ -60,8 +61,11 @@ def tile_candidates(x: Float[Array, "N D"], w1: Weight) -> list[DecodeTiles]:
 
 
 def default_tiles(x: Float[Array, "N D"], w1: Weight) -> DecodeTiles:
-    """The largest tiles whose step reads up to STEP_BYTES, by the bytes of w1's rows; else the smallest there are."""
+    """The table's; else the largest whose step reads up to STEP_BYTES, by the bytes of w1's rows, or the smallest."""
     candidates = tile_candidates(x, w1)
+    found = table().get(tiles_name("experts_tpu", w1, x.shape[0]))
+    if found is not None and DecodeTiles(*found) in candidates:
+        return DecodeTiles(*found)
     fitting = [t for t in candidates if 3 * _tile_bytes(w1, t) <= STEP_BYTES]
     return (fitting or candidates)[-1 if fitting else 0]
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
+from dbrx_jax.kernels.tiles import name_of
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
@@ -46,6 +47,12 @@ class Form(NamedTuple):
 def stored(weight: Weight) -> Array:
     """A plain weight, or a quantised one's values."""
     return weight.values if isinstance(weight, QuantizedArray) else weight
+
+
+def tiles_name(kernel: str, weight: Weight, rows: int) -> str:
+    """Of a product in the table of tile sizes."""
+    kind, group = (weight.kind, weight.group) if isinstance(weight, QuantizedArray) else (str(weight.dtype), None)
+    return name_of(kernel, kind, group, tuple(weight.shape[1:]), rows)
 
 
 def scale_bytes(weight: Weight) -> int:

@@ -7,6 +7,7 @@ computed for each of them, and each stores its own rows alone.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -21,6 +22,7 @@ from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.sums_gpu import Block, by_channel, sums_of
+from dbrx_jax.kernels.tiles import name_of, table
 from dbrx_jax.kernels.words_gpu import Words, activations, fits, split_scales, words
 from dbrx_jax.ops.linear import Weight
 
@@ -177,14 +179,28 @@ def grouped_matmul(
       rows: sorted by group; what lies past the sum of sizes gives 0, whatever it holds.
       weight: that :func:`supports` takes: contracted 1: (E, M, C); 0: (E, C, M).
       sizes: rows of each group, also 0.
-      tiles: PlainTiles for a plain weight; the first of :func:`candidate_tiles` otherwise.
+      tiles: PlainTiles for a plain weight, GroupedTiles for another; :func:`default_tiles` by default.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
     taken = words(weight, contracted)
-    tiles = tiles or candidate_tiles(weight, contracted)[0]
+    tiles = tiles or default_tiles(rows, weight, contracted)
     product: Callable[..., Array] = _plain if taken.kind == "plain" else _quantized
     y = product(rows, taken, sizes, tiles, interpret)[: rows.shape[0]]
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], y, 0).astype(rows.dtype)
+
+
+def default_tiles(rows: Any, weight: Weight, contracted: int) -> GroupedTiles | PlainTiles:
+    """The table's, else the first of the candidates."""
+    candidates: list[Any] = candidate_tiles(weight, contracted)
+    found = table().get(tiles_name(rows, weight, contracted))
+    return next((t for t in candidates if found is not None and list(t) == found), candidates[0])
+
+
+def tiles_name(rows: Any, weight: Weight, contracted: int) -> str:
+    """Of a product in the table of tile sizes: by an expert's share of the rows."""
+    w = jax.eval_shape(partial(words, contracted=contracted), weight)
+    share = math.ceil(rows.shape[0] / weight.shape[0])
+    return name_of(f"grouped_gpu {contracted}", w.kind, w.group, (w.channels, w.depth), share)
 
 
 def candidate_tiles(weight: Weight, contracted: int) -> list[GroupedTiles] | list[PlainTiles]:
@@ -239,7 +255,7 @@ def grouped_bytes(
 ) -> tuple[int, int]:
     """Bytes that :func:`grouped_matmul`'s kernel copies in, most of them from the cache, and out, for these sizes."""
     taken = jax.eval_shape(partial(words, contracted=contracted), weight)
-    tiles = tiles or candidate_tiles(weight, contracted)[0]
+    tiles = tiles or default_tiles(rows, weight, contracted)
     if taken.kind == "plain":  # every place that there could be a pair in is computed
         pairs = -(-rows.shape[0] // tiles.rows) + len(sizes) - 1
     else:

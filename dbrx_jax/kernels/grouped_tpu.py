@@ -7,6 +7,7 @@ jax.lax.ragged_dot does not do: it copies weights (E, M, C) to have C before M, 
 the weight is megablox's tgmm, which ships with JAX.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +31,9 @@ from dbrx_jax.kernels.forms_tpu import (
     product,
     scale_bytes,
     stored,
+    tiles_name,
 )
+from dbrx_jax.kernels.tiles import table
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
@@ -72,9 +75,15 @@ def tile_candidates(rows: Float[Array, "P C"], weight: Weight, contracted: int) 
 
 
 def default_tiles(rows: Float[Array, "P C"], weight: Weight, contracted: int) -> GroupedTiles:
-    """Rows for an expert's share of them, and up to 512 columns: more only lengthens the way to the first product."""
+    """The table's; else rows for an expert's share of them, and up to 512 columns.
+
+    More columns only lengthen the way to the first product.
+    """
     candidates = tile_candidates(rows, weight, contracted)
     share = rows.shape[0] / weight.shape[0]
+    found = table().get(tiles_name(f"grouped_tpu {contracted}", weight, math.ceil(share)))
+    if found is not None and GroupedTiles(*found) in candidates:
+        return GroupedTiles(*found)
     wanted = next((r for r in ROW_TILES if r >= share), ROW_TILES[-1])
     for most, r in ((512, wanted), (512, ROW_TILES[0])):
         fitting = [t for t in candidates if t.rows == r and t.columns <= most]

@@ -1,0 +1,19 @@
+"""Tile sizes by name of a product, from a table that `python -m benchmarks.tiles` writes; else the kernels' rules."""
+
+import functools
+import json
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("tiles.json")
+
+
+@functools.cache
+def table() -> dict[str, list[int]]:
+    """Tile sizes by name, in the order of the kernel's tuple of them."""
+    return {name: entry["tiles"] for name, entry in json.loads(TABLE.read_text()).items()}
+
+
+def name_of(kernel: str, kind: str, group: int | None, sizes: tuple[int, ...], rows: int) -> str:
+    """Such as "experts_tpu, int4 by 128, 10752 x 6144, 16 rows"; rows are rounded up to a power of two."""
+    weights = kind if group is None else f"{kind} by {group}"
+    return f"{kernel}, {weights}, {' x '.join(map(str, sizes))}, {1 << (max(rows, 8) - 1).bit_length()} rows"
