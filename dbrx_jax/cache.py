@@ -159,12 +159,17 @@ def write(
     rows, place = first_row + jnp.arange(R)[:, None], jnp.where(mine, positions // stride, cache.key.shape[2])
 
     heads = cache.key.shape[1]
-    # A TPU's compiler copies the whole cache if it lies by head, and a scatter writes all heads of a position at once.
-    each = jnp.arange(heads) if platform == "tpu" and lies_by_head(heads, cache.key.dtype) else slice(None)
+    by_head = platform == "tpu" and lies_by_head(heads, cache.key.dtype)
 
     def put(into: Array, new: Array) -> Array:
-        if isinstance(each, slice):
-            return into.at[rows, :, place].set(new, unique_indices=True, mode="drop")
-        return into.at[rows[..., None], each, place[..., None]].set(new, unique_indices=True, mode="drop")
+        if by_head:  # a scatter of all heads of a position at once would have the whole cache turned
+            where = (rows[..., None], jnp.arange(heads), place[..., None])
+            return into.at[where].set(new, unique_indices=True, mode="drop")
+        if platform == "tpu" and T == 1 and into.ndim == 4:
+            from dbrx_jax.kernels.cache_tpu import write_positions  # takes seconds to import
+
+            new = new[:, 0].astype(into.dtype)
+            return write_positions(into.swapaxes(1, 2), new, rows[:, 0], place[:, 0]).swapaxes(1, 2)
+        return into.at[rows, :, place].set(new, unique_indices=True, mode="drop")
 
     return jax.tree.map(put, cache, new)

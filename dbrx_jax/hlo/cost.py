@@ -32,6 +32,10 @@ _KNOWN = _ELEMENTWISE | _WHOLE | _PART | _PICKS | _UPDATES
 _NOTHING = words("ConcatBitcast AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone")
 
 
+# A kernel of ours (kernels/cache_tpu.py) that writes its third operand into its fourth, whose buffer its result is.
+_IN_PLACE = "/write_positions/"
+
+
 @dataclass(frozen=True)
 class _Cost:
     operands: list[int]  # bytes read from HBM
@@ -46,6 +50,9 @@ def cost(scope: Scope, instr: Instr) -> _Cost:
         return nothing
     if instr.opcode == "copy-start" and not _is_used(scope.computation, instr):
         return nothing  # brings a parameter to the chip for the next execution; this one's was counted at its start
+    if instr.opcode == "custom-call" and _IN_PLACE in instr.op_name:
+        new = sum(leaf.bytes for leaf in leaves(scope.computation.instrs[instr.operands[2]].type))
+        return _Cost([new], [new])
     body = scope.module.body(instr) if instr.opcode == "fusion" else _alone(scope, instr)
     dead = functools.partial(_dies_at, scope, instr)
     carried = under_way(scope, instr, body)
