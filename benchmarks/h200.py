@@ -82,7 +82,7 @@ TOY = Size(
     dataclasses.replace(
         DbrxConfig.from_name("demo"), d_model=64, n_heads=4, kv_n_heads=2, n_layers=1, ffn_hidden_size=96
     ),
-    ("int4", "int8"),
+    ("int8",),
     (1, 3),
     (128,),
     steps=4,

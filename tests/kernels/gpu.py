@@ -4,13 +4,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tests.kernels.weights import floats
-
-plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-if not hasattr(plgpu, "InterpretGPUParams"):
-    pytest.skip("needs a jax with an interpreter for Mosaic GPU kernels", allow_module_level=True)
-callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
 
 INTERPRET = plgpu.InterpretGPUParams()
 

@@ -8,17 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from dbrx_jax.cache import to_int8
-from dbrx_jax.kernels.choice import LEAST_JAX_ON_GPU
-from dbrx_jax.ops.attention import cached_attention, reference_attention
-
-if jax.__version_info__ < LEAST_JAX_ON_GPU:
-    pytest.skip("this JAX cannot interpret Mosaic's kernels for GPUs", allow_module_level=True)
-
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dbrx_jax.cache import to_int8
 from dbrx_jax.kernels import attention_gpu
+from dbrx_jax.ops.attention import cached_attention, reference_attention
 
 H, G, K = 6, 2, 128  # query heads, key-value heads, elements
 

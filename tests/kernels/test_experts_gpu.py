@@ -7,11 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dbrx_jax.kernels import experts_gpu, words_gpu
 from dbrx_jax.ops.experts import ACTIVATIONS
 from tests.kernels.gpu import INTERPRET, copied, error, fresh_interpreter  # noqa: F401
 from tests.kernels.weights import floats, shape_of, stored_bytes, weight_of
-
-from dbrx_jax.kernels import experts_gpu, words_gpu  # isort: skip  (after the check for a jax that has it)
 
 FORMS = ("int8", "fp8", "int4", "int4-64", "int4-128")
 

@@ -25,6 +25,8 @@ from dbrx_jax.kernels.forms_tpu import Form
 from dbrx_jax.ops.experts import ACTIVATIONS
 from tests.kernels.weights import QUICKLY, floats, shape_of, stored_bytes, weight_of
 
+pytestmark = pytest.mark.slow  # the lane of the newest JAX runs it too
+
 FORMS = ("plain", "int8", "fp8", "int4", "int4-128", "int4-64", "int4-32")
 BOUNDS = {jnp.bfloat16: 1e-2, jnp.float32: 1e-5}
 

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dbrx_jax.kernels import grouped_gpu as grouped
+from dbrx_jax.kernels import grouped_gradient_gpu as gradient
 from tests.kernels.gpu import INTERPRET, copied, error, fresh_interpreter  # noqa: F401
 from tests.kernels.weights import floats, weight_of
-
-from dbrx_jax.kernels import grouped_gpu as grouped  # isort: skip  (after the check for a jax that has it)
-from dbrx_jax.kernels import grouped_gradient_gpu as gradient  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value")
 

@@ -24,6 +24,8 @@ from dbrx_jax.kernels.grouped_tpu import (
 from tests.kernels.test_experts_tpu import BOUNDS, FORMS, assert_close, moved, rows_of
 from tests.kernels.weights import QUICKLY, floats, shape_of, weight_of
 
+pytestmark = pytest.mark.slow  # the lane of the newest JAX runs it too
+
 SIZES = ([70, 0, 57, 100], [0, 0, 0, 0], [0, 250, 0, 0], [128, 0, 128, 0], [1, 2, 0, 3], [250])
 
 
