@@ -31,11 +31,18 @@ from benchmarks.record import RESULTS, ROOT, stamp, write
 from benchmarks.workers import serve
 from benchmarks.workers.ours import Ours
 from dbrx_jax import decoding
-from dbrx_jax.cache import CACHE_BLOCK, capacity, chunk_lengths
+from dbrx_jax.cache import CACHE_BLOCK, capacity, chunk_lengths, to_int8
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.console import say
 from dbrx_jax.model.causal_lm import DbrxForCausalLM, split
-from dbrx_jax.ops.attention import cached_attention, join_stripes, reference_attention
+from dbrx_jax.ops.attention import (
+    SHORT_SEQUENCE,
+    cached_attention,
+    chosen,
+    join_stripes,
+    reference_attention,
+    sequence_attention,
+)
 from dbrx_jax.ops.experts import ExpertWeights, apply_experts, reference_experts
 from dbrx_jax.parameters import model_from_arrays, placed_arrays
 from dbrx_jax.plan import Setting, fits, memory
@@ -184,20 +191,58 @@ def _reference(x: Any, mix: Any, experts: Any, weights: list[Any], activation: s
 
 
 def _attention_errors(config: DbrxConfig) -> Iterator[tuple[str, float]]:
-    H, G, K = config.n_heads, config.kv_n_heads, config.head_dim
-    for rows, tokens, length in ((1, 1, 700), (5, 1, 700), (1, 256, 500)):
+    H, G, K, platform = config.n_heads, config.kv_n_heads, config.head_dim, ONE_DEVICE.platform
+    how = chosen(None, platform)
+    for rows, tokens, length, int8 in ((1, 1, 700, False), (5, 1, 700, True), (1, 256, 500, False), (1, 256, 0, True)):
         S = 1024
         keys = jax.random.split(jax.random.key(rows), 3)
         q = jax.random.normal(keys[0], (rows, tokens, H, K), jnp.bfloat16)
-        k, v = (jax.random.normal(key, (rows, G, S, K), jnp.bfloat16) for key in keys[1:])
-        positions = length - jnp.arange(rows)[:, None] * 3 + jnp.arange(tokens)
-        attend = partial(cached_attention, first_row=0, block=CACHE_BLOCK, platform=ONE_DEVICE.platform)
-        part = jax.jit(attend)(q, k, v, positions)
-        seen = jnp.arange(S) <= positions[:, :, None]
-        f32 = (a.astype(jnp.float32) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
-        with jax.default_matmul_precision("highest"):
-            want = reference_attention(*f32, seen)
-        yield f"attention, {rows} rows, {tokens} tokens", _error(join_stripes(part, jnp.float32, ONE_DEVICE), want)
+        k, v = (jax.random.normal(key, (rows, S, G, K), jnp.bfloat16) for key in keys[1:])
+        positions = length + jnp.arange(rows)[:, None] * 3 + jnp.arange(tokens)
+        held, scales = [k, v], None
+        if int8:
+            (k8, of_keys), (v8, of_values) = to_int8(k), to_int8(v)
+            held, scales = [k8, v8], (of_keys.swapaxes(1, 2), of_values.swapaxes(1, 2))
+            k, v = (
+                a.astype(jnp.float32) * s[..., None].astype(jnp.float32) for a, s in ((k8, of_keys), (v8, of_values))
+            )
+        attend = partial(cached_attention, first_row=0, block=CACHE_BLOCK, platform=platform, implementation=how)
+        part = jax.jit(attend)(q, *(a.swapaxes(1, 2) for a in held), positions, scales=scales)
+        want = _definition(q, k, v, jnp.arange(S) <= positions[:, :, None])
+        name = f"{how} attention, {rows} rows, {tokens} tokens, {'int8' if int8 else 'bfloat16'} cache"
+        yield name, _error(join_stripes(part, jnp.float32, ONE_DEVICE), want)
+    yield from _sequence_errors(config, how)
+
+
+def _sequence_errors(config: DbrxConfig, how: str) -> Iterator[tuple[str, float]]:
+    """Of whole sequences that are longer than what the definition computes, padded left and right, with gradients."""
+    H, G, K, T = config.n_heads, config.kv_n_heads, config.head_dim, SHORT_SEQUENCE + 256
+    shapes = ((2, T, H, K), (2, T, G, K), (2, T, G, K), (2, T, H, K))
+    *qkv, d_out = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
+    place = jnp.arange(T)
+    valid = jnp.stack([place >= 70, place < 900])
+    mask = jnp.tril(jnp.ones((T, T), bool)) & valid[:, None]
+    d_out = d_out * valid[:, :, None, None]
+
+    def by(attention: Any) -> Any:
+        def run(*qkv):
+            out, pull = jax.vjp(attention, *qkv)
+            return out * valid[:, :, None, None], pull(d_out.astype(out.dtype))
+
+        return jax.jit(run)
+
+    kernel = partial(sequence_attention, valid=valid, implementation=how, platform=ONE_DEVICE.platform)
+    out, gradients = by(kernel)(*qkv)
+    with jax.default_matmul_precision("highest"):
+        want, true = by(partial(reference_attention, mask=mask))(*(a.astype(jnp.float32) for a in qkv))
+    yield f"{how} attention, whole sequences", _error(out, want)
+    for name, a, b in zip(("queries", "keys", "values"), gradients, true, strict=True):
+        yield f"{how} attention, gradient of {name}", _error(a, b)
+
+
+def _definition(q: Any, k: Any, v: Any, seen: Any) -> Any:
+    with jax.default_matmul_precision("highest"):
+        return reference_attention(*(a.astype(jnp.float32) for a in (q, k, v)), seen)
 
 
 def _error(out: Any, want: Any) -> float:
@@ -346,12 +391,15 @@ def main() -> None:
     own_process()
     if options.part is None:
         options.output.unlink(missing_ok=True)
+        failed: list[str] = []
         for part in PARTS:
             arguments = ["--part", part, "--output", str(options.output), *(["--toy"] if options.toy else [])]
+            arguments += ["--precision", options.precision] if options.precision else []
             done = subprocess.run([sys.executable, "-m", "benchmarks.h200", *arguments], cwd=ROOT)
-            if done.returncode:
-                sys.exit(done.returncode)
-        return
+            failed += [part] if done.returncode else []
+            if part == "check" and failed:
+                break  # the speed of what is wrong says nothing
+        sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
     if not options.toy and options.part != "peer" and "H200" not in jax.devices()[0].device_kind:
         parser.error(f"this is a {jax.devices()[0].device_kind}, and no H200; --toy runs anywhere")
     if options.precision:

@@ -66,7 +66,7 @@ def _few_tpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
     from dbrx_jax.kernels.forms_tpu import tiles_name
 
     x = _rows(rows + -rows % module.ROWS, w1.shape[2])
-    slot = Slot(tiles_name("experts_tpu", w1, x.shape[0]), module.tile_candidates(x, w1), module.default_tiles(x, w1))
+    slot = Slot(tiles_name("experts_tpu", w1, x.shape[0]), module.tile_candidates(x, w1), module.rule_tiles(x, w1))
 
     def call(tiles: Mapping[str, Tiles], x, w1, v1, w2):
         return module.decode_experts(x, *_chosen(x, places), w1, v1, w2, "silu", tiles=tiles[slot.name])
@@ -80,14 +80,10 @@ def _few_gpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
 
     x, tokens = _rows(rows, w1.shape[2]), rows + -rows % module.LEAST_TOKENS
     up, down = (jax.eval_shape(partial(words, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
-    slots = [
-        Slot(
-            module.tiles_name(w, tokens, places),
-            module.candidate_tiles(w, tokens, places),
-            module.default_tiles(w, tokens, places),
-        )
-        for w in ((up, up), (down,))
-    ]
+    slots = []
+    for weights in ((up, up), (down,)):
+        candidates = module.candidate_tiles(weights, tokens, places)
+        slots.append(Slot(module.tiles_name(weights, tokens, places), candidates, candidates[0]))
 
     def call(tiles: Mapping[str, Tiles], x, w1, v1, w2):
         both = tuple(tiles[slot.name] for slot in slots)
@@ -104,13 +100,14 @@ def _many(kind: str, rows: Any, weight: Any, contracted: int) -> Case:
 
         share = math.ceil(rows.shape[0] / weight.shape[0])
         name = tiles_name(f"grouped_tpu {contracted}", weight, share)
-        candidates = module.tile_candidates(rows, weight, contracted)
+        candidates, rule = module.tile_candidates(rows, weight, contracted), module.rule_tiles(rows, weight, contracted)
     else:
         from dbrx_jax.kernels import grouped_gpu as module
 
         name = module.tiles_name(rows, weight, contracted)
         candidates = module.candidate_tiles(weight, contracted)
-    slot = Slot(name, candidates, module.default_tiles(rows, weight, contracted))
+        rule = candidates[0]
+    slot = Slot(name, candidates, rule)
 
     def call(tiles: Mapping[str, Tiles], rows, weight):
         sizes = jnp.full(weight.shape[0], rows.shape[0] // weight.shape[0], jnp.int32)
@@ -160,7 +157,11 @@ def on_device(case: Case) -> Callable[[Mapping[str, Tiles]], float]:
 
     def seconds(tiles: Mapping[str, Tiles]) -> float:
         run = jax.jit(partial(case.call, dict(tiles)))
-        return best_seconds(lambda: jax.block_until_ready(run(*arguments)))
+        try:
+            return best_seconds(lambda: jax.block_until_ready(run(*arguments)))
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:  # too large for the device
+            say(f"{dict(tiles)}: {str(error).splitlines()[0]:.100}")
+            return math.inf
 
     return seconds
 
@@ -187,8 +188,8 @@ def main() -> None:
                 about = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
                 entries[slot] = {"tiles": list(tiles), "by": by, **({} if options.rules else about)}
                 say(f"{slot}: {list(tiles)}")
-    lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items()))
-    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items()))
+            TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     table.cache_clear()
 
 

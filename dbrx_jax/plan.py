@@ -133,8 +133,8 @@ def _working(setting: Setting, rows: int, tokens: int) -> int:
     if partition.size("fsdp") > 1:
         weights = [array for name, array in setting.arrays.items() if ".experts." in name][:3]  # of one expert
         gathered = sum(_gathered(leaf, spec, partition) for w in weights for _, leaf, spec in w.leaves())
-        if kind_of(setting.target.platform):  # all of a device lie in one array
-            gathered *= config.moe_num_experts // partition.size("expert")
+        if kind_of(setting.target.platform):  # there all of a device lie in one array
+            gathered *= partition.expert_arrays(config.moe_num_experts)
     return hidden + max(attention, experts * setting.width) + rows * vocabulary * 8 + gathered
 
 

@@ -386,7 +386,7 @@ def test_h200_at_toy_size(tmp_path):
     found = json.loads(output.read_text())
     assert found["toy"] is True
     (errors,) = found["check"]
-    assert len(errors) == 3 * 2 + 3
+    assert len(errors) == 3 * 2 + 4 + 4
     assert max(errors.values()) < h200.LARGEST_ERROR
     measured = found["decode"][1:]
     cases = [(c["precision"], c["batch"], c["context"]) for c in measured]

@@ -27,14 +27,14 @@ class Temporary:
     op_name: str
 
 
-def hbm_traffic(text: str, trips: Mapping[str, int] | None = None, kernels: Mapping[str, int] | None = None) -> Traffic:
+def hbm_traffic(text: str, trips: Mapping[str, int] | None = None) -> Traffic:
     """The HBM traffic of one execution of a module.
 
     Every executed instruction reads its operands and writes its results once, where those are in HBM. Of what
     is only sliced or gathered from, the slice counts; of an update in place, the update. Of a conditional the
     largest branch counts. A custom call (a kernel) reads all of its operands and writes all of its results once:
-    what it estimates of itself is not asked for, and what ours read is in their modules, by test. A collective
-    reads its operand and writes its result once.
+    what it estimates of itself is not asked for. (Of ours tests say that it is so, but for the one that writes
+    positions into a cache in place, of which those count.) A collective reads its operand and writes its result once.
 
     Args:
       text: of the module.

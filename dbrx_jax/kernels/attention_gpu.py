@@ -47,19 +47,16 @@ class Shape(NamedTuple):
     stride: int  # of the stripe
     scaled: bool
     buffers: int
-
-    @property
-    def successive(self) -> bool:
-        """Whether a tile's queries are at successive positions, rather than at one."""
-        return self.units > self.heads
+    successive: bool  # whether a tile's queries are at successive positions, rather than at one
 
 
 def _shape(query: Any, key: Any, stride: int) -> Shape:
     R, T, H, K = query.shape
     G, size = key.shape[1], jnp.dtype(key.dtype).itemsize
     if T > 1:
-        return Shape(ROWS, T // ROWS, H, G, K, 1, stride, size == 1, BUFFERS[size])
-    return Shape(-(-H // G // 8) * 8, 1, G, G, K, -(-WARP_GROUPS // (R * G)), stride, size == 1, BUFFERS[size])
+        return Shape(ROWS, T // ROWS, H, G, K, 1, stride, size == 1, BUFFERS[size], True)
+    parts = -(-WARP_GROUPS // (R * G))
+    return Shape(-(-H // G // 8) * 8, 1, G, G, K, parts, stride, size == 1, BUFFERS[size], False)
 
 
 def cache_attention(

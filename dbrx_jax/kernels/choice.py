@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -9,16 +10,28 @@ from typing import Any
 import jax
 from jax import Array
 
-# Whose kernels run on what JAX calls a platform. One that is not of its own kind interprets them, in tests.
+# Whose kernels run on what JAX calls a platform: "gpu" is a card that is here, "cuda" one that is compiled for. One
+# that is not of its own kind interprets them, in tests.
 KINDS = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
 # Mosaic's kernels for GPUs can be tested without one from here on.
 LEAST_JAX_ON_GPU = (0, 11, 1)
+HOPPER = "9.0"  # compute capability
+# An environment variable: 0 turns all kernels off.
+SWITCH = "DBRX_KERNELS"
 
 
 def kind_of(platform: str) -> str | None:
     """Whose kernels run on a platform: "tpu", "gpu", or None where none do."""
     kind = KINDS.get(platform)
-    return None if kind == "gpu" and jax.__version_info__ < LEAST_JAX_ON_GPU else kind
+    if os.environ.get(SWITCH) == "0" or (kind == "gpu" and jax.__version_info__ < LEAST_JAX_ON_GPU):
+        return None
+    return None if platform == "gpu" and not _all_hopper() else kind
+
+
+@functools.cache
+def _all_hopper() -> bool:
+    """Whether the GPUs that are here are those that the kernels are made for."""
+    return all(getattr(device, "compute_capability", None) == HOPPER for device in jax.devices("gpu"))
 
 
 @dataclasses.dataclass(frozen=True)

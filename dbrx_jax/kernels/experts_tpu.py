@@ -61,11 +61,15 @@ def tile_candidates(x: Float[Array, "N D"], w1: Weight) -> list[DecodeTiles]:
 
 
 def default_tiles(x: Float[Array, "N D"], w1: Weight) -> DecodeTiles:
-    """The table's; else the largest whose step reads up to STEP_BYTES, by the bytes of w1's rows, or the smallest."""
-    candidates = tile_candidates(x, w1)
+    """The table's, else the rule's."""
     found = table().get(tiles_name("experts_tpu", w1, x.shape[0]))
-    if found is not None and DecodeTiles(*found) in candidates:
-        return DecodeTiles(*found)
+    timed = found is not None and DecodeTiles(*found) in tile_candidates(x, w1)
+    return DecodeTiles(*found) if found is not None and timed else rule_tiles(x, w1)
+
+
+def rule_tiles(x: Float[Array, "N D"], w1: Weight) -> DecodeTiles:
+    """The largest tiles whose step reads up to STEP_BYTES, by the bytes of w1's rows; else the smallest there are."""
+    candidates = tile_candidates(x, w1)
     fitting = [t for t in candidates if 3 * _tile_bytes(w1, t) <= STEP_BYTES]
     return (fitting or candidates)[-1 if fitting else 0]
 

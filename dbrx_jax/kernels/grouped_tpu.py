@@ -75,15 +75,17 @@ def tile_candidates(rows: Float[Array, "P C"], weight: Weight, contracted: int) 
 
 
 def default_tiles(rows: Float[Array, "P C"], weight: Weight, contracted: int) -> GroupedTiles:
-    """The table's; else rows for an expert's share of them, and up to 512 columns.
+    """The table's, by an expert's share of the rows; else the rule's."""
+    share = math.ceil(rows.shape[0] / weight.shape[0])
+    found = table().get(tiles_name(f"grouped_tpu {contracted}", weight, share))
+    timed = found is not None and GroupedTiles(*found) in tile_candidates(rows, weight, contracted)
+    return GroupedTiles(*found) if found is not None and timed else rule_tiles(rows, weight, contracted)
 
-    More columns only lengthen the way to the first product.
-    """
+
+def rule_tiles(rows: Float[Array, "P C"], weight: Weight, contracted: int) -> GroupedTiles:
+    """Rows for an expert's share of them, and up to 512 columns: more only lengthens the way to the first product."""
     candidates = tile_candidates(rows, weight, contracted)
     share = rows.shape[0] / weight.shape[0]
-    found = table().get(tiles_name(f"grouped_tpu {contracted}", weight, math.ceil(share)))
-    if found is not None and GroupedTiles(*found) in candidates:
-        return GroupedTiles(*found)
     wanted = next((r for r in ROW_TILES if r >= share), ROW_TILES[-1])
     for most, r in ((512, wanted), (512, ROW_TILES[0])):
         fitting = [t for t in candidates if t.rows == r and t.columns <= most]

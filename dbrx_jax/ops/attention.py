@@ -44,7 +44,7 @@ def chosen(implementation: str | None, platform: str) -> str:
         names = ", ".join(IMPLEMENTATIONS)
         raise ConfigError(f"attention_implementation: expected one of {names}, got {implementation!r}")
     if implementation == "flash" and kind_of(platform) is None:
-        needs = f"jax {'.'.join(map(str, LEAST_JAX_ON_GPU))} or later" if platform in GPU else "a TPU or GPU"
+        needs = f"a Hopper GPU and jax {'.'.join(map(str, LEAST_JAX_ON_GPU))}" if platform in GPU else "a TPU or GPU"
         raise ConfigError(f'attention_implementation: "flash" needs {needs}; take "xla" or leave it out')
     return implementation
 

@@ -52,8 +52,8 @@ def assert_same_parts(got, want, tolerance=1e-2):
         assert np.abs(x - true).max() <= tolerance * np.abs(true).max()
 
 
-def check(cache_dtype, starts, tokens, positions, stripe, first_row, seed):
-    query = jnp.asarray(random(seed, len(starts), tokens, H, K), jnp.bfloat16)
+def check(cache_dtype, starts, tokens, positions, stripe, first_row, seed, heads=H):
+    query = jnp.asarray(random(seed, len(starts), tokens, heads, K), jnp.bfloat16)
     key, value, scales = filled_cache(seed, len(starts) + 2, positions, cache_dtype)
     places = np.asarray(starts)[:, None] + np.arange(tokens)
     want = cached_attention(query, key, value, places, first_row, 0, stripe, scales=scales, implementation="reference")
@@ -69,6 +69,10 @@ def test_decoding_matches_the_definition(cache_dtype, stride, seed, data):
     ends = st.sampled_from([0, positions * stride - 1]) | st.integers(0, positions * stride - 1)
     starts = data.draw(st.lists(ends, min_size=1, max_size=3))
     check(cache_dtype, starts, 1, positions, (offset, stride), data.draw(st.integers(0, 2)), seed)
+
+
+def test_a_chunk_with_as_many_heads_of_keys_as_of_queries():
+    check("bfloat16", [64], 64, 192, (0, 1), 0, 3, heads=G)
 
 
 @settings(max_examples=2)

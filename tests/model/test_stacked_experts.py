@@ -1,12 +1,15 @@
 """All experts of a layer in one array, as kernels take them: the same model, loaded, sharded, quantised and run."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
-from dbrx_jax.kernels import choice
+from dbrx_jax.kernels import attention_gpu, attention_tpu, choice
 from dbrx_jax.parameters import model_from_parameters, parameter_specs, parameters_of, placed_arrays
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding import make_mesh, parse_axes
@@ -14,7 +17,7 @@ from tests.conftest import GOLDEN
 
 # Sizes that the kernels take.
 SMALL = DbrxConfig(
-    d_model=256,
+    d_model=512,
     n_heads=4,
     kv_n_heads=2,
     n_layers=2,
@@ -92,10 +95,16 @@ def test_kernels_generate_as_the_plain_experts(stacked, kind, axes, quantization
         assert module.__name__.endswith(kind)
         whole = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=whole, n=name, **b: (traced.append(n), f(*a, **b))[1])
-    model = model_from_parameters(SMALL, parameters, axes and mesh_of(axes), quantization=how)
-    logits = np.asarray(model(ids))
-    assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
-    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=3, eos_token_id=None), tokens)
+    cache = attention_tpu if kind == "tpu" else attention_gpu
+    attend = cache.cache_attention
+    monkeypatch.setattr(cache, "cache_attention", lambda *a, **b: (traced.append("attention"), attend(*a, **b))[1])
+    with pltpu.force_tpu_interpret_mode() if kind == "tpu" else contextlib.nullcontext():
+        model = model_from_parameters(SMALL, parameters, axes and mesh_of(axes), quantization=how)
+        logits = np.asarray(model(ids))
+        assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
+        np.testing.assert_array_equal(model.generate(ids, max_new_tokens=3, eos_token_id=None), tokens)
     # Two layers each: the sequence's and the prompt's grouped products, three a layer, and the steps.
     assert traced.count("decode_experts") == 2
     assert traced.count("grouped_matmul") == 2 * 2 * 3
+    # In chunks and steps. The GPU's is for bfloat16.
+    assert traced.count("attention") == (2 * 2 if kind == "tpu" else 0)

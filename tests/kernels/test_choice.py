@@ -1,0 +1,38 @@
+"""On which devices kernels run."""
+
+import types
+
+import jax
+import pytest
+
+from dbrx_jax.kernels import choice
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    choice._all_hopper.cache_clear()
+    yield
+    choice._all_hopper.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "kind"), [("9.0", "gpu"), ("8.0", None), ("10.0", None), (None, None)])
+def test_only_hopper_gpus_have_kernels(monkeypatch, capability, kind):
+    card = types.SimpleNamespace(compute_capability=capability) if capability else types.SimpleNamespace()
+    monkeypatch.setattr(jax, "devices", lambda platform: [card])
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    assert choice.kind_of("gpu") == kind
+
+
+def test_older_jax_and_cpus_have_none(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert choice.kind_of("cuda") is None
+    assert choice.kind_of("tpu") == "tpu"
+    assert choice.kind_of("cpu") is None
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    assert choice.kind_of("cuda") == "gpu"
+
+
+def test_the_switch_turns_them_off(monkeypatch):
+    monkeypatch.setenv("DBRX_KERNELS", "0")
+    assert choice.kind_of("tpu") is None
+    assert choice.expert_kernels("tpu") is None
