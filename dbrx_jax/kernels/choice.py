@@ -10,8 +10,7 @@ from typing import Any
 import jax
 from jax import Array
 
-# Whose kernels run on what JAX calls a platform: "gpu" is a card that is here, "cuda" one that is compiled for. One
-# that is not of its own kind interprets them, in tests.
+# Whose kernels run on what JAX calls a platform. One that is not of its own kind interprets them, in tests.
 KINDS = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
 # Mosaic's kernels for GPUs can be tested without one from here on.
 LEAST_JAX_ON_GPU = (0, 11, 1)
@@ -25,13 +24,14 @@ def kind_of(platform: str) -> str | None:
     kind = KINDS.get(platform)
     if os.environ.get(SWITCH) == "0" or (kind == "gpu" and jax.__version_info__ < LEAST_JAX_ON_GPU):
         return None
-    return None if platform == "gpu" and not _all_hopper() else kind
+    return None if kind == "gpu" and platform != "cpu" and not _all_hopper() else kind
 
 
 @functools.cache
 def _all_hopper() -> bool:
-    """Whether the GPUs that are here are those that the kernels are made for."""
-    return all(getattr(device, "compute_capability", None) == HOPPER for device in jax.devices("gpu"))
+    """Whether the GPUs that are here are those that the kernels are made for; of those compiled for, all are."""
+    here = jax.devices() if jax.default_backend() == "gpu" else []
+    return all(getattr(device, "compute_capability", None) == HOPPER for device in here)
 
 
 @dataclasses.dataclass(frozen=True)

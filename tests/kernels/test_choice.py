@@ -18,9 +18,15 @@ def asked_anew():
 @pytest.mark.parametrize(("capability", "kind"), [("9.0", "gpu"), ("8.0", None), ("10.0", None), (None, None)])
 def test_only_hopper_gpus_have_kernels(monkeypatch, capability, kind):
     card = types.SimpleNamespace(compute_capability=capability) if capability else types.SimpleNamespace()
-    monkeypatch.setattr(jax, "devices", lambda platform: [card])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [card])
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     assert choice.kind_of("gpu") == kind
+
+
+def test_cards_that_are_compiled_for_are_hopper(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    assert choice.kind_of("gpu") == "gpu"
 
 
 def test_older_jax_and_cpus_have_none(monkeypatch):
