@@ -12,6 +12,7 @@ from dbrx_jax.targets import TARGETS
 
 MOST_TRAFFIC = 1.15  # of the least HBM traffic, at most
 EXPERT = 3 * 10752 * 6144  # weights
+SMALL = 350e6  # bytes that a plan may be wrong by, also of few layers
 
 
 @pytest.mark.slow
@@ -41,7 +42,7 @@ def test_132b_compiles_as_planned(target, dtype, batch, context, layers, tmp_pat
     kind, _, _ = target.partition("-")
     for compiled in (decode, prefill):
         assert compiled["total"] <= 0.97 * TARGETS[kind].hbm_bytes
-        assert compiled["planned"] == pytest.approx(compiled["total"], rel=0.10), compiled
+        assert compiled["planned"] == pytest.approx(compiled["total"], rel=0.10, abs=SMALL), compiled
         assert compiled["moved"] == pytest.approx(compiled["planned_moved"], rel=0.01), compiled
         assert compiled["weights_moved"] == []
     assert decode["temporaries"] < EXPERT * {"bfloat16": 2, "int8": 1, "int4": 0.5}[dtype]
