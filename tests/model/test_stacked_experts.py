@@ -77,8 +77,9 @@ CASES = [
     pytest.param("tpu", "expert=2,tensor=2", "int8", marks=pytest.mark.slow),
 ]
 if jax.__version_info__ >= choice.LEAST_JAX_ON_GPU:
-    # Not quantised: scales are in bfloat16 there, and tokens could differ.
-    CASES += [("gpu", None, None), ("gpu", "expert=2,tensor=2", None)]
+    # Not quantised: scales are in bfloat16 there, and tokens could differ. On one device: the interpreter of
+    # GPUs' kernels has one state for all of a process, and several devices at a time confuse it.
+    CASES += [("gpu", None, None)]
 
 
 @pytest.mark.parametrize(("kind", "axes", "quantization"), CASES)
