@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int8
 
 from dbrx_jax.config import DbrxConfig
+from dbrx_jax.kernels.choice import kind_of
 from dbrx_jax.sharding import ROWS, STRIPES, Partition
 
 CACHE_BLOCK = 128  # positions
@@ -160,12 +161,13 @@ def write(
 
     heads = cache.key.shape[1]
     by_head = platform == "tpu" and lies_by_head(heads, cache.key.dtype)
+    by_kernel = platform == "tpu" and T == 1 and kind_of(platform) is not None
 
     def put(into: Array, new: Array) -> Array:
         if by_head:  # a scatter of all heads of a position at once would have the whole cache turned
             where = (rows[..., None], jnp.arange(heads), place[..., None])
             return into.at[where].set(new, unique_indices=True, mode="drop")
-        if platform == "tpu" and T == 1 and into.ndim == 4:
+        if by_kernel and into.ndim == 4:
             from dbrx_jax.kernels.cache_tpu import write_positions  # takes seconds to import
 
             new = new[:, 0].astype(into.dtype)
