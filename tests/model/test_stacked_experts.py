@@ -72,7 +72,7 @@ def test_a_checkpoint_is_loaded_into_one_array_and_comes_back(stacked, expected,
 
 
 CASES = [
-    ("tpu", "expert=4", "int4"),
+    pytest.param("tpu", "expert=4", "int4", marks=pytest.mark.slow),
     pytest.param("tpu", None, None, marks=pytest.mark.slow),
     pytest.param("tpu", "expert=2,tensor=2", "int8", marks=pytest.mark.slow),
 ]
