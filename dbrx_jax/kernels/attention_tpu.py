@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from dbrx_jax.cache import lies_by_head
+from dbrx_jax.kernels.forms_tpu import in_hbm
 
 LANES = 128
 QUERY_TILE = 128  # tokens
@@ -157,7 +158,7 @@ def cache_attention(
     by_head = lies_by_head(G, key.dtype)  # taken as it lies: what is turned is copied
     kv = pl.BlockSpec((1, G, block, K), kv_index) if by_head else pl.BlockSpec((1, block, G, K), as_it_lies)
     scale = pl.BlockSpec((1, G, block), scale_index)
-    key, value = (x if by_head else x.swapaxes(1, 2) for x in (key, value))
+    key, value = (in_hbm(x if by_head else x.swapaxes(1, 2)) for x in (key, value))
     out, stats = pl.pallas_call(
         functools.partial(_kernel, tile=tile, stride=stride, by_head=by_head, scaled=scales is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -35,7 +35,7 @@ def write_positions(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+        out_shape=pltpu.HBM(cache.shape, cache.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(1,),

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from dbrx_jax.kernels.forms_tpu import CHUNK, LANES, MOST_VMEM, Form, iota, scale_bytes, stored, tiles_name
+from dbrx_jax.kernels.forms_tpu import CHUNK, LANES, MOST_VMEM, Form, in_hbm, iota, scale_bytes, stored, tiles_name
 from dbrx_jax.kernels.sums_tpu import add_out, into
 from dbrx_jax.kernels.tiles import table
 from dbrx_jax.ops.experts import ACTIVATIONS
@@ -102,6 +102,7 @@ def decode_experts(
     tiles = tiles or default_tiles(x, w1)
     chosen, count = chosen.astype(jnp.int32), jnp.reshape(count, 1).astype(jnp.int32)
     operands = decode_operands(x, mix, w1, v1, w2, tiles)
+    given = operands._replace(**{name: in_hbm(getattr(operands, name)) for name in ("w1", "v1", "w2")})
     y = pl.pallas_call(
         partial(_kernel, activation=activation, form=Form.of(w1)),
         out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32),
@@ -111,7 +112,7 @@ def decode_experts(
         ),
         interpret=interpret,
         name="decode_experts",
-    )(chosen, count, *(o for o in operands if o is not None))
+    )(chosen, count, *(o for o in given if o is not None))
     return y[:rows]
 
 

@@ -49,6 +49,11 @@ def stored(weight: Weight) -> Array:
     return weight.values if isinstance(weight, QuantizedArray) else weight
 
 
+def in_hbm(x: Array) -> Array:
+    """An operand of a kernel that reads parts of it: else XLA may first bring all of it to the chip's memory."""
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
 def tiles_name(kernel: str, weight: Weight, rows: int) -> str:
     """Of a product in the table of tile sizes."""
     kind, group = (weight.kind, weight.group) if isinstance(weight, QuantizedArray) else (str(weight.dtype), None)
