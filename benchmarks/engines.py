@@ -15,6 +15,7 @@ from benchmarks.record import ROOT, BenchmarkError
 from dbrx_jax.console import say
 
 OURS = "dbrx_jax"
+WIDE = "bfloat16"  # ours without quantised weights, as a peer of what has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Subject:
     python: str
     module: str  # of its worker
     source: Path
+    dtype: str  # of the weights
 
 
 class Engine:
@@ -58,11 +60,11 @@ class Engine:
 
     def __init__(self, subject: Subject, process: subprocess.Popen[str], notes: IO[str]):
         self.name = subject.name
-        self._source, self._process, self._notes = subject.source, process, notes
+        self._subject, self._process, self._notes = subject, process, notes
 
-    def load(self, dtype: str) -> dict[str, Any]:
+    def load(self) -> dict[str, Any]:
         """Loads its checkpoint: seconds, anonymous_bytes at most, versions."""
-        return self.ask("load", folder=str(self._source), dtype=dtype)
+        return self.ask("load", folder=str(self._subject.source), dtype=self._subject.dtype)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The reply to one request.
@@ -114,8 +116,8 @@ def started(subject: Subject) -> Iterator[Engine]:
         yield Engine(subject, process, notes)
 
 
-def ours(folder: Path) -> Subject:
-    return Subject(OURS, sys.executable, "benchmarks.workers.ours", folder)
+def ours(folder: Path, dtype: str, name: str = OURS) -> Subject:
+    return Subject(name, sys.executable, "benchmarks.workers.ours", folder, dtype)
 
 
 def peer(against: str, given: Path | None, dtype: str, folder: Path, gguf: Path) -> Subject:
@@ -124,6 +126,10 @@ def peer(against: str, given: Path | None, dtype: str, folder: Path, gguf: Path)
     Raises:
       BenchmarkError: its Python cannot be found, the peer has no such dtype, or the GGUF cannot be made.
     """
+    if against == WIDE:
+        if dtype == WIDE:
+            raise BenchmarkError(f"--against {WIDE}: is what --dtype says; choose another for either")
+        return ours(folder, WIDE, WIDE)
     python = find_python(against, given, dtype)
     if against == "llama.cpp":
         if not gguf.exists() or gguf.stat().st_mtime < (folder / "config.json").stat().st_mtime:
@@ -134,7 +140,7 @@ def peer(against: str, given: Path | None, dtype: str, folder: Path, gguf: Path)
             if done.returncode:
                 raise BenchmarkError(f"{gguf}: {(done.stderr.splitlines() or ['could not be made'])[-1]}")
         folder = gguf
-    return Subject(against, python, PEERS[against].module, folder)
+    return Subject(against, python, PEERS[against].module, folder, dtype)
 
 
 def find_python(against: str, given: Path | None, dtype: str) -> str:

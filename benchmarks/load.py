@@ -41,7 +41,7 @@ class Load(Options):
         def once(subject: Subject, number: int) -> Figures:
             size = sum(file.stat().st_size for file in weight_files(subject.source))
             with started(subject) as engine:
-                reply = engine.load(self.dtype)
+                reply = engine.load()
             versions[subject.name] = reply["versions"]
             return {
                 "bytes_per_second": size / reply["seconds"],

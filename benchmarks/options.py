@@ -29,8 +29,8 @@ class Options:
     """demo, bench (random weights), another configuration's name, or a Hugging Face folder."""
     dtype: Literal["float32", "bfloat16", "int8", "int4"] = "bfloat16"
     """Of the weights."""
-    against: Literal["transformers", "llama.cpp"] | None = None
-    """Measure this one too, in turn with ours."""
+    against: Literal["transformers", "llama.cpp", "bfloat16"] | None = None
+    """Measure this one too, in turn with ours; bfloat16 is ours without quantised weights."""
     against_python: Path | None = None
     """Python of its virtual environment; by default what DBRX_TRANSFORMERS_PYTHON or DBRX_LLAMA_PYTHON names."""
     rounds: int = 5
@@ -50,7 +50,7 @@ class Options:
             raise BenchmarkError(
                 f"{self.model}: has {config.max_seq_len} positions, and {self.positions()} are asked for"
             )
-        subjects = [ours(source)]
+        subjects = [ours(source, self.dtype)]
         if self.against:
             gguf = cache / f"{name}-{self.dtype}.gguf"
             subjects.append(peer(self.against, self.against_python, self.dtype, source, gguf))
@@ -82,7 +82,7 @@ class Options:
         with contextlib.ExitStack() as stack:
             engines = [stack.enter_context(started(subject)) for subject in subjects]
             for engine in engines:
-                result["engines"][engine.name] = engine.load(self.dtype)["versions"]
+                result["engines"][engine.name] = engine.load()["versions"]
             if len(engines) > 1:
                 prompt = random_prompts(config, 0, 1, CHECKED_PROMPT)[0]
                 result["check"] = check_same(engines[0], engines[1], prompt, self.dtype)

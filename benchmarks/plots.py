@@ -30,7 +30,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[str]:
     settings: Any = {"svg.hashsalt": "dbrx", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         for kind, title in TITLES.items():
-            chosen = [r for r in results if r["benchmark"] == kind and r["against"]]
+            chosen = [r for r in results if r["benchmark"] == kind and r["against"] in COLOURS]
             if chosen:
                 _bars(chosen, title, folder / f"{kind}.svg")
                 names.append(f"{kind}.svg")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.engines import OURS
+from benchmarks.engines import OURS, WIDE
 
 UNITS = {
     "tokens_per_second": ("tokens/s", 1.0),
@@ -40,8 +40,8 @@ def words(figure: str) -> str:
 
 def share(result: dict[str, Any], engine: str, figure: str) -> float | None:
     """Of the roofline that an engine achieved, where there is one for the figure."""
-    if not figure.endswith("_per_second") or not result["roofline"].get(figure):
-        return None
+    if not figure.endswith("_per_second") or not result["roofline"].get(figure) or engine == WIDE:
+        return None  # the roofline is that of the other weights
     return result["summary"][engine][figure]["median"] / result["roofline"][figure]
 
 

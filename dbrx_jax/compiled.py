@@ -66,7 +66,7 @@ def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
     settings = kinds[1](kinds[0](number, whole, number, number, number), None, jax.ShapeDtypeStruct((8,), jnp.int32))
     rows = setting.rows * setting.partition.size("data", "fsdp")
     cache_dtype = jnp.dtype(setting.cache_dtype or setting.dtype)
-    return lower(parts, settings, False, False, rows, setting.positions, cache_dtype)
+    return dict(lower(parts, settings, False, False, rows, setting.positions, cache_dtype))
 
 
 def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:

@@ -3,7 +3,7 @@
 On a mesh each function is one program that every device runs on its rows, heads and vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -184,8 +184,10 @@ def lower(
     positions: int,
     cache_dtype: np.dtype,
     lengths: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """The programs of a generation, lowered for the devices of the model's mesh, by name.
+) -> Iterator[tuple[str, Any]]:
+    """The programs of a generation by name, each lowered for the devices of the model's mesh when it is asked for.
+
+    What takes longest to compile comes first.
 
     The parameters and settings may be shapes without memory behind them; `rows` and `positions` are
     those of the cache; `lengths` are of the prompts' chunks, the longest by default.
@@ -204,15 +206,12 @@ def lower(
     begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
     state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *begin)
     state = partition.abstract(state, where.state)
-    prefill = {
-        f"prefill {length}": prefill_chunk.lower(parts, cache, logits, int32(groups, length), int32(groups, 3))
-        for length in (chunk_lengths(partition)[-1:] if lengths is None else lengths)
-    }
-    return prefill | {
-        "decode": decode.lower(parts, filtered, tiled, settings, state, int32()),
-        "first_token": first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin),
-        "empty": empty.lower(config, partition, rows, positions, cache_dtype),
-    }
+    yield "decode", decode.lower(parts, filtered, tiled, settings, state, int32())
+    for length in chunk_lengths(partition)[-1:] if lengths is None else lengths:
+        chunk = int32(groups, length), int32(groups, 3)
+        yield f"prefill {length}", prefill_chunk.lower(parts, cache, logits, *chunk)
+    yield "first_token", first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin)
+    yield "empty", empty.lower(config, partition, rows, positions, cache_dtype)
 
 
 class Picked(NamedTuple):

@@ -203,9 +203,9 @@ class TokenStream(Iterator[np.ndarray]):
         self.timings = Timings()
         self._positions = capacity(max(longest + max_new_tokens, cache_length or 0), self._partition)
 
-    def lowered(self) -> list[Any]:
-        """The programs that this stream will run, traced and not compiled."""
-        programs = lower(
+    def lowered(self) -> Iterator[tuple[str, Any]]:
+        """The programs that this stream will run, by name, each traced when it is asked for and not compiled."""
+        return lower(
             self._parts,
             self._settings,
             self._filtered,
@@ -215,16 +215,16 @@ class TokenStream(Iterator[np.ndarray]):
             self._cache_dtype,
             sorted({length for ids in self._rows for _, length in chunks(len(ids), self._partition)}),
         )
-        return list(programs.values())
 
     def compile(self) -> None:
-        """Compiles what this stream will run, the two large programs side by side; else the first steps do.
+        """Compiles what this stream will run, one program while the next is traced; else the first steps do.
 
         A second stream of the same shapes has nothing left to compile.
         """
         begin = time.perf_counter()
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda program: program.compile(), self.lowered()))
+            for compiled in [pool.submit(program.compile) for _, program in self.lowered()]:
+                compiled.result()
         self.timings.compile += time.perf_counter() - begin
 
     def __next__(self) -> np.ndarray:

@@ -64,7 +64,7 @@ def run(monkeypatch, *arguments):
 
 def test_engines_are_measured_in_turn_after_a_warm_up():
     calls = []
-    engines = [Subject(name, "", "", Path()) for name in ("dbrx_jax", "other")]
+    engines = [Subject(name, "", "", Path(), "") for name in ("dbrx_jax", "other")]
 
     def measure(engine, number):
         calls.append((engine.name, number))
@@ -187,8 +187,8 @@ def test_a_user_waits_for_those_before(monkeypatch):
 def test_the_worker_predicts_as_the_oracle_and_says_what_is_wrong(tiny, expected):
     case = expected["unnormalised_mqa"]
     prompt = case["tokens"][0].tolist()
-    with started(ours(GOLDEN / "unnormalised_mqa")) as engine:
-        loaded = engine.load("float32")
+    with started(ours(GOLDEN / "unnormalised_mqa", "float32")) as engine:
+        loaded = engine.load()
         assert loaded["versions"]["dbrx-jax"]
         assert loaded["seconds"] > 0
         reply = engine.ask("check", prompt=prompt, tokens=4)
@@ -201,10 +201,10 @@ def test_the_worker_predicts_as_the_oracle_and_says_what_is_wrong(tiny, expected
 
 def test_a_worker_that_dies_is_one_line(tiny):
     with (
-        started(Subject("gone", sys.executable, "benchmarks.workers.missing", tiny)) as engine,
+        started(Subject("gone", sys.executable, "benchmarks.workers.missing", tiny, "float32")) as engine,
         pytest.raises(BenchmarkError, match=r"^gone: the worker ended \(.*No module named benchmarks"),
     ):
-        engine.load("float32")
+        engine.load()
 
 
 # Whole runs.
@@ -236,6 +236,18 @@ def test_decode_and_prefill_on_a_tiny_model(tiny, quick, monkeypatch, tmp_path, 
     assert prefill["engines"]["dbrx_jax"]["jax"] == prefill["versions"]["jax"]
 
 
+def test_int8_beside_our_own_bfloat16(tiny, quick, monkeypatch, tmp_path, capsys):
+    options = ("--dtype", "int8", "--against", "bfloat16", "--rounds", 1, "--prompt", 8, "--tokens", 2)
+    assert run(monkeypatch, "decode", "--model", tiny, *options, "--output", tmp_path / "d.json") == 0
+    result = json.loads((tmp_path / "d.json").read_text())
+    (speeds,) = result["rounds"]
+    ratio = speeds["dbrx_jax"]["tokens_per_second"] / speeds["bfloat16"]["tokens_per_second"]
+    assert result["summary"]["ratio"]["tokens_per_second"]["median"] == pytest.approx(ratio)
+    assert 0 < result["check"]["largest_difference"] < 0.2 * result["check"]["largest_logit"]  # not the same weights
+    ours_, wide = (line for line in capsys.readouterr().out.splitlines() if "tokens/s (" in line)
+    assert ("of the roofline" in ours_, "of the roofline" in wide) == (True, False)
+
+
 def test_bad_arguments_are_one_line(tiny, quick, monkeypatch, tmp_path, capsys):
     for variable in ("DBRX_TRANSFORMERS_PYTHON", "DBRX_LLAMA_PYTHON"):
         monkeypatch.delenv(variable, raising=False)
@@ -250,6 +262,7 @@ def test_bad_arguments_are_one_line(tiny, quick, monkeypatch, tmp_path, capsys):
         ),
         (("load", *model, "--against", "llama.cpp", "--against-python", tmp_path), "is not an interpreter"),
         (("decode", *model, "--dtype", "int8", "--against", "transformers"), "has no int8 for DBRX; choose float32"),
+        (("decode", *model, "--tokens", 5, "--against", "bfloat16"), "--against bfloat16: is what --dtype says"),
         (("convert", "--folder", tmp_path, "--layers", 0), "--layers: expected a whole number above 0, got 0"),
     ):
         assert run(monkeypatch, *arguments) == 2
@@ -392,4 +405,6 @@ def test_h200_at_toy_size(tmp_path):
     cases = [(c["precision"], c["batch"], c["context"]) for c in measured]
     assert cases == list(itertools.product(h200.TOY.precisions, h200.TOY.batches, h200.TOY.contexts))
     assert all(0 < c["of_measured_roofline"] < 1 for c in measured + found["prefill"][1:])
-    assert [c["users"] for c in found["load"][1:]] == [2, 2]
+    load = [(c["precision"], c["users"]) for c in found["load"][1:]]
+    assert load == [(precision, h200.TOY.users) for precision in h200.TOY.precisions]
+    assert all(c["tokens_per_second"] > 0 for c in found["load"][1:])

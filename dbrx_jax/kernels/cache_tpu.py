@@ -4,7 +4,6 @@ XLA's scatter brings a whole layer's cache to VMEM and back, where it fits there
 for each row.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl

@@ -21,12 +21,12 @@ from dbrx_jax.cache import Cache
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation_config import GenerationConfig
-from dbrx_jax.model.decoder import Block, Norm
+from dbrx_jax.model.decoder import Block, Norm, traced_once
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.attention import chosen
 from dbrx_jax.ops.linear import dequantized, linear
 from dbrx_jax.ops.routing import Routing
-from dbrx_jax.ops.tiles import TILE, over_tiles, tile_count
+from dbrx_jax.ops.tiles import over_tiles, tile_count
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding import ROWS, VOCABULARY, Partition, check_all_to_all, check_mesh
 
@@ -208,8 +208,7 @@ class DbrxForCausalLM(nnx.Module):
         for i, block in enumerate(self.blocks):
             key = None if jitter_key is None else jax.random.fold_in(jitter_key, i)
             with jax.named_scope(f"block_{i}"):
-                x = states[-1] + block.attention(block.norm_1(states[-1]), positions, mask, partition)
-                x, routing = block.feed_forward(x, partition, mask, key)
+                x, routing = traced_once(Block.sequence, block, partition, states[-1], positions, mask, key)
             states.append(x)
             routings.append(routing)
         states[-1] = self.norm_f(states[-1])
@@ -221,11 +220,12 @@ class DbrxForCausalLM(nnx.Module):
         valid: Bool[Array, "R T"],
         positions: Int[Array, "R T"],
         cache: Cache,
-        first_row: Int[Array, ""] | int = 0,
+        first_row: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "R T D"], Cache]:
         """New tokens at `positions` of rows first_row … first_row + R: hidden states before norm_f, and the cache.
 
         Args:
+          first_row: None is 0.
           valid: False for tokens that only fill the shape; they change nothing that is ever looked at.
 
         On a mesh, this is what each device runs, on its rows; the states are of all their tokens.
@@ -233,12 +233,12 @@ class DbrxForCausalLM(nnx.Module):
         T = input_ids.shape[1]
         partition = self.partition.with_split(T)
         # Of several groups of rows, some may have nothing to do where others have a prompt's chunk.
-        active = jnp.any(valid) if T > 1 and partition.size(*ROWS) > 1 else True
+        active = jnp.any(valid) if T > 1 and partition.size(*ROWS) > 1 else None
         x, layers = self.embed(input_ids, partition), []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
-                y, layer = block.attention.extend(block.norm_1(x), positions, layer, first_row, partition, active)
-                x, _ = block.feed_forward(x + y, partition, valid)
+                new = x, valid, positions, layer, first_row, active
+                x, layer = traced_once(Block.extend, block, partition, *new)
             layers.append(layer)
         return partition.all_tokens(x), layers
 
@@ -254,21 +254,9 @@ class DbrxForCausalLM(nnx.Module):
         x, _ = over_tiles(lambda _, ids, none: (self.embed(ids[:, None], partition), none), input_ids, None, count)
         layers = []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
-
-            def attend(first_row, rows, layer, block=block):
-                x, positions = rows
-                y, layer = block.attention.extend(block.norm_1(x), positions[:, None], layer, first_row, partition)
-                x = x + y
-                normed = block.norm_2(x)
-                routing = block.moe.route(normed, partition)
-                if block.moe.dense:
-                    return (x + block.moe.mix(normed, routing, partition), normed, routing), layer
-                return (x, normed, routing), layer
-
             with jax.named_scope(f"block_{i}"):
-                (x, normed, routing), layer = over_tiles(attend, (x, positions), layer, count)
-                if not block.moe.dense:
-                    x = x + block.moe.mix(normed, routing, partition, valid[:, None], TILE)
+                new = x, valid, positions, layer, count
+                x, layer = traced_once(Block.extend_tiles, block, partition, *new)
             layers.append(layer)
         return x[:, 0], layers
 
