@@ -68,21 +68,27 @@ def _last_block(last_query: Array, offset: Array, stride: int, block: int) -> Ar
 def _kernel(starts, cache_at, *refs, tile: int, stride: int, by_head: bool, scaled: bool):
     """One step: a tile of queries (1, 1, G, H/G tile, K) against a block of positions (1, block, G, K).
 
-    Queries are ordered by head, then position.
+    Queries are ordered by head, then position. Many queries go through the heads in a loop: written out, their
+    products take the compiler ten seconds a layer. A loop cannot pick a head from the block as it lies, so they are
+    put apart first, which beside the products is little. One query is all reading, and is spared that.
     """
-    q_ref, k_ref, v_ref, *scale_refs = refs[: 5 if scaled else 3]
-    out_ref, stats_ref, largest_ref, total_ref = refs[5 if scaled else 3 :]
-    heads, block = k_ref.shape[1:3] if by_head else k_ref.shape[2:0:-1]
+    number = 5 if scaled else 3
+    q_ref, *held = refs[:number]  # keys, values and their scales
+    out_ref, stats_ref, largest_ref, total_ref, *kept = refs[number:]
+    heads, block = held[0].shape[1:3] if by_head else held[0].shape[2:0:-1]
     r, i, j = (pl.program_id(axis) for axis in range(3))
     first_query = starts[r] + i * tile
     first_key = j * (block * stride) + cache_at[1]
 
-    def add(g: int, seen: Array) -> None:
+    def of_head(g: int) -> list[Array]:
+        """Keys and values (block, K), and their scales (1, block) in float32."""
+        pair = [ref[0, g] if by_head else ref[0, :, g, :] for ref in held[:2]]
+        return pair + [ref[0, g : g + 1].astype(jnp.float32) for ref in held[2:]]
+
+    def add(g: Any, seen: Array, k: Array, v: Array, of_keys: Any = 1, of_values: Any = 1) -> None:
         q = q_ref[0, 0, g]
-        k, v = ((ref[0, g] if by_head else ref[0, :, g, :]).astype(q.dtype) for ref in (k_ref, v_ref))
-        of_keys, of_values = (ref[0, g : g + 1].astype(jnp.float32) for ref in scale_refs) if scaled else (1, 1)
-        scores = lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * of_keys
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = lax.dot_general(q, k.astype(q.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        scores = jnp.where(seen, scores * of_keys, -jnp.inf)
         old = largest_ref[g]
         new = jnp.maximum(old, scores.max(axis=1, keepdims=True))
         share = jnp.exp(old - new)
@@ -90,7 +96,7 @@ def _kernel(starts, cache_at, *refs, tile: int, stride: int, by_head: bool, scal
         largest_ref[g] = new
         total_ref[g] = total_ref[g] * share + probs.sum(axis=1, keepdims=True)
         probs = (probs * of_values).astype(q.dtype)
-        more = lax.dot_general(probs, v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        more = lax.dot_general(probs, v.astype(q.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         out_ref[0, 0, g] = out_ref[0, 0, g] * share[:, :1] + more
 
     @pl.when(j == 0)
@@ -104,8 +110,14 @@ def _kernel(starts, cache_at, *refs, tile: int, stride: int, by_head: bool, scal
         shape = (q_ref.shape[3], block)
         key = first_key + lax.broadcasted_iota(jnp.int32, shape, 1) * stride
         query = first_query + (lax.broadcasted_iota(jnp.int32, shape, 0) & (tile - 1))
+        seen = key <= query
         for g in range(heads):
-            add(g, key <= query)
+            for ref, x in zip(kept, of_head(g), strict=False):
+                ref[g] = x
+            if not kept:
+                add(g, seen, *of_head(g))
+        if kept:
+            lax.fori_loop(0, heads, lambda g, none: add(g, seen, *(ref[g] for ref in kept)), None)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
@@ -158,6 +170,8 @@ def cache_attention(
     by_head = lies_by_head(G, key.dtype)  # taken as it lies: what is turned is copied
     kv = pl.BlockSpec((1, G, block, K), kv_index) if by_head else pl.BlockSpec((1, block, G, K), as_it_lies)
     scale = pl.BlockSpec((1, G, block), scale_index)
+    apart = [pltpu.VMEM((G, block, K), key.dtype)] * 2 + [pltpu.VMEM((G, 1, block), jnp.float32)] * (2 * bool(scales))
+    apart = apart if tile > 1 else []
     key, value = (in_hbm(x if by_head else x.swapaxes(1, 2)) for x in (key, value))
     out, stats = pl.pallas_call(
         functools.partial(_kernel, tile=tile, stride=stride, by_head=by_head, scaled=scales is not None),
@@ -166,7 +180,7 @@ def cache_attention(
             grid=(R, tiles, blocks),
             in_specs=[pl.BlockSpec((1, 1, G, rows, K), q_index), kv, kv, *([scale] * 2 if scales else [])],
             out_specs=[pl.BlockSpec((1, 1, G, rows, n), q_index) for n in (K, LANES)],
-            scratch_shapes=[pltpu.VMEM((G, rows, LANES), jnp.float32)] * 2,
+            scratch_shapes=[pltpu.VMEM((G, rows, LANES), jnp.float32)] * 2 + apart,
         ),
         out_shape=[jax.ShapeDtypeStruct((R, tiles, G, rows, n), jnp.float32) for n in (K, LANES)],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),

@@ -1,0 +1,133 @@
+"""What the real compilers make of each kernel at 132B's shapes: registers, spills, temporaries, time to compile.
+
+    python -m benchmarks.kernels [h200|v5e|v6e ...]
+
+Needs the extra [compile] and no accelerator. Puts results/kernels.json in step for these devices, and prints a
+table in Markdown. Only for Hopper does the compiler say how many registers a kernel takes; on a TPU one that takes
+too much memory on the chip does not compile.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import tiles
+from benchmarks.record import RESULTS, stamp, write
+from dbrx_jax import targets
+from dbrx_jax.cache import LayerCache, turned
+from dbrx_jax.kernels.tiles import table
+
+KINDS = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu"}
+PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
+POSITIONS = 8192
+
+
+class Case(NamedTuple):
+    """A call of a kernel."""
+
+    name: str
+    call: Callable[..., Any]
+    arguments: Any  # shapes
+
+
+def cases(kind: str) -> Iterator[Case]:
+    """Of a kind of device: the experts' with the tiles that they would take, and attention over the cache."""
+    named: dict[str, Case] = {}  # some that differ in few rows are the same kernel
+    for case in tiles.cases(kind):
+        chosen = {s.name: type(s.rule)(*table()[s.name]) if s.name in table() else s.rule for s in case.slots}
+        name = "; ".join(chosen)
+        named[name] = Case(name, lambda *a, case=case, chosen=chosen: case.call(chosen, *a), case.arguments)
+    yield from named.values()
+    from dbrx_jax.kernels import attention_gpu, attention_tpu
+
+    attend: Any = (attention_gpu if kind == "gpu" else attention_tpu).cache_attention
+    config = tiles.CONFIG
+    heads, G, K = config.n_heads, config.kv_n_heads, config.head_dim
+    lies = (G, POSITIONS) if kind == "gpu" else (POSITIONS, G)  # of a row
+    for rows, tokens, dtype in ((8, 1, "bfloat16"), (8, 1, "int8"), (1, 2048, "bfloat16"), (1, 2048, "int8")):
+        query = jax.ShapeDtypeStruct((rows, tokens, heads, K), jnp.bfloat16)
+        held = [jax.ShapeDtypeStruct((rows, *lies, K), dtype)] * 2
+        scales = [jax.ShapeDtypeStruct((rows, *lies), jnp.bfloat16)] * 2 if dtype == "int8" else []
+        starts = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+        def call(query, starts, *cache):
+            key, value, *scales = turned(LayerCache(*cache), "cuda" if kind == "gpu" else kind)
+            return attend(query, key, value, starts, 0, scales=None if scales[0] is None else scales)
+
+        yield Case(f"attention, {dtype} cache, {rows} x {tokens} queries", call, (query, starts, *held, *scales))
+
+
+def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
+    """What the compiler says of a case."""
+    place = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), case.arguments)
+    begin = time.perf_counter()
+    with said() as words, jax.set_mesh(mesh):
+        program = jax.jit(case.call).lower(*arguments).compile()
+    seconds, text = time.perf_counter() - begin, words[0]
+    return {
+        "kernel": case.name,
+        "registers": [int(n) for n in re.findall(r"Used (\d+) registers", text)],
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+@contextlib.contextmanager
+def said() -> Iterator[list[str]]:
+    """What C++ writes to stdout and stderr meanwhile, afterwards."""
+    words: list[str] = []
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        kept = [os.dup(n) for n in (1, 2)]
+        for n in (1, 2):
+            os.dup2(file.fileno(), n)
+        try:
+            yield words
+        finally:
+            for n, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, n)
+                os.close(old)
+            file.seek(0)
+            words.append(file.read())
+
+
+def line(device: str, found: dict[str, Any]) -> str:
+    registers = ", ".join(map(str, found["registers"]))
+    spilled = str(found["spilled_bytes"]) if registers else ""
+    size = f"{found['temporaries'] / 1e6:.1f} MB"
+    return f"| {device} | {found['kernel']} | {size} | {registers} | {spilled} | {found['compile_seconds']} s |"
+
+
+def main() -> None:
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    jax.config.update("jax_platforms", "cpu")  # which keeps plugins for devices that are not there quiet
+    if unknown := set(sys.argv[1:]) - set(KINDS):
+        sys.exit(f"{', '.join(sorted(unknown))}: no such device; choose of {', '.join(KINDS)}")
+    path = RESULTS / "kernels.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    print("| device | kernel | temporaries | registers | bytes spilled | compiled in |")
+    print("|---|---|---|---|---|---|")
+    for device in sys.argv[1:] or KINDS:
+        mesh = Mesh(np.array(targets.devices(device, 1)), ("one",))
+        kernels = []
+        for case in cases(KINDS[device]):
+            kernels.append(compiled(case, mesh))
+            print(line(device, kernels[-1]), flush=True)
+        result[device] = {**stamp(*PACKAGES), "kernels": kernels}
+        write(result, path)
+
+
+if __name__ == "__main__":
+    main()
