@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from dbrx_jax.cache import Cache, chunk_lengths, create, specs
 from dbrx_jax.model.causal_lm import SplitModel
+from dbrx_jax.ops.few_rows import CPU_OPTIONS
 from dbrx_jax.ops.tiles import over_tiles, tile_count
 from dbrx_jax.sampling import Sampling, choose, log_probability
 from dbrx_jax.sharding import ROWS, VOCABULARY, Partition
@@ -71,6 +72,12 @@ def is_int8(cache: Cache) -> bool:
     return cache[0].key_scale is not None
 
 
+def _with_and_without(options: dict[str, bool], function: Callable[..., Any], **of_jit: Any) -> dict[bool, Any]:
+    """The function compiled with these options of the compiler, under True, and without."""
+    function.__name__ = function.__name__.removeprefix("_run_")  # as profiles show it
+    return {with_: jax.jit(function, compiler_options=options if with_ else None, **of_jit) for with_ in (True, False)}
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty(config, partition, rows, positions, dtype):
     """A cache, and the place of each row's logits."""
@@ -84,13 +91,16 @@ def empty(config, partition, rows, positions, dtype):
     return partition.over(run, (), (where.cache, where.logits))()
 
 
-@partial(jax.jit, donate_argnums=(1, 2))
 def prefill_chunk(parts, cache, logits, tokens, at):
     """One chunk of one row of each group of rows, tokens (groups, C).
 
     `at` (groups, 3) has its row within the group, its first position and how many of its tokens count:
     0 where the group has no more. On one device, or along `expert` and `tensor` alone, there is one group.
     """
+    return _prefill_chunk[parts.platform == "cpu"](parts, cache, logits, tokens, at)
+
+
+def _run_prefill_chunk(parts, cache, logits, tokens, at):
     model = parts.merge()
     partition, config = model.partition, model.config
 
@@ -109,6 +119,9 @@ def prefill_chunk(parts, cache, logits, tokens, at):
     columns = partition.place(ROWS, None)
     inside = (parts.places(), where.cache, where.logits, columns, columns)
     return partition.over(run, inside, (where.cache, where.logits))(parts, cache, logits, tokens, at)
+
+
+_prefill_chunk = _with_and_without(CPU_OPTIONS, _run_prefill_chunk, donate_argnums=(1, 2))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
@@ -146,9 +159,17 @@ def first_token(config, partition, filtered, tiled, settings, cache, logits, pro
     return partition.over(run, inside, where.state)(settings, cache, logits, prompts, lengths, done)
 
 
-@partial(jax.jit, static_argnums=(1, 2), donate_argnums=4)
 def decode(parts, filtered, tiled, settings, state, steps):
     """Up to `steps` more tokens of every row that is not done; `tiled` as in :func:`first_token`."""
+    return _decode[_adds_freely(parts, tiled)](parts, filtered, tiled, settings, state, steps)
+
+
+def _adds_freely(parts: SplitModel, tiled: bool) -> bool:
+    """Whether XLA may choose the order of sums: not where it has to be the same in every program."""
+    return parts.platform == "cpu" and not tiled
+
+
+def _run_decode(parts, filtered, tiled, settings, state, steps):
     model = parts.merge()
     partition, config = model.partition, model.config
 
@@ -173,6 +194,9 @@ def decode(parts, filtered, tiled, settings, state, steps):
     where = places(config, partition, is_int8(state.cache), settings.keys is not None)
     inside = (parts.places(), where.settings, where.state, where.same)
     return partition.over(run, inside, where.state)(parts, settings, state, steps)
+
+
+_decode = _with_and_without(CPU_OPTIONS, _run_decode, static_argnums=(1, 2), donate_argnums=4)
 
 
 def lower(
@@ -206,10 +230,11 @@ def lower(
     begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
     state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *begin)
     state = partition.abstract(state, where.state)
-    yield "decode", decode.lower(parts, filtered, tiled, settings, state, int32())
+    decode_here = _decode[_adds_freely(parts, tiled)]
+    yield "decode", decode_here.lower(parts, filtered, tiled, settings, state, int32())
     for length in chunk_lengths(partition)[-1:] if lengths is None else lengths:
         chunk = int32(groups, length), int32(groups, 3)
-        yield f"prefill {length}", prefill_chunk.lower(parts, cache, logits, *chunk)
+        yield f"prefill {length}", _prefill_chunk[parts.platform == "cpu"].lower(parts, cache, logits, *chunk)
     yield "first_token", first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin)
     yield "empty", empty.lower(config, partition, rows, positions, cache_dtype)
 

@@ -286,8 +286,8 @@ class DbrxForCausalLM(nnx.Module):
 class Structure:
     """All of a model but its arrays. Two that are equal are one object, which jit compares at no cost."""
 
-    def __init__(self, graph: nnx.GraphDef, tree: Any):
-        self.graph, self.tree = graph, tree
+    def __init__(self, graph: nnx.GraphDef, tree: Any, platform: str):
+        self.graph, self.tree, self.platform = graph, tree, platform
 
 
 _structure = functools.lru_cache(maxsize=64)(Structure)
@@ -303,6 +303,11 @@ class SplitModel:
 
     def merge(self) -> DbrxForCausalLM:
         return nnx.merge(self.structure.graph, self.state)
+
+    @property
+    def platform(self) -> str:
+        """Of the devices."""
+        return self.structure.platform
 
     @property
     def state(self) -> nnx.State:
@@ -321,7 +326,7 @@ def split(model: DbrxForCausalLM) -> SplitModel:
     bare.generation_config = GenerationConfig()
     graph, state = nnx.split(bare)
     arrays, tree = jax.tree.flatten(state)
-    return SplitModel(arrays, _structure(graph, tree))
+    return SplitModel(arrays, _structure(graph, tree, model.partition.platform))
 
 
 def parameter_places(state: nnx.State, partition: Partition) -> nnx.State:

@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from dbrx_jax.ops.few_rows import times_few_rows
 from dbrx_jax.quantization import QuantizedArray
 
 Weight = Array | QuantizedArray
@@ -32,6 +33,8 @@ def linear(
     if platform != "cpu":
         return _elsewhere(x, weight, contracted, dtype)
     rows = x.shape[0]
+    if (few := times_few_rows(x, weight, contracted)) is not None:
+        return few.astype(dtype)
     plain = weight.dtype == jnp.float32 and not isinstance(weight, QuantizedArray)
     if not plain and rows < LEAST_ROWS:
         x = jnp.concatenate([x] * LEAST_ROWS)
