@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
@@ -24,7 +24,7 @@ from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.model.decoder import Block, Norm, traced_once
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.attention import chosen
-from dbrx_jax.ops.linear import dequantized, linear
+from dbrx_jax.ops.linear import Weight, dequantized, linear
 from dbrx_jax.ops.routing import Routing
 from dbrx_jax.ops.tiles import over_tiles, tile_count
 from dbrx_jax.quantization import Quantization
@@ -264,10 +264,11 @@ class DbrxForCausalLM(nnx.Module):
         """Embeddings of the ids, of this device's tokens; each device looks up what its part of the table has."""
         table = partition.whole(self.embedding)
         if partition.size(*VOCABULARY) == 1:
-            return dequantized(table[input_ids])
+            return _looked_up(table, input_ids, partition.platform)
         local = input_ids - partition.index(*VOCABULARY) * table.shape[0]
         here = (local >= 0) & (local < table.shape[0])
-        return partition.join(jnp.where(here[..., None], dequantized(table[jnp.where(here, local, 0)]), 0))
+        rows = _looked_up(table, jnp.where(here, local, 0), partition.platform)
+        return partition.join(jnp.where(here[..., None], rows, 0))
 
     def logits(self, normed: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """The head on hidden states after norm_f, in float32; on a mesh, of this device's part of the vocabulary.
@@ -281,6 +282,14 @@ class DbrxForCausalLM(nnx.Module):
             return logits
         ids = self.partition.index(*VOCABULARY) * head.shape[0] + jnp.arange(head.shape[0])
         return jnp.where(ids < self.config.vocab_size, logits, jnp.finfo(jnp.float32).min)
+
+
+def _looked_up(table: Weight, ids: Int[Array, "B T"], platform: str) -> Float[Array, "B T D"]:
+    """Rows of the embedding."""
+    if platform == "cpu" and isinstance(table, Array) and table.dtype == jnp.bfloat16:
+        # As integers: XLA of JAX 0.10 looks them up in a copy of the whole table in float32.
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[ids], jnp.bfloat16)
+    return dequantized(table[ids])
 
 
 class Structure:

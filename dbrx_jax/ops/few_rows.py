@@ -29,6 +29,8 @@ def times_few_rows(
     """x w^T for a weight (M, C), or x w for (C, M), in float32; None where this is no way to do it."""
     if x.shape[0] > MOST_ROWS or (isinstance(weight, QuantizedArray) and weight.kind == "fp8"):
         return None  # XLA turns float8 into floats one by one
+    # In a loop over tokens XLA would turn weights into floats once, ahead of it, and keep these.
+    x, weight = lax.optimization_barrier((x, weight))
     if contracted == 1:
         return _over_columns(x, weight)
     return _over_rows(x, weight) if x.shape[0] == 1 else None
