@@ -23,6 +23,7 @@ in it was measured by one of the commands below, on the machine and the day that
 pip install -e '.[benchmarks]'   # from the repository's root, as all that follows
 python -m benchmarks decode --model bench --dtype bfloat16 --batch 8
 python -m benchmarks prefill --model bench --dtype float32 --against transformers
+python -m benchmarks decode --model bench --dtype int8 --against bfloat16   # ours, not quantised
 python -m benchmarks throughput --model bench --against llama.cpp
 python -m benchmarks load --model bench
 python -m benchmarks convert --folder /a/folder/on/the/disk
