@@ -1,0 +1,82 @@
+"""Where the time of decoding goes on a CPU: milliseconds a step by what XLA runs, from its own trace.
+
+    python -m benchmarks.profile [--model bench] [--dtype bfloat16] [--batch 1]
+
+XLA's parts overlap: a loop or branch holds others, and threads work side by side. They add up to more than a step.
+"""
+
+import argparse
+import collections
+import gzip
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.checkpoints import cache_folder, checkpoint
+from benchmarks.options import random_prompts
+from benchmarks.workers.ours import Ours
+from dbrx_jax.generation import BURST, TokenStream
+
+PROMPT, TOKENS = 64, 64
+SHOWN = 12
+
+
+def begun(model: Any, prompts: list[list[int]]) -> TokenStream:
+    """A stream whose prompts are through the model."""
+    stream = TokenStream(model, prompts, max_new_tokens=TOKENS + 1, eos_token_id=None, burst=BURST)
+    next(stream)
+    return stream
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """What XLA ran, of a trace: names of Python functions have a $ before, or a colon within."""
+    (file,) = folder.glob("**/*.trace.json.gz")
+    found = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    return [e for e in found if e.get("ph") == "X" and not re.search(r"[$:(. ]", re.sub(r"[.\d]+$", "", e["name"]))]
+
+
+def by_kind(found: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Kind, milliseconds and number a step, the longest first."""
+    took: collections.Counter[str] = collections.Counter()
+    number: collections.Counter[str] = collections.Counter()
+    for event in found:
+        kind = re.sub(r"(\.\d+)*(\.clone)*$", "", event["name"])
+        took[kind] += event["dur"]
+        number[kind] += 1
+    return [(kind, us / 1e3 / TOKENS, number[kind] / TOKENS) for kind, us in took.most_common()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--model", default="bench", help="as in python -m benchmarks decode")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights, likewise")
+    parser.add_argument("--batch", type=int, default=1, help="rows")
+    options = parser.parse_args()
+    engine = Ours()
+    engine.load(str(checkpoint(options.model, cache_folder())), options.dtype)
+    prompts = random_prompts(engine.model.config, 0, options.batch, PROMPT)
+    list(begun(engine.model, prompts))  # compiles
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for traced in (False, True):
+            stream = begun(engine.model, prompts)
+            if traced:
+                jax.profiler.start_trace(folder)
+            begin = time.perf_counter()
+            list(stream)
+            seconds.append(time.perf_counter() - begin)
+        jax.profiler.stop_trace()
+        found = by_kind(events(Path(folder)))
+    print(f"{options.model}, {options.dtype}, batch {options.batch}, jax {jax.__version__}: ms a step", end=" ")
+    print(f"{seconds[0] / TOKENS * 1e3:.1f}, while traced {seconds[1] / TOKENS * 1e3:.1f}")
+    for kind, ms, number in found[:SHOWN]:
+        print(f"  {ms:7.2f} in {number:6.1f} {kind}")
+
+
+if __name__ == "__main__":
+    main()
