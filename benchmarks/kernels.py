@@ -26,6 +26,7 @@ from benchmarks import tiles
 from benchmarks.record import RESULTS, stamp, write
 from dbrx_jax import targets
 from dbrx_jax.cache import LayerCache, turned
+from dbrx_jax.console import say
 from dbrx_jax.kernels.tiles import table
 
 KINDS = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu"}
@@ -114,7 +115,8 @@ def main() -> None:
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     jax.config.update("jax_platforms", "cpu")  # which keeps plugins for devices that are not there quiet
     if unknown := set(sys.argv[1:]) - set(KINDS):
-        sys.exit(f"{', '.join(sorted(unknown))}: no such device; choose of {', '.join(KINDS)}")
+        say(f"{', '.join(sorted(unknown))}: no such device; choose of {', '.join(KINDS)}")
+        sys.exit(2)
     path = RESULTS / "kernels.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     print("| device | kernel | temporaries | registers | bytes spilled | compiled in |")

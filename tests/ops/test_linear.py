@@ -117,3 +117,15 @@ def test_what_few_rows_leaves_to_others():
     assert times_few_rows(x, weight(None, (63, 96), (-1,)), 1) is None
     assert times_few_rows(jnp.ones((1, 67)), weight(None, (67, 96), (-2,)), 0) is None
     assert times_few_rows(jnp.ones((2, 64)), weight(None, (64, 96), (-2,)), 0) is None
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_weight_stays_as_it_lies_in_a_loop_over_tokens(form):
+    """XLA would turn it into floats ahead of the loop, and keep those."""
+    w = weight(form, (512, 512), (-1,), jnp.bfloat16)
+
+    def run(x, w, steps):
+        return jax.lax.fori_loop(0, steps, lambda i, x: linear(x, w, 1, "cpu"), x)
+
+    program = jax.jit(run, compiler_options=CPU_OPTIONS).lower(jnp.ones((1, 512), jnp.bfloat16), w, 3).compile()
+    assert program.memory_analysis().temp_size_in_bytes < w.nbytes / 4
