@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
 from dbrx_jax.cache import CACHE_BLOCK, capacity, chunk_lengths, create
 from dbrx_jax.errors import GenerationError
+from dbrx_jax.model.moe import MoE
 from dbrx_jax.ops.experts import reference_experts
 from dbrx_jax.parameters import parameter_specs, parameters_of
 from dbrx_jax.sharding import ONE_DEVICE
@@ -165,3 +166,15 @@ def test_refusals(tiny, arguments, words):
     with pytest.raises(GenerationError) as error:
         tiny(*arguments)
     assert words in str(error.value)
+
+
+def test_blocks_that_are_alike_are_traced_once(monkeypatch):
+    """In a whole sequence and, with the cache, in a program of tokens' own shape."""
+    traced = []
+    route = MoE.route
+    monkeypatch.setattr(MoE, "route", lambda *a: (traced.append(1), route(*a))[1])
+    model = DbrxForCausalLM(dataclasses.replace(TINY, n_layers=5, vocab_size=103), rngs=nnx.Rngs(0))
+    model(np.arange(7)[None])
+    assert len(traced) == 1
+    model.generate(np.arange(7)[None], max_new_tokens=3, eos_token_id=None)
+    assert len(traced) == 3  # a chunk, and a step
