@@ -7,14 +7,15 @@ table in Markdown. Only for Hopper does the compiler say how many registers a ke
 too much memory on the chip does not compile.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,6 @@ from benchmarks import tiles
 from benchmarks.record import RESULTS, stamp, write
 from dbrx_jax import targets
 from dbrx_jax.cache import LayerCache, turned
-from dbrx_jax.console import say
 from dbrx_jax.kernels.tiles import table
 
 KINDS = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu"}
@@ -114,21 +114,23 @@ def line(device: str, found: dict[str, Any]) -> str:
 def main() -> None:
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     jax.config.update("jax_platforms", "cpu")  # which keeps plugins for devices that are not there quiet
-    if unknown := set(sys.argv[1:]) - set(KINDS):
-        say(f"{', '.join(sorted(unknown))}: no such device; choose of {', '.join(KINDS)}")
-        sys.exit(2)
-    path = RESULTS / "kernels.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=str(__doc__).splitlines()[0])
+    parser.add_argument("device", nargs="*", help=f"of {', '.join(KINDS)}; all by default")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json", help="JSON to put in step")
+    options = parser.parse_args()
+    if unknown := set(options.device) - set(KINDS):
+        parser.error(f"{', '.join(sorted(unknown))}: no such device; choose of {', '.join(KINDS)}")
+    result = json.loads(options.output.read_text()) if options.output.exists() else {}
     print("| device | kernel | temporaries | registers | bytes spilled | compiled in |")
     print("|---|---|---|---|---|---|")
-    for device in sys.argv[1:] or KINDS:
+    for device in options.device or KINDS:
         mesh = Mesh(np.array(targets.devices(device, 1)), ("one",))
         kernels = []
         for case in cases(KINDS[device]):
             kernels.append(compiled(case, mesh))
             print(line(device, kernels[-1]), flush=True)
         result[device] = {**stamp(*PACKAGES), "kernels": kernels}
-        write(result, path)
+        write(result, options.output)
 
 
 if __name__ == "__main__":

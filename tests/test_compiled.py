@@ -49,3 +49,18 @@ def test_132b_compiles_as_planned(target, dtype, batch, context):
     assert decode["temporaries"] < expert * (2.5 if target == "v6e-8" else 1)
     assert decode["traffic"] <= MOST_TRAFFIC * decode["least_traffic"]
     assert decode["traffic"] >= 0.95 * decode["least_traffic"], "traffic is missing from the count"
+
+
+@pytest.mark.slow
+def test_no_kernel_for_hopper_spills(tmp_path):
+    """Nor has temporaries as large as one expert in bfloat16."""
+    command = [os.environ["DBRX_COMPILE_PYTHON"], "-m", "benchmarks.kernels", "h200"]
+    done = subprocess.run([*command, "--output", tmp_path / "found.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads((tmp_path / "found.json").read_text())["h200"]["kernels"]
+    assert len({k["kernel"] for k in kernels}) == len(kernels) > 25
+    for kernel in kernels:
+        assert kernel["registers"], kernel
+        assert max(kernel["registers"]) <= 255
+        assert kernel["spilled_bytes"] == 0, kernel
+        assert kernel["temporaries"] < 2 * EXPERT, kernel
