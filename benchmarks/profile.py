@@ -37,7 +37,12 @@ def events(folder: Path) -> list[dict[str, Any]]:
     """What XLA ran, of a trace: names of Python functions have a $ before, or a colon within."""
     (file,) = folder.glob("**/*.trace.json.gz")
     found = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    return [e for e in found if e.get("ph") == "X" and not re.search(r"[$:(. ]", re.sub(r"[.\d]+$", "", e["name"]))]
+    return [e for e in found if e.get("ph") == "X" and not re.search(r"[$:(. ]", kind_of(e["name"]))]
+
+
+def kind_of(name: str) -> str:
+    """An instruction's name without its number."""
+    return re.sub(r"(\.\d+)*(\.clone)*$", "", name)
 
 
 def by_kind(found: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
@@ -45,7 +50,7 @@ def by_kind(found: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     took: collections.Counter[str] = collections.Counter()
     number: collections.Counter[str] = collections.Counter()
     for event in found:
-        kind = re.sub(r"(\.\d+)*(\.clone)*$", "", event["name"])
+        kind = kind_of(event["name"])
         took[kind] += event["dur"]
         number[kind] += 1
     return [(kind, us / 1e3 / TOKENS, number[kind] / TOKENS) for kind, us in took.most_common()]

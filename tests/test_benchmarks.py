@@ -1,6 +1,7 @@
 """The benchmark harness: what it computes from measurements, and a run of it on a tiny model. No peers are needed."""
 
 import dataclasses
+import gzip
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import compare, h200, report, roofline
+from benchmarks import compare, h200, profile, report, roofline
 from benchmarks.__main__ import main
 from benchmarks.checkpoints import checkpoint, write_random
 from benchmarks.engines import PEERS, Subject, ours, peer, started
@@ -302,6 +303,23 @@ def test_rates_of_reading(tmp_path):
     assert read_rate([tmp_path / "a"]) > 1e6
     rate = direct_rate([tmp_path / "a"])
     assert rate is None or rate > 1e3
+
+
+def test_a_trace_is_added_up_by_what_xla_ran(tmp_path):
+    names = (
+        "multiply_reduce_fusion.12",
+        "multiply_reduce_fusion.7.clone",
+        "while",
+        "$cli.py:3 main",
+        "np.asarray(jax.Array)",
+    )
+    found = [{"ph": "X", "name": name, "dur": 64e3 * (i + 1)} for i, name in enumerate(names)]
+    text = json.dumps({"traceEvents": [*found, {"ph": "M", "name": "process_name"}]})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "host.trace.json.gz").write_bytes(gzip.compress(text.encode()))
+    shown = profile.by_kind(profile.events(tmp_path))
+    each = 1 / profile.TOKENS
+    assert shown == [("multiply_reduce_fusion", 3 * 64 * each, 2 * each), ("while", 3 * 64 * each, each)]
 
 
 # The page.
