@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
 from dbrx_jax.cache import CACHE_BLOCK, capacity, chunk_lengths, create
 from dbrx_jax.errors import GenerationError
+from dbrx_jax.generation import TokenStream
 from dbrx_jax.model.moe import MoE
 from dbrx_jax.ops.experts import reference_experts
 from dbrx_jax.parameters import parameter_specs, parameters_of
@@ -178,3 +179,10 @@ def test_blocks_that_are_alike_are_traced_once(monkeypatch):
     assert len(traced) == 1
     model.generate(np.arange(7)[None], max_new_tokens=3, eos_token_id=None)
     assert len(traced) == 3  # a chunk, and a step
+
+
+def test_a_step_holds_no_copy_of_embedding_or_head():
+    """In bfloat16 on a CPU: neither in floats nor as integers, ahead of the loop over tokens or within."""
+    model = DbrxForCausalLM(dataclasses.replace(TINY, vocab_size=30_000), rngs=nnx.Rngs(0), dtype="bfloat16")
+    step = dict(TokenStream(model, np.arange(7)[None], max_new_tokens=20, eos_token_id=None).lowered())["decode"]
+    assert step.compile().memory_analysis().temp_size_in_bytes < 30_000 * TINY.d_model * 2 / 2
