@@ -289,8 +289,8 @@ def _looked_up(table: Weight, ids: Int[Array, "B T"], platform: str) -> Float[Ar
     if platform == "cpu" and isinstance(table, Array) and table.dtype == jnp.bfloat16:
         # As integers: XLA of JAX 0.10 looks them up in a copy of the whole table in float32.
         # Tied to the ids, or a loop over tokens would make such a copy of the integers ahead.
-        table, ids = lax.optimization_barrier((table, ids))
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[ids], jnp.bfloat16)
+        here, ids = lax.optimization_barrier((table, ids))
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(here, jnp.uint16)[ids], jnp.bfloat16)
     return dequantized(table[ids])
 
 
