@@ -18,7 +18,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.kernels.choice import ExpertKernels, expert_kernels
-from dbrx_jax.ops.linear import Weight, dequantized, linear
+from dbrx_jax.ops.linear import Weight, dequantized, gated, linear
 from dbrx_jax.quantization import QuantizedArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -27,8 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 # Rows of one matrix product in the grouped arrangement. On a CPU, where filled up rows cost, about as many as an
-# expert has; elsewhere so many that the product takes longer than reading the weights.
-LEAST_TILE, LARGEST_TILE = 4, 64
+# expert has, up to where more are hardly faster, which with quantised weights is later; elsewhere so many that the
+# product takes longer than reading the weights.
+LEAST_TILE, LARGEST_TILE, LARGEST_TILE_QUANTIZED = 4, 32, 64
 TILE_ELSEWHERE = 512
 # Up to so many tokens, each expert that has some runs on all of them.
 FEW_TOKENS = {"cpu": 1}
@@ -62,8 +63,7 @@ def expert_mlp(
     x: Float[Array, "N D"], w1: Weight, v1: Weight, w2: Weight, activation: str, platform: str
 ) -> Float[Array, "N D"]:
     """One expert with weights (F, D) on N rows: (act(x w1^T) * (x v1^T)) w2."""
-    inner = ACTIVATIONS[activation](linear(x, w1, 1, platform)) * linear(x, v1, 1, platform)
-    return linear(inner, w2, 0, platform)
+    return linear(gated(x, w1, v1, ACTIVATIONS[activation], platform), w2, 0, platform)
 
 
 def reference_experts(
@@ -131,7 +131,7 @@ def _way(x: Array, experts: Array, expert_weights: ExpertWeights, platform: str,
     if kernels is not None and kernels.take_many(x, *expert_weights):
         return _Way(platform, False, TILE_ELSEWHERE, kernels)
     if tile is None:
-        tile = _tile(experts.size / expert_weights.number) if platform == "cpu" else TILE_ELSEWHERE
+        tile = _tile(experts, expert_weights) if platform == "cpu" else TILE_ELSEWHERE
     return _Way(platform, few, tile, None)
 
 
@@ -148,9 +148,11 @@ def _apply(x, weights, experts, expert_weights, activation, way):
     return _few_tokens(x, weights, experts, expert_weights, activation, way.platform)
 
 
-def _tile(rows: float) -> int:
-    """Rows of a matrix product on a CPU, where an expert has so many on average."""
-    return min(1 << math.ceil(math.log2(max(LEAST_TILE, 1.5 * rows))), LARGEST_TILE)
+def _tile(experts: Array, expert_weights: ExpertWeights) -> int:
+    """Rows of a matrix product on a CPU."""
+    most = LARGEST_TILE_QUANTIZED if isinstance(expert_weights.w1[0], QuantizedArray) else LARGEST_TILE
+    rows = experts.size / expert_weights.number  # that an expert has on average
+    return min(1 << math.ceil(math.log2(max(LEAST_TILE, 1.5 * rows))), most)
 
 
 def _one_token(x, weights, experts, expert_weights, activation, platform):
@@ -232,16 +234,15 @@ def group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> Group
 
 
 def _many_tokens(x, weights, experts, expert_weights, activation, platform, tile_rows):
-    """Sorts the pairs by expert and runs each expert's rows through it, `tile_rows` at a time."""
+    """Sorts the pairs by expert, and puts each expert's outputs in its rows' places, `tile_rows` at a time."""
     groups = group(experts, expert_weights.number, tile_rows)
-    top_k = experts.shape[1]
-    y = jnp.zeros((groups.order.shape[0], x.shape[1]), x.dtype)
+    y = x[groups.order // experts.shape[1]]
     for e in range(expert_weights.number):
 
         def add(i, y, e=e):
-            start, pairs, own = groups.tile(e, i)
-            out = expert_mlp(x[pairs // top_k], *expert_weights.one(e), activation, platform)
-            return _write(y, start, own, out)
+            start, _, own = groups.tile(e, i)
+            rows = lax.dynamic_slice(y, (start, 0), (tile_rows, y.shape[1]))
+            return _write(y, start, own, expert_mlp(rows, *expert_weights.one(e), activation, platform))
 
         y = lax.fori_loop(0, groups.tiles(e), add, y)
     return groups.total(y, weights)

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import TypeGuard
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from dbrx_jax.ops.few_rows import times_few_rows
+from dbrx_jax.ops.few_rows import MOST_ROWS, times_few_rows
 from dbrx_jax.quantization import QuantizedArray
 
 Weight = Array | QuantizedArray
@@ -16,6 +18,11 @@ Weight = Array | QuantizedArray
 BLOCK = 1 << 20
 # Fewer rows than these take a path of XLA's for CPUs that first casts the whole weight to float32.
 LEAST_ROWS = 2
+# From more rows on than are summed, and up to these, a CPU is faster with the weight on the left, which XLA reads as
+# it lies; what is on the right it lays out anew in every call.
+MOST_ROWS_BESIDE = 64
+# Rows that are transposed by themselves.
+STRIP = 16
 
 
 def linear(
@@ -35,11 +42,22 @@ def linear(
     rows = x.shape[0]
     if (few := times_few_rows(x, weight, contracted)) is not None:
         return few.astype(dtype)
+    if contracted == 1 and _goes_left(weight, x):
+        return _transposed(_left(weight, x).astype(dtype))
     plain = weight.dtype == jnp.float32 and not isinstance(weight, QuantizedArray)
     if not plain and rows < LEAST_ROWS:
         x = jnp.concatenate([x] * LEAST_ROWS)
     y = _in_blocks(x, weight, contracted) if isinstance(weight, QuantizedArray) else _dot(x, weight, contracted)
     return y[:rows].astype(dtype)
+
+
+def gated(
+    x: Float[Array, "N C"], gate: Weight, up: Weight, activation: Callable[[Array], Array], platform: str
+) -> Float[Array, "N M"]:
+    """activation(x gate^T) * (x up^T) with weights (M, C), transposed but once where they are on the left."""
+    if platform == "cpu" and _goes_left(gate, x) and _goes_left(up, x):
+        return _transposed(activation(_left(gate, x).astype(x.dtype)) * _left(up, x).astype(x.dtype))
+    return activation(linear(x, gate, 1, platform)) * linear(x, up, 1, platform)
 
 
 def matrix(weight: Weight, rows: int) -> Weight:
@@ -57,7 +75,25 @@ def dequantized(weight: Weight) -> Array:
 
 def _dot(x: Array, weight: Array, contracted: int) -> Array:
     """In float32. Written without transposing: XLA for CPUs would do that in memory."""
-    return lax.dot_general(x, weight, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32)
+    return _product(x, weight, contracted, jnp.float32)
+
+
+def _goes_left(weight: Weight, x: Array) -> TypeGuard[Array]:
+    """Quantised weights do not: turning them into floats takes longer than laying them out."""
+    fits = MOST_ROWS < x.shape[0] <= MOST_ROWS_BESIDE and weight.shape[0] % STRIP == 0
+    return fits and not isinstance(weight, QuantizedArray)
+
+
+def _left(weight: Array, x: Array) -> Array:
+    """w x^T, (M, N), in float32."""
+    return _product(weight, x, 1, jnp.float32)
+
+
+def _transposed(y: Array) -> Array:
+    """y^T in two steps, by strips: in one, XLA would swap the sides of the product that gives y."""
+    strips = y.reshape(-1, STRIP, y.shape[1]).transpose(0, 2, 1)
+    strips = lax.optimization_barrier(strips).transpose(1, 0, 2)
+    return strips.reshape(y.shape[1], -1)
 
 
 def _elsewhere(x: Array, weight: Weight, contracted: int, dtype: DTypeLike) -> Array:

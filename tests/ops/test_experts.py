@@ -11,7 +11,7 @@ from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, apply_experts, refe
 from dbrx_jax.ops.tiles import TILE
 from dbrx_jax.quantization import Format, quantize
 
-D, F = 24, 40
+D, F = 24, 48
 
 
 def problem(tokens, num_experts, top_k, skew, seed, dtype=np.float32):

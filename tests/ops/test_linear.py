@@ -1,5 +1,7 @@
 """Products with plain and quantised weights against the plain product with what they stand for."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax.ops import linear as module
+from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.few_rows import CPU_OPTIONS, MOST_ROWS, times_few_rows
-from dbrx_jax.ops.linear import dequantized, linear, matrix
+from dbrx_jax.ops.linear import MOST_ROWS_BESIDE, dequantized, gated, linear, matrix
 from dbrx_jax.ops.tiles import TILE
 from dbrx_jax.quantization import Format, quantize
 
@@ -42,6 +45,42 @@ def test_matches_the_plain_product(form, rows, shape, contracted, platform, bloc
         y = jax.jit(lambda x, w: linear(x, w, contracted, platform))(x, w)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, x @ (plain.T if contracted else plain), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from([None, "bfloat16", "int8"]),
+    st.integers(MOST_ROWS + 1, MOST_ROWS_BESIDE + 1),
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.sampled_from(sorted(ACTIVATIONS)),
+)
+def test_products_of_some_rows(form, rows, strips, columns, activation):
+    """Plain weights stand on the left of them on a CPU, alone and gated, and however small they are."""
+    dtype = jnp.bfloat16 if form == "bfloat16" else jnp.float32
+    gate, up = (weight(form if form == "int8" else None, (16 * strips, columns), (-1,), dtype, n) for n in (0, 1))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(rows, columns)), dtype)
+    run = jax.jit(lambda x, *w: (linear(x, w[0], 1, "cpu"), gated(x, *w, ACTIVATIONS[activation], "cpu")))
+    a, b = (np.float32(x) @ np.float32(dequantized(w)).T for w in (gate, up))
+    limit = 2e-2 if form == "bfloat16" else 1e-5
+    for y, want in zip(run(x, gate, up), (a, np.asarray(ACTIVATIONS[activation](a)) * b), strict=True):
+        assert y.dtype == dtype
+        assert np.abs(np.float32(y) - want).max() <= limit * max(1, np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_xla_leaves_a_weight_on_the_left(dtype):
+    """It swaps the sides of a product whose result is transposed, and would lay the weight out anew."""
+    x, w = jnp.ones((24, 96), dtype), jnp.ones((160, 96), dtype)
+    for product in (
+        lambda x, w: linear(x, w, 1, "cpu"),
+        lambda x, w: gated(x, w, 2 * w, ACTIVATIONS["silu"], "cpu"),
+        lambda x, w: linear(gated(x, w, 2 * w, ACTIVATIONS["silu"], "cpu"), w, 0, "cpu"),
+    ):
+        text = jax.jit(product, compiler_options=CPU_OPTIONS).lower(x, w).compile().as_text()
+        assert re.search(r"f32\[160,24\]\S* dot\(", text)
+        assert not re.search(r"f32\[24,160\]\S* dot\(", text)
+        assert "lhs_contracting_dims={0}" not in text
 
 
 @pytest.mark.parametrize("form", FORMATS)
