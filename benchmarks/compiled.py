@@ -7,6 +7,7 @@ h200-1,int8,8,8192; CASES are compiled by default. Of each, a decode step with a
 2048 tokens of one prompt. Puts results/compiled.json in step for these cases and prints them as a table in Markdown.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -49,11 +50,14 @@ def line(p: dict) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=str(__doc__).splitlines()[0])
+    parser.add_argument("cases", metavar="CASE", nargs="*", help=f"such as {CASES[0]}; by default all")
+    asked = parser.parse_args().cases
     path = RESULTS / "compiled.json"
     cases = json.loads(path.read_text())["cases"] if path.exists() else {}
     print("| case | program | compiled in | memory, GB (planned) | traffic, GB | of least | sent, MB (planned) |")
     print("|---|---|---|---|---|---|---|")
-    for case in sys.argv[1:] or CASES:
+    for case in asked or CASES:
         cases[case] = {**stamp(*PACKAGES), "compiled": plan(case)["compiled"]}
         for p in cases[case]["compiled"]:
             print(f"| {case.replace(',', ', ')} | {line(p)} |", flush=True)

@@ -5,6 +5,7 @@
 The first run converts the demo to Orbax into an empty cache folder. Writes results/first_token.json.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -84,6 +85,8 @@ def phases(cache: str) -> dict[str, float]:
 
 
 def main() -> None:
+    what = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.first_token", description=what).parse_args()
     with tempfile.TemporaryDirectory() as cache:
         runs = {"first": run(cache), "second": run(cache), "third": run(cache)}
         parts = phases(cache)

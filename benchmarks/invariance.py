@@ -5,6 +5,7 @@
 Writes results/invariance.json: milliseconds of a step at batch sizes 1, 8 and 64.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -32,6 +33,8 @@ def step(model: DbrxForCausalLM, prompts: np.ndarray, invariant: bool) -> float:
 
 
 def main() -> None:
+    what = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.invariance", description=what).parse_args()
     folder, rows = checkpoint("bench", cache_folder()), []
     for dtype in DTYPES:
         quantized = dtype == "int8"

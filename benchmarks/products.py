@@ -6,6 +6,7 @@
 weights' bytes. Writes results/products-JAX_VERSION.json; docs/cpu.md explains what follows from it.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -59,6 +60,8 @@ def seconds(product: Callable, x: Array, all_weights: list[Any], contracted: int
 
 
 def main() -> None:
+    what = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.products", description=what).parse_args()
     table = []
     for kind in KINDS:
         for contracted in (1, 0):

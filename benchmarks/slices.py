@@ -5,6 +5,7 @@
 Writes results/slices.json. See dbrx_jax.plan for what is counted.
 """
 
+import argparse
 from typing import Any
 
 from benchmarks.record import RESULTS, write
@@ -18,6 +19,8 @@ PRECISIONS = ("bfloat16", "int8", "int4")
 
 
 def main() -> None:
+    what = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.slices", description=what).parse_args()
     config = DbrxConfig.from_name("132b-instruct")
     rows = []
     for kind, target in TARGETS.items():
