@@ -76,7 +76,7 @@ def start(
             yield first
     except BaseException as error:
         sys.stdout.flush()
-        if isinstance(error, jax.errors.JaxRuntimeError) and BROKEN.search(str(error)):
+        if _broke(error):
             _lost(sieve)
         # Python waits for the others at its exit. Whoever catches the error has time to say it, and then this ends.
         leave = threading.Timer(LEAVE_SECONDS, os._exit, [_status(error)])
@@ -148,6 +148,14 @@ def _silence() -> Iterator[None]:
         contextlib.redirect_stderr(nowhere),
     ):
         yield
+
+
+def _broke(error: BaseException) -> bool:
+    """Whether a collective failed. Where numpy was to read its result, JAX raises a plain ValueError with a status."""
+    text = str(error)
+    native = isinstance(error, jax.errors.JaxRuntimeError)
+    native = native or (type(error) is ValueError and re.match("[A-Z_]+: ", text) is not None)
+    return native and BROKEN.search(text) is not None
 
 
 def _lost(sieve: subprocess.Popen) -> None:

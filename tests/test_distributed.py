@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from dbrx_jax import DbrxTokenizer
 from dbrx_jax.convert.to_orbax import to_orbax
-from dbrx_jax.distributed import _check, start
+from dbrx_jax.distributed import _broke, _check, start
 from dbrx_jax.errors import DistributedError
 from dbrx_jax.native_log import ENDING, FATAL, MARK, NOISE, explain
 from dbrx_jax.vocabulary import _byte_characters
@@ -295,3 +296,18 @@ class TestNativeLog:
             assert ENDING.match(line)
         assert not ENDING.match("E1121 13:22:23.622643   21823 bfc_allocator.cc:1] out of memory")
         assert NOISE.match("E1121 13:28:57.116434   23548 add_port.cc:83] Failed to add port to server: No address")
+
+
+@pytest.mark.parametrize(
+    ("error", "broke"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:2956"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: NCCL operation failed: remote process exited"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (ValueError("gloo.json: no such file"), False),
+        (DistributedError("UNAVAILABLE: gloo"), False),
+    ],
+)
+def test_what_counts_as_a_broken_connection(error, broke):
+    assert _broke(error) is broke
