@@ -95,6 +95,11 @@ def _term(factors: list[Array], held: Array) -> Array:
     """Stored values times the row's elements, in float32."""
     if len(factors) == 1:
         return factors[0] * held.astype(jnp.float32)
-    byte = lax.bitcast_convert_type(held, jnp.int8)
-    low, high = (byte << 4) >> 4, byte >> 4
+    low, high = halves(held)
     return factors[0] * low.astype(jnp.float32) + factors[1] * high.astype(jnp.float32)
+
+
+def halves(packed: Array) -> tuple[Array, Array]:
+    """The even and the odd ones of values that are two in a byte (uint8), as int8."""
+    byte = lax.bitcast_convert_type(packed, jnp.int8)
+    return (byte << 4) >> 4, byte >> 4

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from dbrx_jax.ops.few_rows import MOST_ROWS, times_few_rows
+from dbrx_jax.ops.few_rows import MOST_ROWS, halves, times_few_rows
 from dbrx_jax.quantization import QuantizedArray
 
 Weight = Array | QuantizedArray
@@ -43,11 +43,11 @@ def linear(
     if (few := times_few_rows(x, weight, contracted)) is not None:
         return few.astype(dtype)
     if contracted == 1 and _goes_left(weight, x):
-        return _transposed(_left(weight, x).astype(dtype))
+        return _transposed(_product(weight, x, 1).astype(dtype))
     plain = weight.dtype == jnp.float32 and not isinstance(weight, QuantizedArray)
     if not plain and rows < LEAST_ROWS:
         x = jnp.concatenate([x] * LEAST_ROWS)
-    y = _in_blocks(x, weight, contracted) if isinstance(weight, QuantizedArray) else _dot(x, weight, contracted)
+    y = _in_blocks(x, weight, contracted) if isinstance(weight, QuantizedArray) else _product(x, weight, contracted)
     return y[:rows].astype(dtype)
 
 
@@ -56,7 +56,7 @@ def gated(
 ) -> Float[Array, "N M"]:
     """activation(x gate^T) * (x up^T) with weights (M, C), transposed but once where they are on the left."""
     if platform == "cpu" and _goes_left(gate, x) and _goes_left(up, x):
-        return _transposed(activation(_left(gate, x).astype(x.dtype)) * _left(up, x).astype(x.dtype))
+        return _transposed(activation(_product(gate, x, 1).astype(x.dtype)) * _product(up, x, 1).astype(x.dtype))
     return activation(linear(x, gate, 1, platform)) * linear(x, up, 1, platform)
 
 
@@ -73,20 +73,10 @@ def dequantized(weight: Weight) -> Array:
     return weight.dequantize() if isinstance(weight, QuantizedArray) else weight
 
 
-def _dot(x: Array, weight: Array, contracted: int) -> Array:
-    """In float32. Written without transposing: XLA for CPUs would do that in memory."""
-    return _product(x, weight, contracted, jnp.float32)
-
-
 def _goes_left(weight: Weight, x: Array) -> TypeGuard[Array]:
     """Quantised weights do not: turning them into floats takes longer than laying them out."""
     fits = MOST_ROWS < x.shape[0] <= MOST_ROWS_BESIDE and weight.shape[0] % STRIP == 0
     return fits and not isinstance(weight, QuantizedArray)
-
-
-def _left(weight: Array, x: Array) -> Array:
-    """w x^T, (M, N), in float32."""
-    return _product(weight, x, 1, jnp.float32)
 
 
 def _transposed(y: Array) -> Array:
@@ -102,12 +92,13 @@ def _elsewhere(x: Array, weight: Weight, contracted: int, dtype: DTypeLike) -> A
     if not isinstance(weight, QuantizedArray):
         return _product(x, weight, contracted, wide)
     if weight.group is None:
-        y = _product(x, weight.integers().astype(x.dtype), contracted, jnp.float32)
+        y = _product(x, weight.integers().astype(x.dtype), contracted)
         return (y * weight.scale.reshape(1, -1).astype(jnp.float32)).astype(dtype)
     return _product(x, weight.dequantize(x.dtype), contracted, wide)
 
 
-def _product(x: Array, weight: Array, contracted: int, dtype: DTypeLike | None) -> Array:
+def _product(x: Array, weight: Array, contracted: int, dtype: DTypeLike | None = jnp.float32) -> Array:
+    """x w^T (1) or x w (0). Written without transposing: XLA for CPUs would do that in memory."""
     return lax.dot_general(x, weight, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
 
 
@@ -115,21 +106,37 @@ def _in_blocks(x: Array, weight: QuantizedArray, contracted: int) -> Array:
     """Blocks of rows of the weight, one after the other: turned into floats in the cache and multiplied there."""
     values, scale = weight.values, weight.scale
     count = _blocks(values.shape[0], scale.shape[0], weight.size)
+    rows = [x[:, 0::2], x[:, 1::2]] if weight.kind == "int4" else [x]
 
-    def block(i: Array | int) -> Array:
+    def product(i: Array | int, rows: list[Array]) -> Array:
         scales = scale if scale.shape[0] == 1 else _part(scale, i, count)
         part = dataclasses.replace(weight, values=_part(values, i, count), scale=scales)
-        return part.integers().astype(x.dtype) if weight.group is None else part.dequantize(x.dtype)
+        terms = [_product(r, w, contracted) for r, w in zip(rows, _floats(part, contracted, x.dtype), strict=True)]
+        return sum(terms[1:], start=terms[0])
 
     def add(i, y):
         if contracted == 1:
-            return lax.dynamic_update_slice(y, _dot(x, block(i), 1), (0, i * (y.shape[1] // count)))
-        size = x.shape[1] // count
-        return y + _dot(lax.dynamic_slice(x, (0, i * size), (x.shape[0], size)), block(i), 0)
+            return lax.dynamic_update_slice(y, product(i, rows), (0, i * (y.shape[1] // count)))
+        size = rows[0].shape[1] // count
+        return y + product(i, [lax.dynamic_slice(r, (0, i * size), (r.shape[0], size)) for r in rows])
 
     y = jnp.zeros((x.shape[0], weight.shape[1 - contracted]), jnp.float32)
     y = add(0, y) if count == 1 else lax.fori_loop(0, count, add, y)
     return y * scale.reshape(1, -1).astype(jnp.float32) if weight.group is None else y
+
+
+def _floats(weight: QuantizedArray, contracted: int, dtype: DTypeLike) -> list[Array]:
+    """The weight as floats, without scales per channel; of two values in a byte the even ones and the odd ones.
+
+    These are never put in order, which XLA for CPUs does one by one.
+    """
+    parts = list(halves(weight.values)) if weight.kind == "int4" else [weight.values]
+    if weight.group is None:
+        return [part.astype(dtype) for part in parts]
+    groups, scale = weight.scale.shape[contracted], jnp.expand_dims(weight.scale, contracted + 1).astype(jnp.float32)
+    shape = parts[0].shape
+    grouped = (*shape[:contracted], groups, shape[contracted] // groups, *shape[contracted + 1 :])
+    return [(p.reshape(grouped).astype(jnp.float32) * scale).astype(dtype).reshape(shape) for p in parts]
 
 
 def _blocks(rows: int, scales: int, size: int) -> int:
