@@ -38,6 +38,7 @@ KINDS = [
             ("float32", None, False),
             ("float32", None, True),
             ("bfloat16", None, False),
+            ("bfloat16", None, True),
             ("bfloat16", "int8", False),
             ("bfloat16", "int8", True),
             ("float32", "int4-32", True),
