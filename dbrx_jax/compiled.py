@@ -41,6 +41,7 @@ class Compiled:
     planned_moved: int
     weights_moved: list[str]  # parameters that are operands of collectives
     largest_temporary: str
+    expert_copies: list[str]  # temporaries with a whole weight of an expert in them, as floats
 
 
 def compile_programs(setting: Setting) -> list[Compiled]:
@@ -91,7 +92,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     for collective in found:
         kinds[collective.kind] = kinds.get(collective.kind, 0) + collective.runs
     tokens, split_tokens = (setting.rows, False) if name == "decode" else (PREFILL, True)
-    largest = hlo.largest_temporaries(text, 1)
+    held = hlo.largest_temporaries(text)
     return Compiled(
         program=name,
         compile_seconds=round(seconds, 1),
@@ -105,5 +106,13 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
         moved=round(sum(hlo.bytes_moved(c) * c.runs for c in found)),
         planned_moved=round(sum(m.moved for m in messages(setting, tokens, split_tokens))),
         weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("parts")}),
-        largest_temporary=f"{largest[0].shape} ({largest[0].bytes / 1e6:.1f} MB)" if largest else "",
+        largest_temporary=f"{held[0].shape} ({held[0].bytes / 1e6:.1f} MB)" if held else "",
+        expert_copies=sorted({t.shape for t in held if _holds_expert(t.shape, setting)}),
     )
+
+
+def _holds_expert(shape: str, setting: Setting) -> bool:
+    """Whether a shape such as bf16[2,10752,6144] has the dimensions of what a device has of an expert's weight."""
+    dtype, _, dims = shape.rstrip("]").partition("[")
+    inner = setting.config.ffn_hidden_size // setting.partition.size("tensor")
+    return dtype in ("bf16", "f32") and {str(inner), str(setting.config.d_model)} <= set(dims.split(","))

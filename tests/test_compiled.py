@@ -7,10 +7,13 @@ import subprocess
 
 import pytest
 
+from dbrx_jax.plan import usable
 from dbrx_jax.targets import TARGETS
 
 MOST_TRAFFIC = 1.15  # of the least HBM traffic, at most
 EXPERT = 3 * 10752 * 6144  # weights
+MATRIX = 2 * 10752 * 6144  # bytes of one of an expert's weights in bfloat16
+BYTES = {"bfloat16": 2, "plain": 2, "int8": 1, "int4": 0.5, "": 2}  # of a weight; the last is of gradients
 SMALL = 350e6  # bytes that a plan may be wrong by
 
 
@@ -37,14 +40,15 @@ def test_132b_compiles_as_planned(target, dtype, batch, context):
     decode, prefill = facts["compiled"]
     kind, _, _ = target.partition("-")
     for compiled in (decode, prefill):
-        assert compiled["total"] <= 0.97 * TARGETS[kind].hbm_bytes
+        assert compiled["total"] <= usable(TARGETS[kind])
         assert compiled["planned"] == pytest.approx(compiled["total"], rel=0.10, abs=SMALL), compiled
         assert compiled["moved"] == pytest.approx(compiled["planned_moved"], rel=0.01), compiled
         assert compiled["weights_moved"] == []
+        assert compiled["expert_copies"] == []
     largest = re.fullmatch(r".* \(([\d.]+) MB\)", decode["largest_temporary"])
     assert largest
-    expert = EXPERT * {"bfloat16": 2, "int8": 1, "int4": 0.5}[dtype]
-    assert float(largest[1]) * 1e6 < expert
+    expert = EXPERT * BYTES[dtype]
+    assert float(largest[1]) * 1e6 < min(expert, MATRIX)
     # All together too, but where XLA brings one layer's cache into the loop through VMEM.
     assert decode["temporaries"] < expert * (2.5 if target == "v6e-8" else 1)
     assert decode["traffic"] <= MOST_TRAFFIC * decode["least_traffic"]
@@ -53,14 +57,16 @@ def test_132b_compiles_as_planned(target, dtype, batch, context):
 
 @pytest.mark.slow
 def test_no_kernel_for_hopper_spills(tmp_path):
-    """Nor has temporaries as large as one expert in bfloat16."""
+    """Nor has temporaries as large as one expert in its own form, but for float32 sums of 64 rows."""
     command = [os.environ["DBRX_COMPILE_PYTHON"], "-m", "benchmarks.kernels", "h200"]
     done = subprocess.run([*command, "--output", tmp_path / "found.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = json.loads((tmp_path / "found.json").read_text())["h200"]["kernels"]
-    assert len({k["kernel"] for k in kernels}) == len(kernels) > 25
+    assert len({k["kernel"] for k in kernels}) == len(kernels) > 30
     for kernel in kernels:
         assert kernel["registers"], kernel
         assert max(kernel["registers"]) <= 255
         assert kernel["spilled_bytes"] == 0, kernel
-        assert kernel["temporaries"] < 2 * EXPERT, kernel
+        form = next(bytes for name, bytes in BYTES.items() if name in kernel["kernel"])
+        sums = "64 rows" in kernel["kernel"]
+        assert kernel["temporaries"] < (2 if sums else form) * EXPERT, kernel

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbrx_jax.compiled import _holds_expert
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MeshError, PlanError
 from dbrx_jax.parameters import model_from_parameters
@@ -136,6 +137,20 @@ def test_messages_are_of_tokens_but_for_fsdp():
         if group != "routers and norms"
     )  # fmt: skip
     assert messages(setting(axes={"expert": 1}, kind="h200"), 64, True) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "holds"),
+    [
+        ("bf16[2688,6144]", True),  # a device's quarter of an expert's weight
+        ("f32[1,6144,2688]", True),
+        ("s8[2688,6144]", False),  # as it is stored
+        ("bf16[10752,6144]", False),
+        ("bf16[2048,2688]", False),  # rows
+    ],
+)
+def test_what_is_a_copy_of_an_expert(shape, holds):
+    assert _holds_expert(shape, setting()) is holds
 
 
 class TestCommand:

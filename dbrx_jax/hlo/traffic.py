@@ -55,8 +55,8 @@ def hbm_traffic(text: str, trips: Mapping[str, int] | None = None) -> Traffic:
     )
 
 
-def largest_temporaries(text: str, n: int = 10) -> list[Temporary]:
-    """The `n` largest results in HBM of instructions that are no parameters, views or updates in place.
+def largest_temporaries(text: str, n: int | None = None) -> list[Temporary]:
+    """The `n` largest (None is all) results in HBM of instructions that are no parameters, views or updates in place.
 
     Outputs of the program are among them. A loop's body counts once: its buffers are used again.
 
