@@ -43,13 +43,27 @@ class Case(NamedTuple):
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """Of a kind of device: the experts' with the tiles that they would take, and attention over the cache."""
+    """Of a kind of device, at 132B's sizes; those of JAX's own, splash attention and cuDNN, are left out."""
+    yield from experts(kind, tiles.WEIGHTS)
+    yield from attention(kind)
+    yield from gradients(kind)
+    if kind == "tpu":
+        yield from experts(kind, ("fp8",))
+        yield writing()
+
+
+def experts(kind: str, weights: tuple[str, ...]) -> Iterator[Case]:
+    """The experts', with the tiles that they would take."""
     named: dict[str, Case] = {}  # some that differ in few rows are the same kernel
-    for case in tiles.cases(kind):
+    for case in tiles.cases(kind, weights=weights):
         chosen = {s.name: type(s.rule)(*table()[s.name]) if s.name in table() else s.rule for s in case.slots}
         name = "; ".join(chosen)
         named[name] = Case(name, lambda *a, case=case, chosen=chosen: case.call(chosen, *a), case.arguments)
     yield from named.values()
+
+
+def attention(kind: str) -> Iterator[Case]:
+    """Over the cache, of steps and of a prompt's chunk."""
     from dbrx_jax.kernels import attention_gpu, attention_tpu
 
     attend: Any = (attention_gpu if kind == "gpu" else attention_tpu).cache_attention
@@ -67,6 +81,27 @@ def cases(kind: str) -> Iterator[Case]:
             return attend(query, key, value, starts, 0, scales=None if scales[0] is None else scales)
 
         yield Case(f"attention, {dtype} cache, {rows} x {tokens} queries", call, (query, starts, *held, *scales))
+
+
+def gradients(kind: str) -> Iterator[Case]:
+    """Gradients of an expert's weights, for both of its shapes."""
+    from dbrx_jax.kernels import grouped_gradient_gpu, grouped_tpu
+
+    gradient: Any = (grouped_gradient_gpu if kind == "gpu" else grouped_tpu).grouped_gradient
+    F, D, P, E = tiles.CONFIG.ffn_hidden_size, tiles.CONFIG.d_model, tiles.MANY_ROWS, 2
+    for M, C in ((F, D), (D, F)):
+        rows = [jax.ShapeDtypeStruct((P, n), jnp.bfloat16) for n in (M, C)]
+        yield Case(f"gradient, {M} x {C}, {P} rows", lambda a, b: gradient(a, b, jnp.full(E, P // E, jnp.int32)), rows)
+
+
+def writing() -> Case:
+    """A step's keys or values to the cache."""
+    from dbrx_jax.kernels import cache_tpu
+
+    G, K = tiles.CONFIG.kv_n_heads, tiles.CONFIG.head_dim
+    places = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2
+    held, new = (jax.ShapeDtypeStruct((8, *size, K), jnp.bfloat16) for size in ((POSITIONS, G), (G,)))
+    return Case("writing 8 positions", cache_tpu.write_positions, (held, new, *places))
 
 
 def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:

@@ -50,10 +50,10 @@ class Case(NamedTuple):
     call: Callable[..., Any]
 
 
-def cases(kind: str, config: DbrxConfig = CONFIG) -> Iterator[Case]:
+def cases(kind: str, config: DbrxConfig = CONFIG, weights: tuple[str, ...] = WEIGHTS) -> Iterator[Case]:
     """Of a kind of device: on a TPU, experts apart on 16 or 8 devices; on a GPU all of one, or two of 8 devices."""
     F, D, K = config.ffn_hidden_size, config.d_model, config.moe_top_k
-    for text, experts in itertools.product(WEIGHTS, (1, 2) if kind == "tpu" else (2, config.moe_num_experts)):
+    for text, experts in itertools.product(weights, (1, 2) if kind == "tpu" else (2, config.moe_num_experts)):
         w1, w2 = (_weight(text, (experts, F, D), (c,)) for c in (-1, -2))
         for rows in FEW_ROWS:
             yield (_few_tpu if kind == "tpu" else _few_gpu)(rows, min(experts, rows * K), w1, w2)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 
 # The share of a GPU's memory that JAX takes when it starts. Its own three quarters of an H200 are 113 GB: 132B in
-# int8 takes 133. A TPU's runtime gives all there is.
+# int8 takes 132. A TPU's runtime gives all there is.
 ENVIRONMENT: Mapping[str, str] = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
 
 
