@@ -327,6 +327,7 @@ def load(size: Size, machine: Machine) -> Iterator[dict[str, Any]]:
         for rows in range(1, size.together + 1):  # compiled before users come
             engine.generate((prompts * rows)[:rows], tokens)
         found = serve.users(engine, prompts, tokens, roofline.ANNOUNCED_SECONDS, size.together)
+        alone = roofline.user_seconds(size.config, machine, precision, prompt, tokens)
         yield {
             "precision": precision,
             "prompt": prompt,
@@ -336,6 +337,7 @@ def load(size: Size, machine: Machine) -> Iterator[dict[str, Any]]:
             "tokens_per_second": round(size.users * tokens / found["seconds"], 2),
             "first_token_seconds_median": round(float(np.median(found["first"])), 3),
             "seconds_median": round(float(np.median(found["total"])), 3),
+            "of_measured_roofline": round(alone / float(np.median(found["total"])), 4),  # of a user who is alone
         }
         del engine
 

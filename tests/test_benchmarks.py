@@ -426,3 +426,4 @@ def test_h200_at_toy_size(tmp_path):
     load = [(c["precision"], c["users"]) for c in found["load"][1:]]
     assert load == [(precision, h200.TOY.users) for precision in h200.TOY.precisions]
     assert all(c["tokens_per_second"] > 0 for c in found["load"][1:])
+    assert all(0 < c["of_measured_roofline"] < 1 for c in found["load"][1:])
