@@ -49,7 +49,10 @@ How it is measured:
 - The roofline is of the same run: bytes over the bandwidth with which all CPUs read a GB, or FLOP over the
   rate of a product of matrices of 2048 x 2048 in JAX, whichever takes longer. A decode step must read the
   experts that its rows are expected to choose, attention, the head and the live cache; a prompt's head is
-  computed once. A peer with better kernels than that product may come out above it.
+  computed once. What has better kernels than that product may come out above it: a peer, or on jax 0.10.2, whose
+  bfloat16 product is slower than float32's, we ourselves.
+- The bandwidth of these machines is either 35 to 40 or 57 to 66 GB/s, from one process to the next, and an engine's
+  weights lie as they happen to. So shares of the roofline are rough; ratios are between engines that ran in turn.
 - All engines get every CPU. Prompts are random token ids, decoding is greedy, nothing ends a row. Ours hands
   tokens over in bursts of 8, as to somebody who reads along.
 - llama.cpp computes in float32 with a float32 cache and without its flash attention, which is not exact in

@@ -53,7 +53,7 @@ class Options:
     cache_dtype: Literal["int8"] | None = None
     """int8 halves the memory of a bfloat16 model's key-value cache."""
     batch_invariant: bool = False
-    """Give each prompt the same text and numbers, to the bit, whichever others run beside it; slower in float32."""
+    """Give each prompt the same text and numbers, to the bit, whichever others run beside it; slower, most for few."""
 
     def of_generate(self, temperature: float) -> dict[str, Any]:
         """The keyword arguments of generate; a temperature of 0 takes the most probable token."""
