@@ -59,16 +59,35 @@ def test_each_row_times_its_own_matrix(form, dtype, contracted):
     np.testing.assert_array_equal(floats(y)[103:], 0)
 
 
-@settings(max_examples=1, deadline=None, derandomize=True)
-@given(st.sampled_from(["plain", "int8"]), st.lists(st.integers(0, 60), min_size=3, max_size=3), st.integers(0, 40))
-@example("int8", [0, 0, 0], 5)
-@example("int8", [0, 130, 0], 0)
-@example("plain", [1, 0, 63], 1)
-def test_ragged_and_empty_groups_with_rows_past_the_end(form, sizes, past):
-    w, C, _ = matrices(form, 1)
+@pytest.mark.slow  # a run of the interpreter takes seconds
+@settings(max_examples=12)
+@given(
+    st.sampled_from(["plain", "int8", "fp8", "int4", "int4-64"]),
+    st.sampled_from([0, 1]),
+    st.lists(st.integers(0, 60), min_size=3, max_size=3),
+    st.integers(0, 40),
+)
+@example("int8", 1, [0, 0, 0], 5)
+@example("int8", 1, [0, 130, 0], 0)
+@example("plain", 1, [1, 0, 63], 1)
+@example("int4-64", 0, [64, 0, 1], 0)
+def test_ragged_and_empty_groups_with_rows_past_the_end(form, contracted, sizes, past):
+    w, C, _ = matrices(form, contracted)
     rows = normal(max(sum(sizes) + past, 1), C)
-    y = run(rows, w, 1, sizes)
-    assert error(y, reference(rows, w, 1, sizes)) < 1e-2
+    y = run(rows, w, contracted, sizes)
+    assert error(y, reference(rows, w, contracted, sizes)) < 1e-2
+
+
+@pytest.mark.slow
+@settings(max_examples=6)
+@given(st.lists(st.integers(0, 70), min_size=3, max_size=3), st.integers(0, 30))
+def test_the_gradient_of_any_groups(sizes, past):
+    count = max(sum(sizes) + past, 1)
+    out, rows = normal(count, 128), normal(count, 256)[::-1]
+    found = jax.jit(lambda *a: gradient.grouped_gradient(*a, interpret=INTERPRET))(out, rows, jnp.array(sizes))
+    ends = np.cumsum(sizes)
+    parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    assert error(found, np.stack([floats(out)[p].T @ floats(rows)[p] for p in parts])) < 1e-2
 
 
 @pytest.mark.parametrize("form", ["plain", "int8"])
