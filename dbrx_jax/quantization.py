@@ -200,11 +200,8 @@ class QuantizedArray:
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Any:
         """The array: products in float32, rounded once to a dtype (the scales' by default)."""
-        values, d = self.integers(), self.contracted[-1] % self.ndim
-        shape, groups = values.shape, self.scale.shape[d]
-        values = values.reshape(*shape[:d], groups, shape[d] // groups, *shape[d + 1 :]).astype(np.float32)
-        scale = self.scale.astype(np.float32).reshape(*self.scale.shape[: d + 1], 1, *self.scale.shape[d + 1 :])
-        return (values * scale).reshape(shape).astype(self.scale.dtype if dtype is None else dtype)
+        dtype = self.scale.dtype if dtype is None else dtype
+        return scaled(self.integers(), self.scale, self.contracted[-1], dtype)
 
 
 def abstract(shape: tuple[int, ...], format: Format, contracted: tuple[int, ...], dtype: DTypeLike) -> QuantizedArray:
@@ -289,10 +286,23 @@ def pack(values: Any, dimension: int) -> Any:
 def unpack(packed: Any, dimension: int) -> Any:
     """The inverse of :func:`pack`."""
     d = dimension % packed.ndim
-    both = ((packed << 4).astype(np.int8) >> 4, packed.astype(np.int8) >> 4)
     xp: Any = np if isinstance(packed, np.ndarray) else jnp
     shape = packed.shape
-    return xp.stack(both, axis=d + 1).reshape(*shape[:d], 2 * shape[d], *shape[d + 1 :])
+    return xp.stack(halves(packed), axis=d + 1).reshape(*shape[:d], 2 * shape[d], *shape[d + 1 :])
+
+
+def halves(packed: Any) -> tuple[Any, Any]:
+    """The even and the odd ones of values that are two in a byte (uint8), as int8."""
+    return (packed << 4).astype(np.int8) >> 4, packed.astype(np.int8) >> 4
+
+
+def scaled(values: Any, scale: Any, dimension: int, dtype: DTypeLike) -> Any:
+    """Small numbers times the scales of their groups along a dimension: in float32, rounded once to a dtype."""
+    d = dimension % values.ndim
+    shape, groups = values.shape, scale.shape[d]
+    values = values.reshape(*shape[:d], groups, shape[d] // groups, *shape[d + 1 :]).astype(np.float32)
+    scale = scale.astype(np.float32).reshape(*scale.shape[: d + 1], 1, *scale.shape[d + 1 :])
+    return (values * scale).reshape(shape).astype(dtype)
 
 
 def _pairs(values: Any, dimension: int) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from dbrx_jax.quantization import QuantizedArray
+from dbrx_jax.quantization import QuantizedArray, halves
 
 # For the programs in which this is used: XLA may add in another order. NaN, infinities and quotients stay exact.
 CPU_OPTIONS = {"xla_cpu_enable_fast_math": True}
@@ -97,9 +97,3 @@ def _term(factors: list[Array], held: Array) -> Array:
         return factors[0] * held.astype(jnp.float32)
     low, high = halves(held)
     return factors[0] * low.astype(jnp.float32) + factors[1] * high.astype(jnp.float32)
-
-
-def halves(packed: Array) -> tuple[Array, Array]:
-    """The even and the odd ones of values that are two in a byte (uint8), as int8."""
-    byte = lax.bitcast_convert_type(packed, jnp.int8)
-    return (byte << 4) >> 4, byte >> 4

@@ -10,8 +10,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from dbrx_jax.ops.few_rows import MOST_ROWS, halves, times_few_rows
-from dbrx_jax.quantization import QuantizedArray
+from dbrx_jax.ops.few_rows import MOST_ROWS, times_few_rows
+from dbrx_jax.quantization import QuantizedArray, halves, scaled
 
 Weight = Array | QuantizedArray
 # Elements of a quantised weight that a CPU turns into floats at a time: what stays in its caches.
@@ -128,15 +128,12 @@ def _in_blocks(x: Array, weight: QuantizedArray, contracted: int) -> Array:
 def _floats(weight: QuantizedArray, contracted: int, dtype: DTypeLike) -> list[Array]:
     """The weight as floats, without scales per channel; of two values in a byte the even ones and the odd ones.
 
-    These are never put in order, which XLA for CPUs does one by one.
+    These stay apart: a CPU takes long to put them in order.
     """
-    parts = list(halves(weight.values)) if weight.kind == "int4" else [weight.values]
+    parts = halves(weight.values) if weight.kind == "int4" else (weight.values,)
     if weight.group is None:
         return [part.astype(dtype) for part in parts]
-    groups, scale = weight.scale.shape[contracted], jnp.expand_dims(weight.scale, contracted + 1).astype(jnp.float32)
-    shape = parts[0].shape
-    grouped = (*shape[:contracted], groups, shape[contracted] // groups, *shape[contracted + 1 :])
-    return [(p.reshape(grouped).astype(jnp.float32) * scale).astype(dtype).reshape(shape) for p in parts]
+    return [scaled(part, weight.scale, contracted, dtype) for part in parts]
 
 
 def _blocks(rows: int, scales: int, size: int) -> int:
