@@ -51,8 +51,8 @@ How it is measured:
   experts that its rows are expected to choose, attention, the head and the live cache; a prompt's head is
   computed once. What has better kernels than that product may come out above it: a peer, or on jax 0.10.2, whose
   bfloat16 product is slower than float32's, we ourselves.
-- The bandwidth of these machines is either 35 to 40 or 57 to 66 GB/s, from one process to the next, and an engine's
-  weights lie as they happen to. So shares of the roofline are rough; ratios are between engines that ran in turn.
+- The bandwidth of these machines was read as 32 to 41 or as 57 to 66 GB/s, from one process to the next; why was
+  not found. So shares of the roofline are rough; ratios are between engines that ran in turn.
 - All engines get every CPU. Prompts are random token ids, decoding is greedy, nothing ends a row. Ours hands
   tokens over in bursts of 8, as to somebody who reads along.
 - llama.cpp computes in float32 with a float32 cache and without its flash attention, which is not exact in

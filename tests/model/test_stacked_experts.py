@@ -47,7 +47,7 @@ def stacked(monkeypatch):
     forget()
 
 
-def interpret_on_many_devices(monkeypatch):
+def interpret_as_xla(monkeypatch):
     """The TPU's kernels as XLA operations.
 
     The interpreter that stands for a TPU has devices wait for each other at the end of a kernel, in callbacks; where
@@ -112,7 +112,7 @@ def test_kernels_generate_as_the_plain_experts(stacked, kind, axes, quantization
     monkeypatch.setattr(attention_splash, "supports", lambda *a: False)
     monkeypatch.setattr(cache, "cache_attention", lambda *a, **b: (traced.append("attention"), attend(*a, **b))[1])
     if kind == "tpu":
-        interpret_on_many_devices(monkeypatch)
+        interpret_as_xla(monkeypatch)
     model = model_from_parameters(SMALL, parameters, axes and mesh_of(axes), quantization=how)
     logits = np.asarray(model(ids))
     assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
