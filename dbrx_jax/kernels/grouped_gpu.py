@@ -90,7 +90,7 @@ def _quantized(rows: Array, weight: Words, sizes: Array, tiles: GroupedTiles, in
             if weight.group is None:
                 totals = _scaled(block, totals, scale)
             packed = plgpu.layout_cast(_packed(totals), plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.store(out_tile.transpose((1, 0)), packed, optimized=False)
+            out_tile.transpose((1, 0))[...] = packed
             plgpu.commit_smem()
             _store(out_tile, out, tile, start, end, pl.ds(channel * tiles.channels, tiles.channels))
 

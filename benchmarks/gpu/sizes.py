@@ -1,0 +1,154 @@
+"""What `python -m benchmarks.gpu` measures: sizes, the card that is here, and models with random weights."""
+
+import dataclasses
+import math
+import zlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from benchmarks.record import BenchmarkError
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.model.causal_lm import DbrxForCausalLM
+from dbrx_jax.parameters import model_from_arrays, placed_arrays
+from dbrx_jax.plan import Setting, fits
+from dbrx_jax.quantization import Quantization, QuantizedArray
+from dbrx_jax.targets import TARGETS, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The lengths and batches of one run.
+
+    Args:
+      config: the model; with fewer layers where a precision does not fit into the card's memory.
+      decode: (batch, positions) of the decode steps that are timed, by precision.
+      steps: decode steps that are timed together.
+      prompt: tokens of the prompt whose prefill is timed.
+      tokens: numbers of tokens at which the experts are checked.
+      lengths: of the prompts on which whole models are compared.
+      users, together: how many users come, and how many are served at once.
+    """
+
+    config: DbrxConfig
+    decode: dict[str, tuple[tuple[int, int], ...]]
+    steps: int
+    prompt: int
+    tokens: tuple[int, ...]
+    lengths: tuple[int, ...]
+    users: int
+    together: int
+
+
+FULL = Size(
+    DbrxConfig.from_name("132b-instruct"),
+    {
+        "int4": ((1, 1024), (16, 1024), (64, 1024), (1, 8192), (1, 32768)),
+        "int8": ((1, 1024), (8, 1024), (64, 1024), (1, 32768)),
+        "bfloat16": ((1, 1024), (8, 1024)),
+    },
+    steps=64,
+    prompt=2048,
+    tokens=(1, 7, 64, 600),
+    lengths=(300, 77, 41),
+    users=8,
+    together=2,
+)
+_TOY_CONFIG = dataclasses.replace(
+    DbrxConfig.from_name("demo"), d_model=64, n_heads=4, kv_n_heads=2, n_layers=1, ffn_hidden_size=96
+)
+TOY = Size(
+    _TOY_CONFIG,
+    {"int4": ((1, 128),), "int8": ((1, 128), (3, 128)), "bfloat16": ((2, 128),)},
+    steps=4,
+    prompt=96,
+    tokens=(1, 90),
+    lengths=(60, 20, 9),
+    users=2,
+    together=2,
+)
+# Layers, in full width, of a model that does not fit as a whole.
+FEWER_LAYERS = {"bfloat16": 4, "int8": 8, "int4": 8}
+
+
+def card() -> Target:
+    """The published figures of the GPU that is here; of an H200 on a CPU, which only rehearses.
+
+    Raises:
+      BenchmarkError: it is no Hopper GPU.
+    """
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        return TARGETS["h200"]
+    for name in ("H100", "H200"):
+        if name in kind:
+            return TARGETS[name.lower()]
+    raise BenchmarkError(f"this is a {kind}, and the kernels are made for an H100 or H200; --toy runs anywhere")
+
+
+def config_that_fits(size: Size, precision: str) -> DbrxConfig:
+    """The whole model, or as many of its layers as FEWER_LAYERS says where the card cannot hold it."""
+    if fits(Setting(size.config, card(), {"expert": 1}, precision, batch=1, context=1024)):
+        return size.config
+    return dataclasses.replace(size.config, n_layers=min(FEWER_LAYERS[precision], size.config.n_layers))
+
+
+def random_model(config: DbrxConfig, precision: str, dtype: Any = jnp.bfloat16) -> DbrxForCausalLM:
+    """A model whose random weights are drawn on the device in the form they are stored in.
+
+    Each parameter's values depend on its name alone, not on how parameters are arranged in arrays. No more
+    memory is taken than the model's and one parameter's.
+    """
+    quantization = None if precision == "bfloat16" else Quantization.parse(precision)
+    arrays: dict[str, Any] = {}
+    for name, placed in placed_arrays(config, None, quantization, dtype).items():
+        seeds = np.array([zlib.crc32(parameter.encode()) for parameter in placed.parameters], np.uint32)
+        if not isinstance(placed.value, QuantizedArray):
+            is_norm = len(placed.shape) == 1
+            drawn = jnp.ones(placed.shape, jnp.bfloat16) if is_norm else normal(seeds, placed.shape)
+            arrays[name] = drawn.astype(dtype)
+            continue
+        values, scale = placed.value.values, placed.value.scale
+        # Standard deviation of the whole numbers that random bytes, or random halves of bytes, stand for.
+        deviation = 73.9 if values.dtype == jnp.int8 else 4.6
+        arrays[name] = dataclasses.replace(
+            placed.value,
+            values=_bytes(seeds, values.shape, values.dtype),
+            scale=jnp.full(scale.shape, config.initializer_range / deviation, jnp.bfloat16).astype(dtype),
+        )
+    return model_from_arrays(config, arrays, None, quantization=quantization)
+
+
+@partial(jax.jit, static_argnums=1)
+def normal(seeds: Array, shape: tuple[int, ...]) -> Array:
+    """Weights in bfloat16 with the published deviation; with several seeds, the first dimension's entry from each."""
+
+    def draw(seed: Array, shape: tuple[int, ...]) -> Array:
+        values = jax.random.normal(_key(seed), shape, jnp.float32)
+        return (FULL.config.initializer_range * values).astype(jnp.bfloat16)
+
+    return _each(draw, seeds, shape)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _bytes(seeds: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    def draw(seed: Array, shape: tuple[int, ...]) -> Array:
+        count = math.prod(shape)
+        words = jax.random.bits(_key(seed), (-(-count // 4),), jnp.uint32)
+        return lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:count].reshape(shape)
+
+    return lax.bitcast_convert_type(_each(draw, seeds, shape), dtype)
+
+
+def _each(draw: Any, seeds: Array, shape: tuple[int, ...]) -> Array:
+    if seeds.shape[0] == 1:
+        return draw(seeds[0], shape)
+    return lax.map(lambda seed: draw(seed, shape[1:]), seeds)
+
+
+def _key(seed: Array) -> Array:
+    return jax.random.key(seed, impl="unsafe_rbg")  # many times faster than the default on a GPU

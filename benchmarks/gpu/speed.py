@@ -1,0 +1,192 @@
+"""Rates of decode steps, prefill and users on this card, beside its measured and published limits."""
+
+import collections
+import gzip
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import roofline
+from benchmarks.gpu.sizes import Size, card, config_that_fits, random_model
+from benchmarks.machine import Machine, best_seconds, measure
+from benchmarks.options import random_prompts
+from benchmarks.workers import serve
+from benchmarks.workers.ours import Ours
+from dbrx_jax import decoding
+from dbrx_jax.cache import capacity, chunk_lengths
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.model.causal_lm import DbrxForCausalLM, split
+from dbrx_jax.plan import Setting, fits, memory
+from dbrx_jax.sampling import Sampling
+
+SHOWN = 14  # kernels of a profile
+
+Row = dict[str, Any]
+
+
+def device() -> Iterator[Row]:
+    """The card and what it reaches: bytes read a second, FLOP/s."""
+    yield {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "measured": measure()}
+
+
+def decode(size: Size, precision: str) -> Iterator[Row]:
+    """Tokens a second of each batch and number of positions that fits, and the kernels of the first."""
+    machine = measure()
+    model, config, about = _made(size, precision)
+    yield about
+    for number, (batch, positions) in enumerate(size.decode[precision]):
+        case: Row = {"precision": precision, "layers": config.n_layers, "batch": batch, "context": positions}
+        setting = Setting(config, card(), {"expert": 1}, precision, batch, positions)
+        if jax.default_backend() != "cpu" and not fits(setting):
+            yield case | {"does_not_fit": f"takes {memory(setting).total / 1e9:.1f} GB"}
+            continue
+        run = _decode_steps(model, batch, positions, size.steps)
+        begin = time.perf_counter()
+        run()
+        case["first_seconds"] = round(time.perf_counter() - begin, 1)
+        seconds = best_seconds(run, 3)
+        bound = roofline.decode_bound(config, machine, precision, batch, positions - size.steps // 2)
+        case["milliseconds_a_step"] = round(seconds / size.steps * 1e3, 3)
+        yield case | _rates(batch * size.steps / seconds, bound)
+        if number == 0:
+            yield case | kernel_times(run, size.steps)
+
+
+def _made(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]:
+    config = config_that_fits(size, precision)
+    begin = time.perf_counter()
+    model = random_model(config, precision)
+    jax.block_until_ready(jax.tree.leaves(split(model)))
+    stats = jax.devices()[0].memory_stats() or {}
+    found = {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit") if name in stats}
+    seconds = round(time.perf_counter() - begin, 1)
+    return model, config, {"precision": precision, "layers": config.n_layers, "made_in_seconds": seconds, **found}
+
+
+def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int) -> Callable[[], None]:
+    """Runs `steps` steps that end with all rows at `positions` positions, each row on tokens of its own."""
+    config, partition, parts = model.config, model.partition, split(model)
+    length = capacity(positions, partition)
+    cache, logits = decoding.empty(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
+    # Rows with the same tokens would all read the same experts.
+    logits = logits + jax.random.normal(jax.random.key(3), logits.shape)
+    sampling = Sampling(
+        temperature=np.float32(1),
+        top_k=np.int32(config.vocab_size),
+        top_p=np.float32(1),
+        min_p=np.float32(0),
+        repetition_penalty=np.float32(1),
+    )
+    settings = decoding.Settings(sampling, None, np.full(decoding.MOST_EOS, -1, np.int32))
+    prompts = jnp.zeros((batch, length), jnp.int32)
+    lengths = jnp.full(batch, positions - steps, jnp.int32)
+    done = jnp.zeros(batch, bool)
+    state = decoding.first_token(config, partition, False, False, settings, cache, logits, prompts, lengths, done)
+    holder = [state]  # the cache in it is given away by each run and comes back
+
+    def run() -> None:
+        after = decoding.decode(parts, False, False, settings, holder.pop(), steps)
+        after.token.block_until_ready()
+        holder.append(after._replace(position=after.position - steps, step=after.step - steps))
+
+    return run
+
+
+def prefill(size: Size, precision: str) -> Iterator[Row]:
+    """Tokens a second of a prompt that begins a row, and the kernels it takes."""
+    machine = measure()
+    model, config, about = _made(size, precision)
+    yield about
+    parts, partition = split(model), model.partition
+    length = chunk_lengths(partition)[-1]
+    count = min(size.prompt, length)
+    tokens = np.array(random_prompts(config, 0, 1, length), np.int32)
+    at = np.array([[0, 0, count]], np.int32)
+    holder = [decoding.empty(config, partition, 1, capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
+
+    def run() -> None:
+        holder.append(decoding.prefill_chunk(parts, *holder.pop(), tokens, at))
+        jax.block_until_ready(holder[0])
+
+    seconds = best_seconds(run, 3)
+    bound = roofline.prefill_bound(config, machine, precision, count)
+    case: Row = {"precision": precision, "layers": config.n_layers, "prompt": count}
+    yield case | _rates(count / seconds, bound) | {"flops": round(bound.flops / seconds)}
+    yield case | kernel_times(run, 1)
+
+
+def load(size: Size, precision: str) -> Iterator[Row]:
+    """Users who come one after another as in the announcement: 2000 tokens in, 256 out, one a second."""
+    machine = measure()
+    engine = Ours()
+    engine.model, config, about = _made(size, precision)
+    yield about
+    prompt, tokens = roofline.ANNOUNCED_PROMPT, roofline.ANNOUNCED_TOKENS
+    if size.prompt < prompt:
+        prompt, tokens = size.prompt, size.steps
+    prompts = random_prompts(config, 0, size.users, prompt)
+    for rows in range(1, size.together + 1):  # compiled before users come
+        engine.generate((prompts * rows)[:rows], tokens)
+    found = serve.users(engine, prompts, tokens, roofline.ANNOUNCED_SECONDS, size.together)
+    alone = roofline.user_seconds(config, machine, precision, prompt, tokens)
+    median = float(np.median(found["total"]))
+    yield {
+        "precision": precision,
+        "layers": config.n_layers,
+        "prompt": prompt,
+        "tokens": tokens,
+        "users": size.users,
+        "together": size.together,
+        "tokens_per_second": round(size.users * tokens / found["seconds"], 2),
+        "first_token_seconds_median": round(float(np.median(found["first"])), 3),
+        "seconds_median": round(median, 3),
+        "of_measured_roofline": round(alone / median, 4),  # of a user who is alone
+    }
+
+
+def kernel_times(run: Callable[[], Any], steps: int) -> Row:
+    """Microseconds a step by kernel, from a profile of one run; empty where the device leaves none."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        file = next(Path(folder).glob("**/*.trace.json.gz"))
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    gpus = {e["pid"] for e in events if e.get("name") == "process_name" and "GPU" in e["args"]["name"]}
+    streams = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name" and "Stream" in e["args"]["name"]}
+    took: collections.Counter[str] = collections.Counter()
+    number: collections.Counter[str] = collections.Counter()
+    for event in events:
+        if event.get("ph") == "X" and event["pid"] in gpus and (event["pid"], event["tid"]) in streams:
+            name = re.sub(r"(\.\d+)+$|_\d+$", "", event["name"])[:60]
+            took[name] += event["dur"]
+            number[name] += 1
+    shown = [[name, round(us / steps, 2), round(number[name] / steps, 1)] for name, us in took.most_common(SHOWN)]
+    return {
+        "microseconds_a_step": round(sum(took.values()) / steps, 1),
+        "kernels_a_step": round(sum(number.values()) / steps, 1),
+        "kernels": [
+            [name, round(us / steps, 2), round(number[name] / steps, 1)] for name, us in took.most_common(SHOWN)
+        ],
+    }
+
+
+def _rates(rate: float, bound: roofline.Bound) -> Row:
+    """The rate, and its share of what this device was measured to allow, and of what its data sheet says."""
+    sheet = card()
+    published = Machine(
+        device=sheet.name, bandwidth=sheet.hbm_bandwidth, float32=sheet.bf16_flops, bfloat16=sheet.bf16_flops
+    )
+    seconds = max(bound.read / published["bandwidth"], bound.flops / published["bfloat16"])
+    return {
+        "tokens_per_second": round(rate, 2),
+        "of_measured_roofline": round(rate / bound.tokens_per_second, 4),
+        "of_datasheet_roofline": round(rate * seconds / bound.tokens, 4),
+    }
