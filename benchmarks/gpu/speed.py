@@ -172,9 +172,7 @@ def kernel_times(run: Callable[[], Any], steps: int) -> Row:
     return {
         "microseconds_a_step": round(sum(took.values()) / steps, 1),
         "kernels_a_step": round(sum(number.values()) / steps, 1),
-        "kernels": [
-            [name, round(us / steps, 2), round(number[name] / steps, 1)] for name, us in took.most_common(SHOWN)
-        ],
+        "kernels": shown,
     }
 
 
