@@ -8,11 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dbrx_jax.compilation_cache import user_cache
+from dbrx_convert.to_hf import SHARD, _write_index, plan_shards
+from dbrx_jax.checkpoint.layouts import FUSED, expand
 from dbrx_jax.config import DbrxConfig, names
-from dbrx_jax.convert.layouts import FUSED, expand
-from dbrx_jax.convert.to_hf import SHARD, _write_index, plan_shards
 from dbrx_jax.demo import source_folder
+from dbrx_jax.runtime import user_cache
 
 BLOCK = 16 << 20  # values made at a time
 

@@ -29,7 +29,15 @@ PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "flax")
 def plan(case: str) -> dict:
     """The plan of 132B for a case, compiled."""
     target, dtype, batch, context = case.split(",")
-    program = [sys.executable, "-c", "from dbrx_jax.cli import main; main()", "plan", "132b-instruct", "--on", target]
+    program = [
+        sys.executable,
+        "-c",
+        "from dbrx_jax.cli.main import main; main()",
+        "plan",
+        "132b-instruct",
+        "--on",
+        target,
+    ]
     options = ["--dtype", dtype, "--batch", batch, "--context", context, "--compile", "--json"]
     done = subprocess.run([*program, *options], capture_output=True, text=True)
     if done.returncode:

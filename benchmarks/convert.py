@@ -26,8 +26,8 @@ import json, os, sys, time
 from benchmarks.workers.serve import Peak
 name, source, destination = sys.argv[1:]
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.convert.to_hf import to_hf
-from dbrx_jax.convert.to_orbax import to_orbax
+from dbrx_convert.to_hf import to_hf
+from dbrx_convert.to_orbax import to_orbax
 with Peak() as peak:
     begin = time.perf_counter()
     if name == "load":

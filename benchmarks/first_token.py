@@ -29,18 +29,18 @@ def done(name):
     begin = time.perf_counter()
 import jax
 done("import jax")
-import dbrx_jax.cli, dbrx_jax.generation, dbrx_jax.checkpoint
+import dbrx_jax.cli.main, dbrx_jax.generation.generate, dbrx_jax.checkpoint.load
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
-from dbrx_jax.compilation_cache import keep_compiled
-from dbrx_jax.demo import cached_checkpoint
+from dbrx_jax.runtime import keep_compiled
+from dbrx_jax.demo import source_folder
 done("import the rest")
 keep_compiled(lambda line: None)
-folder = cached_checkpoint(lambda line: None)
+folder = source_folder()
 tokenizer = DbrxTokenizer.from_pretrained(folder)
 done("tokenizer")
 model = DbrxForCausalLM.from_pretrained(folder)
 done("weights")
-stream = dbrx_jax.generation.TokenStream(model, [tokenizer.encode(sys.argv[1])], max_new_tokens=128)
+stream = dbrx_jax.generation.generate.TokenStream(model, [tokenizer.encode(sys.argv[1])], max_new_tokens=128)
 stream.compile()
 done("trace the programs and read them compiled")
 next(stream)

@@ -25,9 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import tiles
 from benchmarks.record import RESULTS, stamp, write
-from dbrx_jax import targets
-from dbrx_jax.cache import LayerCache, turned
-from dbrx_jax.kernels.tiles import table
+from dbrx_jax.kernels.tile_table import table
+from dbrx_jax.model.cache import LayerCache, turned
+from dbrx_jax.planning import targets
 
 KINDS = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu"}
 PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
@@ -64,7 +64,8 @@ def experts(kind: str, weights: tuple[str, ...]) -> Iterator[Case]:
 
 def attention(kind: str) -> Iterator[Case]:
     """Over the cache, of steps and of a prompt's chunk."""
-    from dbrx_jax.kernels import attention_gpu, attention_tpu
+    from dbrx_jax.kernels.gpu import cache_attention as attention_gpu
+    from dbrx_jax.kernels.tpu import cache_attention as attention_tpu
 
     attend: Any = (attention_gpu if kind == "gpu" else attention_tpu).cache_attention
     config = tiles.CONFIG
@@ -85,7 +86,8 @@ def attention(kind: str) -> Iterator[Case]:
 
 def gradients(kind: str) -> Iterator[Case]:
     """Gradients of an expert's weights, for both of its shapes."""
-    from dbrx_jax.kernels import grouped_gradient_gpu, grouped_tpu
+    from dbrx_jax.kernels.gpu import grouped_gradient as grouped_gradient_gpu
+    from dbrx_jax.kernels.tpu import grouped_matmul as grouped_tpu
 
     gradient: Any = (grouped_gradient_gpu if kind == "gpu" else grouped_tpu).grouped_gradient
     F, D, P, E = tiles.CONFIG.ffn_hidden_size, tiles.CONFIG.d_model, tiles.MANY_ROWS, 2
@@ -96,7 +98,7 @@ def gradients(kind: str) -> Iterator[Case]:
 
 def writing() -> Case:
     """A step's keys or values to the cache."""
-    from dbrx_jax.kernels import cache_tpu
+    from dbrx_jax.kernels.tpu import cache_write as cache_tpu
 
     G, K = tiles.CONFIG.kv_n_heads, tiles.CONFIG.head_dim
     places = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2

@@ -19,8 +19,8 @@ import numpy as np
 from jax import Array, lax
 
 from benchmarks.record import RESULTS, stamp, write
-from dbrx_jax.ops.few_rows import CPU_OPTIONS
 from dbrx_jax.ops.linear import linear
+from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS
 from dbrx_jax.quantization import Format, QuantizedArray, quantize
 
 WEIGHTS, SHAPE = 24, (1792, 1024)

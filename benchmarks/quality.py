@@ -27,15 +27,16 @@ import tyro
 
 from benchmarks.checkpoints import write_random
 from benchmarks.record import RESULTS, ROOT, BenchmarkError, stamp, write
+from dbrx_convert.to_orbax import to_orbax
+from dbrx_jax.api import DbrxForCausalLM
+from dbrx_jax.checkpoint.orbax import PARAMS, STATE
+from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_of
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.console import run, say
-from dbrx_jax.convert.orbax_folder import PARAMS, STATE
-from dbrx_jax.convert.to_orbax import to_orbax
 from dbrx_jax.demo import source_folder
-from dbrx_jax.model.causal_lm import DbrxForCausalLM
-from dbrx_jax.parameters import parameter_specs, parameters_of
-from dbrx_jax.quantization import Quantization, group_count
-from dbrx_jax.tokenizer import DbrxTokenizer
+from dbrx_jax.quantization import Quantization
+from dbrx_jax.quantization.array import group_count
+from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 FORMS = ("int8", "fp8", "int4", "int4-64", "int4-32", "experts=int4")
 WINDOW = 256  # tokens: what the demo was trained at
@@ -49,7 +50,7 @@ from benchmarks.workers.serve import Peak
 what, form, source, destination = sys.argv[1:]
 form = None if form == "none" else form
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.convert.to_orbax import to_orbax
+from dbrx_convert.to_orbax import to_orbax
 with Peak() as peak:
     begin, used = time.perf_counter(), time.process_time()
     if what == "load":

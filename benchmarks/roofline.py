@@ -4,8 +4,8 @@ import dataclasses
 
 from benchmarks.machine import Machine
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.plan import Setting, decode_roofline, prefill_roofline
-from dbrx_jax.targets import TARGETS, Target
+from dbrx_jax.planning.plan import Setting, decode_roofline, prefill_roofline
+from dbrx_jax.planning.targets import TARGETS, Target
 
 # The announcement's load, in 16 bits: a user each second, on a node that is taken to have been of eight H100.
 ANNOUNCED_MODEL, ANNOUNCED_DEVICE, ANNOUNCED_DEVICES = "132b-instruct", "h100", 8

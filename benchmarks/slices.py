@@ -2,7 +2,7 @@
 
     python -m benchmarks.slices
 
-Writes results/slices.json. See dbrx_jax.plan for what is counted.
+Writes results/slices.json. See dbrx_jax.planning.plan for what is counted.
 """
 
 import argparse
@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.record import RESULTS, write
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.plan import decode_roofline, memory, smallest
-from dbrx_jax.targets import TARGETS, slice_sizes
+from dbrx_jax.planning.plan import decode_roofline, memory, smallest
+from dbrx_jax.planning.targets import TARGETS, slice_sizes
 
 BATCH = 8
 CONTEXTS = (4096, 32768)

@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.machine import best_seconds
+from dbrx_jax.backend import kernel_backend
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.console import say
-from dbrx_jax.kernels.choice import kind_of
-from dbrx_jax.kernels.tiles import TABLE, table
-from dbrx_jax.quantization import Format, abstract
+from dbrx_jax.kernels.tile_table import TABLE, table
+from dbrx_jax.quantization import Format
+from dbrx_jax.quantization.array import abstract
 
 CONFIG = DbrxConfig.from_name("132b-instruct")
 WEIGHTS = ("bfloat16", "int8", "int4-128")
@@ -62,8 +63,8 @@ def cases(kind: str, config: DbrxConfig = CONFIG, weights: tuple[str, ...] = WEI
 
 
 def _few_tpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
-    from dbrx_jax.kernels import experts_tpu as module
-    from dbrx_jax.kernels.forms_tpu import tiles_name
+    from dbrx_jax.kernels.tpu import decode_experts as module
+    from dbrx_jax.kernels.tpu.packed_weights import tiles_name
 
     x = _rows(rows + -rows % module.ROWS, w1.shape[2])
     slot = Slot(tiles_name("experts_tpu", w1, x.shape[0]), module.tile_candidates(x, w1), module.rule_tiles(x, w1))
@@ -75,8 +76,8 @@ def _few_tpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
 
 
 def _few_gpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
-    from dbrx_jax.kernels import experts_gpu as module
-    from dbrx_jax.kernels.words_gpu import words
+    from dbrx_jax.kernels.gpu import decode_experts as module
+    from dbrx_jax.kernels.gpu.packed_weights import words
 
     x, tokens = _rows(rows, w1.shape[2]), rows + -rows % module.LEAST_TOKENS
     up, down = (jax.eval_shape(partial(words, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
@@ -95,14 +96,14 @@ def _few_gpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
 def _many(kind: str, rows: Any, weight: Any, contracted: int) -> Case:
     module: Any
     if kind == "tpu":
-        from dbrx_jax.kernels import grouped_tpu as module
-        from dbrx_jax.kernels.forms_tpu import tiles_name
+        from dbrx_jax.kernels.tpu import grouped_matmul as module
+        from dbrx_jax.kernels.tpu.packed_weights import tiles_name
 
         share = math.ceil(rows.shape[0] / weight.shape[0])
         name = tiles_name(f"grouped_tpu {contracted}", weight, share)
         candidates, rule = module.tile_candidates(rows, weight, contracted), module.rule_tiles(rows, weight, contracted)
     else:
-        from dbrx_jax.kernels import grouped_gpu as module
+        from dbrx_jax.kernels.gpu import grouped_matmul as module
 
         name = module.tiles_name(rows, weight, contracted)
         candidates = module.candidate_tiles(weight, contracted)
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--rules", action="store_true", help="note what the rules choose; needs no accelerator")
     options = parser.parse_args()
     device = jax.devices()[0]
-    kind = kind_of(device.platform)
+    kind = kernel_backend(device.platform)
     if not options.rules and kind is None:
         say(f"There is nothing to time on a {device.device_kind}: kernels are for TPUs and Hopper GPUs (or --rules)")
         sys.exit(2)

@@ -43,7 +43,7 @@ class ToOrbax:
     """Threads; by default as many as CPUs, at most 4."""
 
     def run(self) -> None:
-        from dbrx_jax.convert.to_orbax import to_orbax
+        from dbrx_convert.to_orbax import to_orbax
 
         def convert(advance: Callable[[int], None]) -> dict[str, int]:
             return to_orbax(
@@ -79,7 +79,7 @@ class ToHf:
     """Threads; by default as many as CPUs, at most 4."""
 
     def run(self) -> None:
-        from dbrx_jax.convert.to_hf import to_hf
+        from dbrx_convert.to_hf import to_hf
 
         size = _size(self.max_shard_size)
 
@@ -113,8 +113,8 @@ class Verify:
             self._weights(self.second)
 
     def _weights(self, second: str) -> None:
-        from dbrx_jax.convert.folder import open_folder
-        from dbrx_jax.convert.verify import compare
+        from dbrx_convert.verify import compare
+        from dbrx_jax.checkpoint.open import open_folder
 
         a, b = open_folder(self.first), open_folder(second)
         with progress("Comparing", a.config.total_parameters) as advance:
@@ -128,8 +128,8 @@ class Verify:
         sys.exit(1 if differences else 0)
 
     def _digests(self) -> None:
-        from dbrx_jax.convert.folder import open_folder
-        from dbrx_jax.convert.verify import check_digests
+        from dbrx_convert.verify import check_digests
+        from dbrx_jax.checkpoint.open import open_folder
 
         folder = open_folder(self.first)
         with progress("Reading", folder.config.total_parameters) as advance:
@@ -141,8 +141,8 @@ class Verify:
         sys.exit(1 if wrong else 0)
 
     def _logits(self) -> None:
-        from dbrx_jax.convert.verify import compare_logits
-        from dbrx_jax.tokenizer import DbrxTokenizer
+        from dbrx_convert.verify import compare_logits
+        from dbrx_jax.text.tokenizer import DbrxTokenizer
 
         if self.text is None or self.second is None:
             raise CheckpointError("verify --logits: give two checkpoints and --text FILE")
@@ -172,7 +172,7 @@ class Inspect:
     """Print JSON."""
 
     def run(self) -> None:
-        from dbrx_jax.convert.inspect import inspect
+        from dbrx_convert.inspect import inspect
 
         facts = inspect(self.path, self.values)
         if self.json:
@@ -196,7 +196,7 @@ def _convert(
     quantize: str | None = None,
 ) -> None:
     """Runs a conversion with its progress, and says what was done."""
-    from dbrx_jax.convert.folder import open_folder
+    from dbrx_jax.checkpoint.open import open_folder
     from dbrx_jax.files import location
 
     folder = open_folder(source)

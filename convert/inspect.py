@@ -4,13 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dbrx_jax.convert.folder import CheckpointFolder, open_folder
-from dbrx_jax.convert.move import not_finite
+from dbrx_convert.move import not_finite
+from dbrx_jax.checkpoint.folder import CheckpointFolder
+from dbrx_jax.checkpoint.open import open_folder
+from dbrx_jax.checkpoint.parameters import parameter_specs, placed_arrays
 from dbrx_jax.errors import CheckpointError, DbrxError
 from dbrx_jax.files import location
-from dbrx_jax.parameters import parameter_specs, placed_arrays
-from dbrx_jax.quantization import part_of
-from dbrx_jax.tokenizer import DbrxTokenizer
+from dbrx_jax.quantization.formats import part_of
+from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
 def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dbrx_jax.convert.arrays import copy_range, count_not_finite, read_bytes, write_all
-from dbrx_jax.convert.folder import CheckpointFolder, rows_per_block, shape_of
+from dbrx_jax.checkpoint.folder import CheckpointFolder, rows_per_block, shape_of
+from dbrx_jax.checkpoint.raw_arrays import copy_range, count_not_finite, read_bytes, write_all
 from dbrx_jax.files import is_remote
 
 # What the kernel copied is looked through again in blocks that stay in the processor's cache.

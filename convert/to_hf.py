@@ -13,17 +13,18 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from dbrx_jax.convert.arrays import write_all, writing
-from dbrx_jax.convert.folder import CheckpointFolder, open_folder, rows_per_block
-from dbrx_jax.convert.layouts import FUSED, SourceTensor, expand
-from dbrx_jax.convert.move import append_rows, not_finite
-from dbrx_jax.convert.source import INDEX
-from dbrx_jax.convert.to_orbax import copy_companions
-from dbrx_jax.convert.work import fingerprint, parallel, work_folder
+from dbrx_convert.move import append_rows, not_finite
+from dbrx_convert.to_orbax import copy_companions
+from dbrx_convert.work import fingerprint, parallel, work_folder
+from dbrx_jax.api import DbrxForCausalLM
+from dbrx_jax.checkpoint.folder import CheckpointFolder, rows_per_block
+from dbrx_jax.checkpoint.huggingface import INDEX
+from dbrx_jax.checkpoint.layouts import FUSED, SourceTensor, expand
+from dbrx_jax.checkpoint.open import open_folder
+from dbrx_jax.checkpoint.parameters import parameters_of
+from dbrx_jax.checkpoint.raw_arrays import write_all, writing
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import location, read_json
-from dbrx_jax.model.causal_lm import DbrxForCausalLM
-from dbrx_jax.parameters import parameters_of
 from dbrx_jax.quantization import QuantizedArray
 
 SHARD = 5_000_000_000  # bytes, as the published files

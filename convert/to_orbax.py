@@ -14,10 +14,12 @@ from typing import BinaryIO
 import numpy as np
 from jax.typing import DTypeLike
 
-from dbrx_jax.convert.arrays import METADATA, count_not_finite, write_all, write_array, write_compressed
-from dbrx_jax.convert.folder import CheckpointFolder, open_folder, shape_of
-from dbrx_jax.convert.move import append_rows, digest, not_finite
-from dbrx_jax.convert.orbax_folder import (
+from dbrx_convert.move import append_rows, digest, not_finite
+from dbrx_convert.work import fingerprint, parallel, work_folder
+from dbrx_jax.checkpoint.folder import CheckpointFolder, shape_of
+from dbrx_jax.checkpoint.huggingface import check_link
+from dbrx_jax.checkpoint.open import open_folder
+from dbrx_jax.checkpoint.orbax import (
     FORMAT_VERSION,
     MANIFEST,
     PARAMS,
@@ -27,14 +29,13 @@ from dbrx_jax.convert.orbax_folder import (
     read_array,
     stored_dtype,
 )
-from dbrx_jax.convert.quantized import read_quantized
-from dbrx_jax.convert.source import check_link
-from dbrx_jax.convert.work import fingerprint, parallel, work_folder
+from dbrx_jax.checkpoint.parameters import nest, parameter_specs, placed_arrays
+from dbrx_jax.checkpoint.quantized import read_quantized
+from dbrx_jax.checkpoint.raw_arrays import METADATA, count_not_finite, write_all, write_array, write_compressed
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import is_remote, location, read_json
-from dbrx_jax.parameters import nest, parameter_specs, placed_arrays
 from dbrx_jax.quantization import Format, Quantization, QuantizedArray
-from dbrx_jax.tokenizer import TOKENIZER_FILES
+from dbrx_jax.text.tokenizer import TOKENIZER_FILES
 
 
 def to_orbax(

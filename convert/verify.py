@@ -8,10 +8,10 @@ from typing import cast
 
 import numpy as np
 
-from dbrx_jax.convert.folder import CheckpointFolder, rows_per_block, shape_of
-from dbrx_jax.convert.orbax_folder import OrbaxFolder, digest_of
+from dbrx_jax.checkpoint.folder import CheckpointFolder, rows_per_block, shape_of
+from dbrx_jax.checkpoint.orbax import OrbaxFolder, digest_of
+from dbrx_jax.checkpoint.parameters import parameter_specs
 from dbrx_jax.errors import CheckpointError
-from dbrx_jax.parameters import parameter_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,8 @@ def compare_logits(a: str | Path, b: str | Path, ids: Sequence[int]) -> LogitAgr
     Raises:
       CheckpointError, ConfigError: one of them does not load.
     """
-    from dbrx_jax.model.causal_lm import CausalLMOutput, DbrxForCausalLM
+    from dbrx_jax.api import DbrxForCausalLM
+    from dbrx_jax.model.forward import CausalLMOutput
 
     results = []
     for path in (a, b):

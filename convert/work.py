@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dbrx_jax.convert.folder import PLAN, CheckpointFolder
+from dbrx_jax.checkpoint.folder import PLAN, CheckpointFolder
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import is_remote
 

@@ -1,7 +1,5 @@
-"""DBRX, the 132B fine-grained mixture-of-experts language model, in JAX and Flax."""
+"""DBRX, the 132B mixture-of-experts language model of Databricks, in JAX and Flax for TPU, GPU and CPU."""
 
+from dbrx_jax.api import DbrxForCausalLM as DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig as DbrxConfig
-from dbrx_jax.model.causal_lm import DbrxForCausalLM as DbrxForCausalLM
-from dbrx_jax.tokenizer import DbrxTokenizer as DbrxTokenizer
-
-__version__ = "0.1.0"
+from dbrx_jax.text.tokenizer import DbrxTokenizer as DbrxTokenizer

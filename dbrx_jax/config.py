@@ -1,10 +1,9 @@
-"""DbrxConfig: what a DBRX is, read from any published ``config.json`` or from the files in configs/."""
+"""DbrxConfig: the sizes and constants of a DBRX, read from a published ``config.json`` or from configs/."""
 
 import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
@@ -185,7 +184,7 @@ class DbrxConfig:
         """
         if name not in names():
             raise ConfigError(f"no configuration is called {name!r}: choose one of {', '.join(names())}")
-        return cls.from_dict(json.loads((_folder() / f"{name}.json").read_text()))
+        return cls.from_dict(json.loads((configs_folder() / f"{name}.json").read_text()))
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary of a published ``config.json``, which transformers reads too."""
@@ -210,11 +209,14 @@ class DbrxConfig:
 
 def names() -> list[str]:
     """The names of the configurations that come with the package."""
-    return sorted(f.name.removesuffix(".json") for f in _folder().iterdir() if f.name.endswith(".json"))
+    return sorted(f.name.removesuffix(".json") for f in configs_folder().iterdir() if f.name.endswith(".json"))
 
 
-def _folder():
-    return resources.files("dbrx_jax.configs")
+def configs_folder() -> Path:
+    """The folder of sizes and mesh recipes: inside the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def _set(config: DbrxConfig, name: str, value: Any) -> None:

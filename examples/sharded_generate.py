@@ -12,9 +12,10 @@ import argparse
 import contextlib
 import json
 
-from dbrx_jax import DbrxForCausalLM, DbrxTokenizer, distributed
+from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
 from dbrx_jax.console import run
-from dbrx_jax.xla_settings import own_process
+from dbrx_jax.runtime import own_process
+from dbrx_jax.sharding import distributed
 
 
 def main() -> None:

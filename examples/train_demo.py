@@ -24,12 +24,12 @@ from demo_corpus import chats, documents, small_pieces
 from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dbrx_convert.to_hf import write_model
+from dbrx_jax.api import DbrxForCausalLM
+from dbrx_jax.checkpoint.parameters import parameters_of
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.convert.to_hf import write_model
-from dbrx_jax.model.causal_lm import DbrxForCausalLM
-from dbrx_jax.parameters import model_from_parameters, parameters_of
-from dbrx_jax.tokenizer import SPLIT_PATTERN
-from dbrx_jax.train.step import losses, make_step
+from dbrx_jax.text.tokenizer import SPLIT_PATTERN
+from dbrx_jax.training.step import losses, make_step
 
 RANKS = 2544
 SPECIAL = {"<|endoftext|>": 2550, "<|pad|>": 2551, "<|im_start|>": 2552, "<|im_end|>": 2553}
@@ -75,9 +75,9 @@ def main() -> None:
 
     rounded = {name: value.astype(jnp.bfloat16) for name, value in parameters_of(model).items()}
     config = dataclasses.replace(config, dtype="bfloat16")
-    write_model(model_from_parameters(config, rounded), args.out)
+    write_model(DbrxForCausalLM.from_parameters(config, rounded), args.out)
     write_tokenizer(tokenizer, args.out)
-    scored = model_from_parameters(config, {k: v.astype(jnp.float32) for k, v in rounded.items()})
+    scored = DbrxForCausalLM.from_parameters(config, {k: v.astype(jnp.float32) for k, v in rounded.items()})
     figures = {
         "steps": steps,
         "tokens_per_step": args.batch * args.length,

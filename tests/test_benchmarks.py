@@ -21,8 +21,8 @@ from benchmarks.gpu.sizes import TOY
 from benchmarks.load import direct_rate, read_rate
 from benchmarks.record import BenchmarkError
 from benchmarks.workers import serve
+from dbrx_jax.checkpoint.huggingface import HuggingFaceFolder
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.convert.source import HuggingFaceFolder
 from tests.conftest import GOLDEN
 
 TINY = DbrxConfig(

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM, DbrxTokenizer
-from dbrx_jax.convert.orbax_folder import is_orbax
-from dbrx_jax.demo import cached_checkpoint, source_folder
+from dbrx_jax.demo import source_folder
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +60,3 @@ def test_figures_in_the_card_are_those_of_the_training():
     assert f"{figures['steps']:,} steps" in card
     for key in ("held_out_bits_per_byte_documentation", "held_out_bits_per_byte_chat"):
         assert f"{figures[key]:.2f}" in card
-
-
-def test_the_cache_is_made_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    said = []
-    folder = cached_checkpoint(said.append)
-    assert is_orbax(folder)
-    assert folder.is_relative_to(tmp_path)
-    assert len(said) == 1
-    assert cached_checkpoint(said.append) == folder
-    assert len(said) == 1

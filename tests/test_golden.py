@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.convert.to_orbax import to_orbax
 from dbrx_jax.ops.routing import Routing, load_balancing_loss
 from tests.conftest import CASES, GOLDEN
 

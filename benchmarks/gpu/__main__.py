@@ -20,7 +20,7 @@ from benchmarks.gpu import check, speed
 from benchmarks.gpu.sizes import FEWER_LAYERS, FULL, TOY, Size, card
 from benchmarks.record import RESULTS, ROOT, BenchmarkError, stamp, write
 from dbrx_jax.console import run, say
-from dbrx_jax.xla_settings import own_process
+from dbrx_jax.runtime import own_process
 
 OUTPUT = RESULTS / "gpu.json"
 LEAST_SECONDS = 15  # a part is not begun with less

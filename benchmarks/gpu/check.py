@@ -16,20 +16,15 @@ import numpy as np
 
 from benchmarks.gpu.sizes import FULL, Size, normal, random_model
 from benchmarks.record import ROOT, BenchmarkError
-from dbrx_jax.cache import CACHE_BLOCK, to_int8
+from dbrx_jax.backend import KERNELS_VARIABLE
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.kernels.choice import SWITCH
-from dbrx_jax.ops.attention import (
-    SHORT_SEQUENCE,
-    cached_attention,
-    chosen,
-    join_stripes,
-    reference_attention,
-    sequence_attention,
-)
-from dbrx_jax.ops.experts import ExpertWeights, apply_experts, reference_experts
+from dbrx_jax.kernels.attention import SHORT_SEQUENCE, cached_attention, select_implementation, sequence_attention
+from dbrx_jax.kernels.experts import apply_experts
+from dbrx_jax.model.cache import CACHE_BLOCK, to_int8
+from dbrx_jax.ops.attention import join_stripes, reference_attention
+from dbrx_jax.ops.experts import ExpertWeights, reference_experts
 from dbrx_jax.quantization import Format, QuantizedArray, quantize
-from dbrx_jax.sharding import ONE_DEVICE
+from dbrx_jax.sharding.partition import ONE_DEVICE
 
 LARGEST_ERROR = 2e-2  # of the largest value: in bfloat16 the CPU's own products come to 1.1e-2
 # Of a model of two layers in full width: in bfloat16 on a CPU, without any kernel, the largest error was 3.7e-2.
@@ -103,7 +98,7 @@ def attention(size: Size) -> Iterator[Row]:
 
 def _cached_attention(config: DbrxConfig) -> Iterator[Row]:
     H, G, K, S = config.n_heads, config.kv_n_heads, config.head_dim, 1024
-    implementation = chosen(None, ONE_DEVICE.platform)
+    implementation = select_implementation(None, ONE_DEVICE.platform)
     attend = partial(
         cached_attention,
         first_row=0,
@@ -149,7 +144,7 @@ def _sequence_attention(config: DbrxConfig) -> Iterator[Row]:
         out, pull = jax.vjp(lambda *qkv: attention(*qkv, seen), *qkv)
         return out * valid[:, :, None, None], pull(d_out.astype(out.dtype))
 
-    name = chosen(None, ONE_DEVICE.platform)
+    name = select_implementation(None, ONE_DEVICE.platform)
 
     def kernel(q: Any, k: Any, v: Any, valid: Any) -> Any:
         return sequence_attention(q, k, v, valid=valid, implementation=name, platform=ONE_DEVICE.platform)
@@ -173,7 +168,7 @@ def model(size: Size) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.npz"
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", "reference-model", "--output", str(path), *toy]
-        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {SWITCH: "0"})
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {KERNELS_VARIABLE: "0"})
         with np.load(path) as file:
             reference = dict(file)
     logits, tokens = _run_model(size, jnp.bfloat16)

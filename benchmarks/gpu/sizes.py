@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array, lax
 
 from benchmarks.record import BenchmarkError
+from dbrx_jax.api import DbrxForCausalLM
+from dbrx_jax.checkpoint.parameters import model_from_arrays, placed_arrays
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.model.causal_lm import DbrxForCausalLM
-from dbrx_jax.parameters import model_from_arrays, placed_arrays
-from dbrx_jax.plan import Setting, fits
+from dbrx_jax.planning.plan import Setting, fits
+from dbrx_jax.planning.targets import TARGETS, Target
 from dbrx_jax.quantization import Quantization, QuantizedArray
-from dbrx_jax.targets import TARGETS, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def random_model(config: DbrxConfig, precision: str, dtype: Any = jnp.bfloat16) 
             values=_bytes(seeds, values.shape, values.dtype),
             scale=jnp.full(scale.shape, config.initializer_range / deviation, jnp.bfloat16).astype(dtype),
         )
-    return model_from_arrays(config, arrays, None, quantization=quantization)
+    return model_from_arrays(DbrxForCausalLM, config, arrays, None, quantization=quantization)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -20,12 +20,13 @@ from benchmarks.machine import Machine, best_seconds, measure
 from benchmarks.options import random_prompts
 from benchmarks.workers import serve
 from benchmarks.workers.ours import Ours
-from dbrx_jax import decoding
-from dbrx_jax.cache import capacity, chunk_lengths
+from dbrx_jax.api import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.model.causal_lm import DbrxForCausalLM, split
-from dbrx_jax.plan import Setting, fits, memory
-from dbrx_jax.sampling import Sampling
+from dbrx_jax.generation import decode as decoding
+from dbrx_jax.generation.sampling import Sampling
+from dbrx_jax.model.cache import capacity, chunk_lengths
+from dbrx_jax.model.graph import split
+from dbrx_jax.planning.plan import Setting, fits, memory
 
 SHOWN = 14  # kernels of a profile
 

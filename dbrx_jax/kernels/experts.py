@@ -1,110 +1,109 @@
-"""The experts of one layer by kernels that pick among the weights of all, (E, F, D) in one array."""
+"""The experts of one layer, by the implementation that suits the platform, the shapes and the dtypes.
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+Dropless: every token is computed by every expert it was routed to, however uneven the routing. A weight is given
+as E arrays (F, D), one per expert, each in a buffer of its own; or as one array (E, F, D), which is indexed the
+same way and which Pallas kernels take.
+"""
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.kernels.choice import ExpertKernels
-from dbrx_jax.quantization import QuantizedArray
+from dbrx_jax.kernels import stacked_experts
+from dbrx_jax.kernels.dispatch import ExpertKernels, expert_kernels
+from dbrx_jax.kernels.xla import experts as xla
+from dbrx_jax.ops.experts import ExpertWeights
 
-if TYPE_CHECKING:
-    from dbrx_jax.ops.experts import ExpertWeights
+# Up to so many tokens, each expert that has some runs on all of them.
+SMALL_BATCH = {"cpu": 1}
+SMALL_BATCH_ON_ACCELERATOR = 256
 
 
-def decode(
+def apply_experts(
     x: Float[Array, "N D"],
     weights: Float[Array, "N K"],
     experts: Int[Array, "N K"],
-    expert_weights: "ExpertWeights",
+    expert_weights: ExpertWeights,
     activation: str,
-    kernels: ExpertKernels,
+    valid: Bool[Array, "N"] | None = None,
+    platform: str = "cpu",
+    tile: int | None = None,
 ) -> Float[Array, "N D"]:
-    """For few tokens: each chosen expert, read once, on all rows. Experts from E on are left out."""
-    chosen, count, mix = distinct(weights, experts, expert_weights.number)
-    with jax.named_scope("few_tokens"):
-        out = kernels.few.decode_experts(
-            x, chosen, count, mix, *expert_weights, activation=activation, interpret=kernels.interpret
-        )
-    return out.astype(x.dtype)
+    """The same sum as :func:`reference_experts`, computing only what was chosen.
 
-
-def distinct(
-    weights: Float[Array, "N K"], experts: Int[Array, "N K"], num_experts: int
-) -> tuple[Int[Array, "C"], Int[Array, ""], Float[Array, "C N"]]:
-    """The C experts at most that some token chose, how many they are, and each one's weight for each token.
-
-    Behind the last stand others, with weights of 0.
+    Args:
+      experts: numbers below 0 or from E on are experts of other devices: what they give is left out.
+      valid: False for rows whose output does not matter (padding); they cost nothing and give 0.
+      platform: that of the devices, which decides on the arrangement.
+      tile: rows of every matrix product, whatever N is, so that no bit of a row's result depends on N;
+        None leaves that to the platform.
     """
-    touched = jnp.any(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0)
-    chosen = jnp.argsort(~touched, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
-    mix = jnp.where(experts == chosen[:, None, None], weights, 0).astype(jnp.float32).sum(axis=-1)
-    return chosen, touched.sum(dtype=jnp.int32), mix
+    weights = weights.astype(x.dtype)
+    here = (experts >= 0) & (experts < expert_weights.number)
+    if valid is not None:
+        here = here & valid[:, None]
+    # One past the last expert: such rows sort behind all groups and match no expert.
+    experts = jnp.where(here, experts, expert_weights.number)
+    dispatch = _dispatch(x, experts, expert_weights, platform, tile)
+    return _apply(x, weights, experts, expert_weights, activation, dispatch)
 
 
-def grouped(
-    x: Float[Array, "N D"],
-    weights: Float[Array, "N K"],
-    experts: Int[Array, "N K"],
-    expert_weights: "ExpertWeights",
-    activation: str,
-    kernels: ExpertKernels,
-) -> Float[Array, "N D"]:
-    """For many tokens: the (token, expert) pairs sorted by expert, and a grouped product with each weight."""
-    from dbrx_jax.ops.experts import ACTIVATIONS, group
+class ExpertDispatch(NamedTuple):
+    """How the experts are applied."""
 
-    groups = group(experts, expert_weights.number, 0)
-    product = _product(kernels, groups.ends - groups.starts)
-    rows = x[groups.order // experts.shape[1]]
-    gate, up = product(rows, expert_weights.w1, 1), product(rows, expert_weights.v1, 1)
-    return groups.total(product(ACTIVATIONS[activation](gate) * up, expert_weights.w2, 0), weights)
+    platform: str
+    few: bool  # tokens, or many
+    tile: int  # rows of a product of many tokens
+    kernels: ExpertKernels | None  # or XLA's own products
 
 
-def grouped_gradients(
-    x: Float[Array, "N D"],
-    weights: Float[Array, "N K"],
-    experts: Int[Array, "N K"],
-    expert_weights: "ExpertWeights",
-    dy: Float[Array, "N D"],
-    activation: str,
-    kernels: ExpertKernels,
-) -> tuple[Float[Array, "N D"], Float[Array, "N K"], "ExpertWeights"]:
-    """Those of :func:`grouped` for x, weights and plain expert weights: what lies between is computed again."""
-    from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, group
-
-    w1, v1, w2 = expert_weights
-    assert isinstance(w1, Array)
-    groups = group(experts, expert_weights.number, 0)
-    sizes = groups.ends - groups.starts
-    product = _product(kernels, sizes)
-    tokens = groups.order // experts.shape[1]
-    rows, dout = x[tokens], dy[tokens]
-
-    def inner(gate: Array, up: Array) -> Array:
-        return ACTIVATIONS[activation](gate) * up
-
-    h, pull = jax.vjp(inner, product(rows, w1, 1), product(rows, v1, 1))
-    dh = product(dout, w2, 1)
-    dweights = jnp.sum((h * dh).astype(jnp.float32), axis=1).astype(weights.dtype)
-    scale = weights.reshape(-1, 1)[groups.order]
-    dgate, dup = pull(dh * scale)
-    drows = product(dgate, w1, 0) + product(dup, v1, 0)
-    by_weight = (
-        kernels.gradient(left, right, sizes, interpret=kernels.interpret).astype(w1.dtype)
-        for left, right in ((dgate, rows), (dup, rows), (h, dout * scale))
-    )
-    dx = groups.total(drows, jnp.ones_like(weights))
-    return dx, jnp.where(groups.here, dweights[groups.inverse], 0), ExpertWeights(*by_weight)
+def _dispatch(
+    x: Array, experts: Array, expert_weights: ExpertWeights, platform: str, tile: int | None
+) -> ExpertDispatch:
+    """Chosen by platform, shapes and dtype. Kernels are not for products of a given number of rows."""
+    tokens = x.shape[0]
+    kernels = expert_kernels(platform) if tile is None and expert_weights.stacked else None
+    if kernels is not None and kernels.take_few(x, *expert_weights):
+        return ExpertDispatch(platform, True, 0, kernels)
+    few = tile is None and tokens <= SMALL_BATCH.get(platform, SMALL_BATCH_ON_ACCELERATOR)
+    if kernels is not None and kernels.take_many(x, *expert_weights):
+        return ExpertDispatch(platform, False, xla.TILE_ON_ACCELERATOR, kernels)
+    if tile is None:
+        tile = xla.tile_rows(experts, expert_weights) if platform == "cpu" else xla.TILE_ON_ACCELERATOR
+    return ExpertDispatch(platform, few, tile, None)
 
 
-def _product(kernels: ExpertKernels, sizes: Int[Array, "E"]) -> Callable[[Array, Any, int], Array]:
-    """Of rows (P, C), sorted by expert, with each expert's own part of a weight."""
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _apply(x, weights, experts, expert_weights, activation, dispatch):
+    if dispatch.kernels is not None:
+        return (stacked_experts.decode if dispatch.few else stacked_experts.grouped)(
+            x, weights, experts, expert_weights, activation, dispatch.kernels
+        )
+    if not dispatch.few:
+        return xla.grouped(x, weights, experts, expert_weights, activation, dispatch.platform, dispatch.tile)
+    if dispatch.platform == "cpu":
+        return xla.one_token(x, weights, experts, expert_weights, activation, dispatch.platform)
+    return xla.small_batch(x, weights, experts, expert_weights, activation, dispatch.platform)
 
-    def product(rows: Array, weight: Array | QuantizedArray, contracted: int) -> Array:
-        with jax.named_scope("many_tokens"):
-            return kernels.many.grouped_matmul(rows, weight, contracted, sizes, interpret=kernels.interpret)
 
-    return product
+def _forward(x, weights, experts, expert_weights, activation, dispatch):
+    y = _apply(x, weights, experts, expert_weights, activation, dispatch)
+    return y, (x, weights, experts, expert_weights)
+
+
+def _backward(activation, dispatch, saved, dy):
+    x, _, experts, expert_weights = saved
+    if dispatch.kernels is not None and dispatch.kernels.take_gradients(x, *expert_weights):
+        dx, dweights, by_weight = stacked_experts.grouped_gradients(*saved, dy, activation, dispatch.kernels)
+    else:
+        tile = dispatch.tile or xla.TILE_ON_ACCELERATOR
+        dx, dweights, by_weight = xla.grouped_gradients(*saved, dy, activation, dispatch.platform, tile)
+    return dx, dweights, np.zeros(experts.shape, jax.dtypes.float0), by_weight
+
+
+_apply.defvjp(_forward, _backward)

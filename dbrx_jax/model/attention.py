@@ -7,13 +7,14 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.cache import CACHE_BLOCK, LayerCache, turned, write
 from dbrx_jax.config import DbrxConfig
+from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention
+from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache, turned, write
 from dbrx_jax.model.parameter import Init
-from dbrx_jax.ops.attention import cached_attention, chosen, join_stripes, sequence_attention
+from dbrx_jax.ops.attention import join_stripes
 from dbrx_jax.ops.linear import linear, matrix
 from dbrx_jax.ops.rope import rotate
-from dbrx_jax.sharding import STRIPES, Partition
+from dbrx_jax.sharding.partition import STRIPES, Partition
 
 
 class Attention(nnx.Module):
@@ -45,7 +46,7 @@ class Attention(nnx.Module):
         mine = partition.own_tokens(q)
         first = partition.index("expert") * mine.shape[1] if partition.split else 0
         platform = partition.platform
-        y = sequence_attention(mine, k, v, mask, first, chosen(partition.attention, platform), platform)
+        y = sequence_attention(mine, k, v, mask, first, select_implementation(partition.attention, platform), platform)
         return self._project_out(partition.all_tokens(y), partition)
 
     def extend(
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
         keys, values = cache.key, cache.value
         part = cached_attention(
             q, keys, values, positions, first_row, CACHE_BLOCK, stripe, platform, cache.scales,
-            chosen(partition.attention, platform),
+            select_implementation(partition.attention, platform),
         )  # fmt: skip
         return self._project_out(join_stripes(part, x.dtype, partition), partition), turned(cache, platform)
 

@@ -7,11 +7,12 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from dbrx_jax.config import DbrxConfig
+from dbrx_jax.kernels.experts import apply_experts
 from dbrx_jax.model.parameter import Init
-from dbrx_jax.ops.experts import ExpertWeights, apply_experts, expert_mlp
+from dbrx_jax.ops.experts import ExpertWeights, expert_mlp
 from dbrx_jax.ops.linear import Weight, linear
 from dbrx_jax.ops.routing import Routing, route
-from dbrx_jax.sharding import ROWS, Partition
+from dbrx_jax.sharding.partition import ROWS, Partition
 
 
 class Expert(nnx.Module):

@@ -9,8 +9,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from dbrx_jax.quantization import Format, Quantization, abstract, quantize
-from dbrx_jax.sharding import Partition
+from dbrx_jax.quantization import Format, Quantization, quantize
+from dbrx_jax.quantization.array import abstract
+from dbrx_jax.sharding.partition import Partition
 
 
 class Init:

@@ -10,8 +10,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from dbrx_jax.ops.few_rows import MOST_ROWS, times_few_rows
-from dbrx_jax.quantization import QuantizedArray, halves, scaled
+from dbrx_jax.ops.small_batch_matmul import MOST_ROWS, times_few_rows
+from dbrx_jax.quantization import QuantizedArray
+from dbrx_jax.quantization.array import halves, scaled
 
 Weight = Array | QuantizedArray
 # Elements of a quantised weight that a CPU turns into floats at a time: what stays in its caches.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from dbrx_jax.sharding import ONE_DEVICE, ROWS, Partition
+from dbrx_jax.sharding.partition import ONE_DEVICE, ROWS, Partition
 
 
 class Routing(NamedTuple):

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dbrx_convert.inspect import inspect
+from dbrx_convert.to_hf import to_hf
+from dbrx_convert.to_orbax import to_orbax
+from dbrx_convert.verify import check_digests, compare, compare_logits
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
-from dbrx_jax.convert.folder import open_folder, shape_of
-from dbrx_jax.convert.inspect import inspect
-from dbrx_jax.convert.layouts import FUSED, LAYOUTS, expand, recognise
-from dbrx_jax.convert.source import INDEX
-from dbrx_jax.convert.to_hf import to_hf
-from dbrx_jax.convert.to_orbax import to_orbax
-from dbrx_jax.convert.verify import check_digests, compare, compare_logits
+from dbrx_jax.checkpoint.folder import shape_of
+from dbrx_jax.checkpoint.huggingface import INDEX
+from dbrx_jax.checkpoint.layouts import FUSED, LAYOUTS, expand, recognise
+from dbrx_jax.checkpoint.open import open_folder
+from dbrx_jax.checkpoint.parameters import parameter_specs
 from dbrx_jax.errors import CheckpointError
-from dbrx_jax.parameters import parameter_specs
 from tests.conftest import CASES, GOLDEN
 
 
@@ -100,7 +101,7 @@ def test_golden_goes_and_comes_back_byte_for_byte(tmp_path, case):
 
 
 def test_shards_follow_the_models_order_and_the_published_count():
-    from dbrx_jax.convert.to_hf import SHARD, plan_shards
+    from dbrx_convert.to_hf import SHARD, plan_shards
 
     config = DbrxConfig.from_name("132b-base")
     shards = plan_shards(expand(FUSED, config), np.dtype(ml_dtypes.bfloat16), SHARD)
@@ -224,8 +225,8 @@ class TestOptions:
 
     def test_several_chunks(self, tmp_path, monkeypatch):
         """Rows over many files, the last one not full; heads are several published rows each."""
-        monkeypatch.setattr("dbrx_jax.convert.arrays.CHUNK", 5000)
-        monkeypatch.setattr("dbrx_jax.convert.folder.BLOCK", 3000)
+        monkeypatch.setattr("dbrx_jax.checkpoint.raw_arrays.CHUNK", 5000)
+        monkeypatch.setattr("dbrx_jax.checkpoint.folder.BLOCK", 3000)
         to_orbax(GOLDEN / "fused", tmp_path / "out")
         assert len(list((tmp_path / "out/params/state/lm_head").iterdir())) > 10
         assert all_equal(tmp_path / "out", GOLDEN / "fused")

@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from dbrx_convert.inspect import inspect
+from dbrx_convert.to_hf import to_hf
+from dbrx_convert.to_orbax import to_orbax
+from dbrx_convert.verify import check_digests, compare
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.checkpoint import load_model
-from dbrx_jax.convert.arrays import METADATA
-from dbrx_jax.convert.folder import open_folder, shape_of
-from dbrx_jax.convert.inspect import inspect
-from dbrx_jax.convert.orbax_folder import MANIFEST, PARAMS, STATE
-from dbrx_jax.convert.to_hf import to_hf
-from dbrx_jax.convert.to_orbax import to_orbax
-from dbrx_jax.convert.verify import check_digests, compare
+from dbrx_jax.checkpoint.folder import shape_of
+from dbrx_jax.checkpoint.open import open_folder
+from dbrx_jax.checkpoint.orbax import MANIFEST, PARAMS, STATE
+from dbrx_jax.checkpoint.parameters import flatten, parameter_specs, parameters_of, placed_arrays
+from dbrx_jax.checkpoint.raw_arrays import METADATA
 from dbrx_jax.demo import source_folder
 from dbrx_jax.errors import CheckpointError, DbrxError, QuantizationError
-from dbrx_jax.parameters import flatten, parameter_specs, parameters_of, placed_arrays
 from dbrx_jax.quantization import Quantization, QuantizedArray, quantize
-from tests.test_cli import command
-from tests.test_mesh import mesh_of
-from tests.test_quantization import same_bits
+from tests.cli.test_cli import command
+from tests.quantization.test_quantization import same_bits
+from tests.sharding.test_mesh import mesh_of
 
 DEMO = source_folder()
 W2 = "blocks.0.moe.experts.3.w2"
@@ -83,13 +83,13 @@ def test_sizes_are_the_arithmetic(text, converted):
     on_disk = sum(f.stat().st_size for f in state.rglob("*") if f.is_file() and f.name[0].isdigit())
     assert on_disk == pytest.approx(expected, rel=0.03)
     assert open_folder(converted(text)).size == expected
-    model = load_model(converted(text))
+    model = DbrxForCausalLM.from_pretrained(converted(text))
     assert sum(x.nbytes for x in jax.tree.leaves(parameters_of(model))) == expected
 
 
 @pytest.mark.parametrize("text", ["int4", "fp8"])
 def test_loading_it_and_quantising_while_loading_are_the_same(text, converted):
-    want = parameters_of(load_model(converted(text)))
+    want = parameters_of(DbrxForCausalLM.from_pretrained(converted(text)))
     assert isinstance(want[W2], QuantizedArray)
     mesh = mesh_of("expert=4,tensor=2")
     for model in (
@@ -105,7 +105,10 @@ def test_loading_it_and_quantising_while_loading_are_the_same(text, converted):
 
 
 def test_in_float32_the_numbers_stay(converted):
-    a, b = (parameters_of(load_model(converted("int4"), dtype=dtype))[W2] for dtype in (None, "float32"))
+    a, b = (
+        parameters_of(DbrxForCausalLM.from_pretrained(converted("int4"), dtype=dtype))[W2]
+        for dtype in (None, "float32")
+    )
     assert (b.dtype, b.scale.dtype) == (np.float32, np.float32)
     same_bits(a.values, b.values)
     assert np.array_equal(np.asarray(a.scale, np.float32), b.scale)
@@ -113,7 +116,7 @@ def test_in_float32_the_numbers_stay(converted):
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_a_run_killed_between_values_and_scales_goes_on(tmp_path, monkeypatch, compress, converted):
-    import dbrx_jax.convert.to_orbax as module
+    import dbrx_convert.to_orbax as module
 
     write, left = module._write, [25]
 
@@ -200,14 +203,14 @@ class TestMistakes:
         with pytest.raises(CheckpointError, match="its weights are int4 already"):
             to_orbax(converted("int4"), tmp_path / "out", quantization="int8")
         with pytest.raises(CheckpointError, match="its weights are int4 already, and int8 is asked for"):
-            load_model(converted("int4"), quantization="int8")
-        load_model(converted("int4"), quantization="int4")
+            DbrxForCausalLM.from_pretrained(converted("int4"), quantization="int8")
+        DbrxForCausalLM.from_pretrained(converted("int4"), quantization="int4")
 
     def test_texts_and_dtypes(self, tmp_path):
         with pytest.raises(QuantizationError, match="got 'int3'"):
             to_orbax(DEMO, tmp_path / "out", quantization="int3")
         with pytest.raises(QuantizationError, match="bfloat16 or float32"):
-            load_model(DEMO, dtype="float16", quantization="int8")
+            DbrxForCausalLM.from_pretrained(DEMO, dtype="float16", quantization="int8")
         assert not list(tmp_path.iterdir())
 
     def test_command(self, tmp_path):

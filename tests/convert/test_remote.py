@@ -10,12 +10,13 @@ import pytest
 from upath import UPath
 
 import dbrx_jax.demo
+from dbrx_convert.to_hf import to_hf
+from dbrx_convert.to_orbax import to_orbax
+from dbrx_convert.verify import compare
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
-from dbrx_jax.convert.arrays import writing
-from dbrx_jax.convert.folder import PLAN, open_folder
-from dbrx_jax.convert.to_hf import to_hf
-from dbrx_jax.convert.to_orbax import to_orbax
-from dbrx_jax.convert.verify import compare
+from dbrx_jax.checkpoint.folder import PLAN
+from dbrx_jax.checkpoint.open import open_folder
+from dbrx_jax.checkpoint.raw_arrays import writing
 from dbrx_jax.errors import CheckpointError
 from tests.conftest import GOLDEN
 
@@ -124,7 +125,7 @@ def test_refusals(bucket, tmp_path):
 
 def test_command_line_takes_urls(tmp_path):
     def command(*words):
-        program = [sys.executable, "-c", "from dbrx_jax.convert.cli import main; main()"]
+        program = [sys.executable, "-c", "from dbrx_convert.cli import main; main()"]
         return subprocess.run([*program, *map(str, words)], capture_output=True, text=True, timeout=120)
 
     done = command("to-orbax", f"file://{GOLDEN / 'fused'}", f"file://{tmp_path}/orbax")

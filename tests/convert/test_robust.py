@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dbrx_convert.to_orbax import to_orbax
+from dbrx_convert.verify import compare
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
-from dbrx_jax.convert.folder import PLAN, open_folder
-from dbrx_jax.convert.layouts import FUSED, expand
-from dbrx_jax.convert.orbax_folder import MANIFEST
-from dbrx_jax.convert.to_orbax import to_orbax
-from dbrx_jax.convert.verify import compare
+from dbrx_jax.checkpoint.folder import PLAN
+from dbrx_jax.checkpoint.layouts import FUSED, expand
+from dbrx_jax.checkpoint.open import open_folder
+from dbrx_jax.checkpoint.orbax import MANIFEST
 from dbrx_jax.errors import CheckpointError, DbrxError
 from tests.conftest import GOLDEN
 
@@ -169,8 +170,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path, source):
     """Anonymous memory over what an idle process has, converting 470 MB in ways that touch every byte."""
     code = """
 import sys, threading, time
-from dbrx_jax.convert.to_orbax import to_orbax
-from dbrx_jax.convert.to_hf import to_hf
+from dbrx_convert.to_orbax import to_orbax
+from dbrx_convert.to_hf import to_hf
 from orbax.checkpoint import v1
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) << 10
@@ -312,7 +313,7 @@ def test_damaged_input_through_the_command(tmp_path):
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
-    from dbrx_jax.convert import to_orbax as module
+    from dbrx_convert import to_orbax as module
 
     for dtype in ("float32", "bfloat16"):  # copied by the system, and through memory
         folder = tmp_path / dtype

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
+from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
-from dbrx_jax.convert.layouts import FUSED, expand
-from dbrx_jax.convert.orbax_folder import MANIFEST, PARAMS
-from dbrx_jax.convert.source import INDEX
-from dbrx_jax.convert.to_orbax import to_orbax
+from dbrx_jax.checkpoint.huggingface import INDEX
+from dbrx_jax.checkpoint.layouts import FUSED, expand
+from dbrx_jax.checkpoint.orbax import MANIFEST, PARAMS
+from dbrx_jax.checkpoint.parameters import flatten, parameter_specs
 from dbrx_jax.errors import CheckpointError, ConfigError, DbrxError
-from dbrx_jax.parameters import flatten, parameter_specs
 from tests.conftest import GOLDEN
 
 
@@ -266,7 +266,7 @@ def test_what_a_run_killed_at_the_end_left_is_cleared_away(tmp_path, monkeypatch
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dbrx_jax.convert.to_orbax._manifest", stop)
+    monkeypatch.setattr("dbrx_convert.to_orbax._manifest", stop)
     with pytest.raises(KeyboardInterrupt):
         to_orbax(GOLDEN / "dense", tmp_path / "out")
     monkeypatch.undo()
@@ -309,7 +309,7 @@ def test_a_full_disk_on_the_way_is_one_line_and_can_be_continued(tmp_path, monke
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dbrx_jax.convert.arrays._copy_some", fail)
+    monkeypatch.setattr("dbrx_jax.checkpoint.raw_arrays._copy_some", fail)
     with pytest.raises(CheckpointError, match=r"out: cannot be written \(No space left on device\); run the same"):
         to_orbax(GOLDEN / "dense", tmp_path / "out")
     with pytest.raises((CheckpointError, ConfigError)):

@@ -1,7 +1,8 @@
-"""Kernels for GPUs are interpreted by JAX 0.11.1 and newer: the tests of older ones do not collect them."""
+"""JAX interprets kernels for GPUs from MIN_JAX_FOR_GPU_KERNELS on: the tests of older versions skip their files."""
 
 import jax
 
-from dbrx_jax.kernels.choice import LEAST_JAX_ON_GPU
+from dbrx_jax.backend import MIN_JAX_FOR_GPU_KERNELS
 
-collect_ignore_glob = ["test_*_gpu.py"] if jax.__version_info__ < LEAST_JAX_ON_GPU else []
+_NEED_INTERPRETER = ["test_gpu_cache_attention.py", "test_gpu_decode_experts.py", "test_gpu_grouped_matmul.py"]
+collect_ignore = _NEED_INTERPRETER if jax.__version_info__ < MIN_JAX_FOR_GPU_KERNELS else []

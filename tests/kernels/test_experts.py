@@ -1,66 +1,153 @@
-"""The experts by kernels as the model calls them, forward and backward, against their definition."""
+"""The experts' arrangements against their definition, forward and backward."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from dbrx_jax.kernels import choice
-from dbrx_jax.kernels.experts import distinct
-from dbrx_jax.ops.experts import ExpertWeights, apply_experts, reference_experts
+from dbrx_jax.kernels.experts import apply_experts
+from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, reference_experts
+from dbrx_jax.ops.row_tiles import TILE
+from dbrx_jax.quantization import Format, quantize
 
-E, F, D, K = 4, 256, 128, 2
-KINDS = ["tpu", "gpu"] if jax.__version_info__ >= choice.LEAST_JAX_ON_GPU else ["tpu"]
-
-
-@pytest.fixture(params=KINDS)
-def kernels(request, monkeypatch):
-    """This CPU is taken for a TPU or a GPU."""
-    monkeypatch.setitem(choice.KINDS, "cpu", request.param)
-    return choice.expert_kernels("cpu")
+D, F = 24, 48
 
 
-def problem(tokens):
-    rng = np.random.default_rng(tokens)
-    x = rng.normal(size=(tokens, D)).astype(np.float32)
-    noise = rng.gumbel(size=(tokens, E)) - 3 * (np.arange(E) == 1)  # few come to expert 1, and none to expert 2
-    noise[:, 2] = -np.inf
-    experts = np.argsort(-noise, axis=1)[:, :K].astype(np.int32)
-    weights = rng.uniform(0.05, 1, size=(tokens, K)).astype(np.float32)
-    return x, weights, experts, ExpertWeights(*(jnp.asarray(rng.normal(0, 0.1, (E, F, D)), jnp.float32) for _ in "wvw"))
+def problem(tokens, num_experts, top_k, skew, seed, dtype=np.float32):
+    """Random rows, weights and a routing in which expert e is exp(-skew * e) times as likely as expert 0."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, D)).astype(dtype)
+    noise = rng.gumbel(size=(tokens, num_experts)) - skew * np.arange(num_experts)
+    chosen = np.argsort(-noise, axis=1)[:, :top_k].astype(np.int32)
+    weights = rng.uniform(0.05, 1, size=(tokens, top_k)).astype(dtype)
+    arrays = [tuple(jnp.asarray(rng.normal(0, 0.2, size=(F, D)), dtype) for _ in range(num_experts)) for _ in range(3)]
+    return x, weights, chosen, ExpertWeights(*arrays)
 
 
-@pytest.mark.parametrize("tokens", [5, 300])
-def test_values_and_gradients(kernels, tokens):
-    x, weights, experts, expert_weights = problem(tokens)
-    valid = np.arange(tokens) % 7 != 3
-    dy = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
-    assert kernels.take_gradients(x, *expert_weights)
+apply = jax.jit(apply_experts, static_argnums=4)
+reference = jax.jit(reference_experts, static_argnums=4)
+tiled = jax.jit(apply_experts, static_argnums=4, static_argnames="tile")
 
-    def by_kernels(x, weights, expert_weights):
-        y = apply_experts(x, weights, experts, expert_weights, "silu", valid)
-        return jnp.sum(y * dy), y
 
-    def by_definition(x, weights, expert_weights):
-        y = reference_experts(x, weights, experts, expert_weights, "silu") * valid[:, None]
-        return jnp.sum(y * dy), y
+@st.composite
+def problems(draw):
+    num_experts = draw(st.integers(2, 7))
+    top_k = draw(st.integers(1, num_experts))
+    tokens = draw(st.sampled_from([1, 2, 7, 16, 17, 63, 64, 65, 200]))
+    return problem(tokens, num_experts, top_k, draw(st.sampled_from([0.0, 1.0, 50.0])), draw(st.integers(0, 99)))
 
-    found, want = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(x, weights, expert_weights)
-        for f in (by_kernels, by_definition)
+
+@settings(max_examples=10)
+@given(problems(), st.sampled_from(sorted(ACTIVATIONS)))
+@example(problem(200, 5, 1, 50.0, 0), "silu")  # all tokens to one expert, the others empty
+@example(problem(64, 4, 2, 0.0, 0), "silu")
+def test_matches_reference(case, activation):
+    np.testing.assert_allclose(apply(*case, activation), reference(*case, activation), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 150])
+def test_bfloat16(tokens):
+    case = problem(tokens, 6, 3, 0.5, 1, dtype=jnp.bfloat16)
+    out, want = apply(*case, "silu"), reference(*case, "silu")
+    assert out.dtype == jnp.bfloat16
+    error = np.abs(np.float32(out) - np.float32(want)).max() / np.abs(np.float32(want)).max()
+    assert error < 1e-2
+
+
+@settings(max_examples=5)
+@given(problems())
+@example(problem(200, 5, 1, 50.0, 0))
+@example(problem(150, 6, 3, 0.5, 4))
+def test_gradients_match_reference(case):
+    x, weights, chosen, expert_weights = case
+    target = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+
+    def loss(f):
+        return jax.jit(jax.grad(lambda x, w, e: jnp.sum(f(x, w, chosen, e, "silu") * target), argnums=(0, 1, 2)))
+
+    ours = jax.tree.leaves(loss(apply_experts)(x, weights, expert_weights))
+    theirs = jax.tree.leaves(loss(reference_experts)(x, weights, expert_weights))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_stacked_weights():
+    *arrays, expert_weights = problem(100, 4, 2, 0.5, 2)
+    x, weights, chosen = map(jnp.asarray, arrays)
+    stacked = ExpertWeights(*(jnp.stack(w) for w in expert_weights))
+    grad = jax.grad(lambda e: jnp.sum(apply_experts(x, weights, chosen, e, "silu") ** 2))
+    for a, b in zip(grad(stacked), grad(expert_weights), strict=True):
+        np.testing.assert_array_equal(a, jnp.stack(b))
+
+
+@pytest.mark.parametrize("tokens", [9, 130])
+def test_padding_gives_zero_and_changes_nothing(tokens):
+    x, weights, chosen, expert_weights = problem(tokens, 5, 2, 0.0, 3)
+    valid = np.arange(tokens) % 3 != 1
+    poisoned = np.where(valid[:, None], x, np.nan).astype(np.float32)
+    out = apply(poisoned, weights, chosen, expert_weights, "silu", valid)
+    np.testing.assert_array_equal(out[~valid], 0)
+    np.testing.assert_array_equal(out[valid], apply(x, weights, chosen, expert_weights, "silu")[valid])
+
+
+@pytest.mark.parametrize("tokens", [9, 130])
+def test_an_infinite_row_stays_alone(tokens):
+    x, weights, chosen, expert_weights = problem(tokens, 5, 2, 0.0, 3)
+    hot = x.copy()
+    hot[4] = 3e38
+    others = np.arange(tokens) != 4
+    out = apply(hot, weights, chosen, expert_weights, "silu")
+    np.testing.assert_array_equal(out[others], apply(x, weights, chosen, expert_weights, "silu")[others])
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([11, 90]), st.integers(0, 99), st.floats(0, 5))
+def test_a_row_does_not_depend_on_the_others_bit_for_bit(tokens, seed, skew):
+    x, weights, chosen, expert_weights = problem(tokens, 6, 3, 0.0, 7)
+    other_x, other_weights, other_chosen, _ = problem(tokens, 6, 3, skew, seed)
+    row = seed % tokens
+    other_x[row], other_weights[row], other_chosen[row] = x[row], weights[row], chosen[row]
+    out = apply(x, weights, chosen, expert_weights, "silu")
+    other = apply(other_x, other_weights, other_chosen, expert_weights, "silu")
+    np.testing.assert_array_equal(out[row], other[row])
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_leave_unchosen_experts_unread(tokens):
+    x, weights, chosen, expert_weights = problem(tokens, 6, 2, 0.0, 5)
+    chosen[:] = [1, 4]
+    poison = ExpertWeights(
+        *(tuple(w if e in (1, 4) else w * np.nan for e, w in enumerate(ws)) for ws in expert_weights)
     )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-        assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
-    assert not np.any(found[1][2].w1[2])  # the expert that no token chose
+    np.testing.assert_array_equal(
+        apply(x, weights, chosen, poison, "silu"), apply(x, weights, chosen, expert_weights, "silu")
+    )
 
 
-def test_distinct_experts_come_once_each_with_their_weights():
-    experts = np.array([[3, 0], [0, 4], [4, 4]])  # 4 is an expert elsewhere
-    weights = np.array([[0.5, 0.25], [0.125, 1.0], [1.0, 1.0]], np.float32)
-    chosen, count, mix = distinct(weights, experts, 4)
-    assert int(count) == 2
-    assert sorted(np.asarray(chosen[:2]).tolist()) == [0, 3]
-    by_expert = dict(zip(np.asarray(chosen).tolist(), np.asarray(mix).tolist(), strict=True))
-    assert by_expert[0] == [0.25, 0.125, 0.0]
-    assert by_expert[3] == [0.5, 0.0, 0.0]
-    assert not np.any(np.asarray(mix)[2:])
+@settings(max_examples=6)
+@given(problems(), st.sampled_from(["int8", "int4", "fp8"]))
+def test_quantised_weights_match_reference(case, kind):
+    x, weights, chosen, plain = case
+    contracted = {"w1": (-1,), "v1": (-1,), "w2": (-2,)}
+    quantised = ExpertWeights(
+        *(
+            tuple(quantize(w, Format.parse(kind), contracted[name], jnp.float32) for w in ws)
+            for name, ws in zip(ExpertWeights._fields, plain, strict=True)
+        )
+    )
+    want = reference(x, weights, chosen, quantised, "silu")
+    np.testing.assert_allclose(apply(x, weights, chosen, quantised, "silu"), want, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 99), st.sampled_from([3, 8, 29]), st.floats(0, 3))
+def test_in_tiles_a_row_does_not_depend_on_how_many_there_are(seed, tokens, skew):
+    x, weights, chosen, expert_weights = problem(TILE, 6, 3, 0.0, 7)
+    more, more_weights, more_chosen, _ = problem(TILE * tokens, 6, 3, skew, seed)
+    row = seed % (TILE * tokens)
+    more[row], more_weights[row], more_chosen[row] = x[2], weights[2], chosen[2]
+    few = tiled(x, weights, chosen, expert_weights, "silu", tile=TILE)
+    many = tiled(more, more_weights, more_chosen, expert_weights, "silu", tile=TILE)
+    np.testing.assert_array_equal(few[2], many[row])

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbrx_jax.ops.linear import Weight
-from dbrx_jax.quantization import Format, QuantizedArray, abstract
+from dbrx_jax.quantization import Format, QuantizedArray
+from dbrx_jax.quantization.array import abstract
 
 # Compilers' options: what the tests run is little, and compiled once.
 QUICKLY = {"xla_backend_optimization_level": 0}

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
-from dbrx_jax.cache import CACHE_BLOCK, capacity, chunk_lengths, create
+from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_of
 from dbrx_jax.errors import GenerationError
-from dbrx_jax.generation import TokenStream
+from dbrx_jax.generation.generate import TokenStream
+from dbrx_jax.model.cache import CACHE_BLOCK, capacity, chunk_lengths, create
 from dbrx_jax.model.moe import MoE
 from dbrx_jax.ops.experts import reference_experts
-from dbrx_jax.parameters import parameter_specs, parameters_of
-from dbrx_jax.sharding import ONE_DEVICE
+from dbrx_jax.sharding.partition import ONE_DEVICE
 
 CHUNK = chunk_lengths(ONE_DEVICE)[0]
 TINY = DbrxConfig(

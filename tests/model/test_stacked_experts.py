@@ -6,11 +6,15 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 
-from dbrx_jax import DbrxConfig, DbrxForCausalLM
-from dbrx_jax.kernels import attention_gpu, attention_splash, attention_tpu, choice, experts_tpu
-from dbrx_jax.parameters import model_from_parameters, parameter_specs, parameters_of, placed_arrays
+from dbrx_jax import DbrxConfig, DbrxForCausalLM, backend
+from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_of, placed_arrays
+from dbrx_jax.kernels import dispatch
+from dbrx_jax.kernels.gpu import cache_attention as attention_gpu
+from dbrx_jax.kernels.tpu import cache_attention as attention_tpu
+from dbrx_jax.kernels.tpu import decode_experts as experts_tpu
+from dbrx_jax.kernels.tpu import sequence_attention as attention_splash
 from dbrx_jax.quantization import Quantization
-from dbrx_jax.sharding import make_mesh, parse_axes
+from dbrx_jax.sharding.partition import make_mesh, parse_axes
 from tests.conftest import GOLDEN
 
 # Sizes that the kernels take.
@@ -40,7 +44,7 @@ def stacked(monkeypatch):
     """A function after which this CPU is taken for a TPU or a GPU, as to kernels."""
 
     def take(kind="tpu"):
-        monkeypatch.setitem(choice.KINDS, "cpu", kind)
+        monkeypatch.setitem(backend.KERNEL_BACKENDS, "cpu", kind)
         forget()
 
     yield take
@@ -86,7 +90,7 @@ CASES = [
     pytest.param("tpu", None, None, marks=pytest.mark.slow),
     pytest.param("tpu", "expert=2,tensor=2", "int8", marks=pytest.mark.slow),
 ]
-if jax.__version_info__ >= choice.LEAST_JAX_ON_GPU:
+if jax.__version_info__ >= backend.MIN_JAX_FOR_GPU_KERNELS:
     # Not quantised: scales are in bfloat16 there, and tokens could differ. On one device: the interpreter of
     # GPUs' kernels has one state for all of a process, and several devices at a time confuse it.
     CASES += [("gpu", None, None)]
@@ -98,10 +102,10 @@ def test_kernels_generate_as_the_plain_experts(stacked, kind, axes, quantization
     how = Quantization.parse(quantization)
     parameters = parameters_of(DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0), dtype="float32", quantization=how))
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 270))
-    plain = model_from_parameters(SMALL, parameters, quantization=how)
+    plain = DbrxForCausalLM.from_parameters(SMALL, parameters, quantization=how)
     want, tokens = np.asarray(plain(ids)), plain.generate(ids, max_new_tokens=3, eos_token_id=None)
     stacked(kind)
-    kernels, traced = choice.expert_kernels("cpu"), []
+    kernels, traced = dispatch.expert_kernels("cpu"), []
     for module, name in ((kernels.few, "decode_experts"), (kernels.many, "grouped_matmul")):
         assert module.__name__.endswith(kind)
         whole = getattr(module, name)
@@ -113,7 +117,7 @@ def test_kernels_generate_as_the_plain_experts(stacked, kind, axes, quantization
     monkeypatch.setattr(cache, "cache_attention", lambda *a, **b: (traced.append("attention"), attend(*a, **b))[1])
     if kind == "tpu":
         interpret_as_xla(monkeypatch)
-    model = model_from_parameters(SMALL, parameters, axes and mesh_of(axes), quantization=how)
+    model = DbrxForCausalLM.from_parameters(SMALL, parameters, axes and mesh_of(axes), quantization=how)
     logits = np.asarray(model(ids))
     assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=3, eos_token_id=None), tokens)

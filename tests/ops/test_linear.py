@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dbrx_jax.ops import linear as module
 from dbrx_jax.ops.experts import ACTIVATIONS
-from dbrx_jax.ops.few_rows import CPU_OPTIONS, MOST_ROWS, times_few_rows
 from dbrx_jax.ops.linear import MOST_ROWS_BESIDE, dequantized, gated, linear, matrix
-from dbrx_jax.ops.tiles import TILE
+from dbrx_jax.ops.row_tiles import TILE
+from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS, MOST_ROWS, times_few_rows
 from dbrx_jax.quantization import Format, quantize
 
 FORMATS = (None, "int8", "fp8", "int4", "int4-32")

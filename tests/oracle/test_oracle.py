@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dbrx_convert.to_hf import to_hf
+from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.convert.to_hf import to_hf
-from dbrx_jax.convert.to_orbax import to_orbax
 from dbrx_jax.demo import source_folder
 
 pytestmark = pytest.mark.slow

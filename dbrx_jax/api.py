@@ -1,0 +1,155 @@
+"""DbrxForCausalLM: the model as users load it, call it and generate with it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Float, Int
+
+from dbrx_jax.checkpoint.load import load_model
+from dbrx_jax.checkpoint.parameters import model_from_parameters
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.generation.generate import generate
+from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.hub import checkpoint_folder
+from dbrx_jax.model.causal_lm import CausalLM
+from dbrx_jax.model.forward import CausalLMOutput, forward
+from dbrx_jax.model.graph import split
+from dbrx_jax.model.inputs import check_ids, same_shape
+from dbrx_jax.quantization import Quantization
+from dbrx_jax.sharding.partition import ROWS
+from dbrx_jax.text.tokenizer import stop_tokens
+
+
+class DbrxForCausalLM(CausalLM):
+    """DBRX with its language-model head: the network, with loading and generating."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        mesh: Mesh | str | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        quantization: str | Quantization | None = None,
+        all_to_all: bool = False,
+        attention_implementation: str | None = None,
+    ) -> Self:
+        """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
+
+        Every shard is read straight to its device.
+
+        Args:
+          path: a local folder, a URL such as gs://bucket/folder (extra [gcs]), or `hf://owner/name` on the
+            Hugging Face hub (extra [hub]).
+          mesh: the devices to lay it over: a jax Mesh, the name of a recipe such as "v5e-64", or axes such
+            as "expert=16,tensor=4" over all devices; None is one device.
+          dtype: to cast the weights to; None keeps what the checkpoint holds. Of quantised weights, that of their
+            scales and of the activations: bfloat16 or float32.
+          quantization: quantises the weights while they are read: "int8", "int4" (experts in groups of 128, the
+            rest int8; also "int4-32", "int4-64"), "fp8", or parts such as "experts=int4-64,attention=int8". None
+            keeps what the checkpoint holds.
+          all_to_all: in prompts and training, send tokens to their experts' devices alone rather than
+            round the ring (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all and picks).
+          attention_implementation: "flash", kernels for TPU and GPU; "xla", blocks in plain XLA; "reference", the
+            definition with all scores at once, for tests. None is "flash" where there are kernels, else "xla".
+
+        Raises:
+          CheckpointError: the folder is not a complete checkpoint of a DBRX; the message says what is wrong.
+          ConfigError: its config.json is missing or has a value that cannot be used, or there is no such
+            implementation of attention, or none for the devices.
+          MeshError: the mesh does not fit the model or the devices.
+          QuantizationError: the quantisation is not known, or does not fit the model.
+        """
+        folder = checkpoint_folder(path)
+        model = load_model(cls, folder, mesh, dtype, quantization, all_to_all, attention_implementation)
+        model.generation_config = _generation_config(folder)
+        return model
+
+    @classmethod
+    def from_parameters(
+        cls,
+        config: DbrxConfig,
+        parameters: Mapping[str, Any],
+        mesh: Mesh | None = None,
+        *,
+        all_to_all: bool = False,
+        quantization: Quantization | None = None,
+        attention_implementation: str | None = None,
+    ) -> Self:
+        """Makes a model of arrays given under the names of :func:`dbrx_jax.checkpoint.parameters.parameter_specs`.
+
+        Args:
+          config: the sizes.
+          parameters: arrays, or QuantizedArrays for the parts that `quantization` names.
+          mesh, all_to_all, attention_implementation: as in :meth:`from_pretrained`.
+        """
+        return model_from_parameters(cls, config, parameters, mesh, all_to_all, quantization, attention_implementation)
+
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]],
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+        position_ids: Int[ArrayLike, "B T"] | None = None,
+        output_hidden_states: bool = False,
+        output_router_probs: bool = False,
+    ) -> Float[Array, "B T V"] | CausalLMOutput:
+        """Logits (B, T, V) in float32 of every position.
+
+        Args:
+          input_ids: token ids.
+          attention_mask: 1 for tokens, 0 for padding, which may lie left or right; logits there mean nothing.
+          position_ids: by default the number of tokens before, padding not counted.
+          output_hidden_states: return a :class:`CausalLMOutput` with them.
+          output_router_probs: return a :class:`CausalLMOutput` with them.
+
+        Raises:
+          GenerationError: the arrays' shapes do not fit each other, or an id lies outside the vocabulary.
+        """
+        ids = check_ids(input_ids, self.config.vocab_size)
+        mask = (
+            np.ones(ids.shape, bool)
+            if attention_mask is None
+            else same_shape("attention_mask", attention_mask, ids) != 0
+        )
+        if position_ids is None:
+            positions = (
+                np.maximum(np.cumsum(np.asarray(mask), axis=1) - 1, 0)
+                if isinstance(mask, np.ndarray)
+                else (jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+            )
+        else:
+            positions = same_shape("position_ids", position_ids, ids)
+        B, T = ids.shape
+        wide = ((0, -B % self.partition.size(*ROWS)), (0, -T % self.partition.size("expert")))
+        ids, mask, positions = (
+            a if wide == ((0, 0), (0, 0)) else (np if isinstance(a, np.ndarray) else jnp).pad(a, wide)
+            for a in (ids, mask, positions)
+        )
+        out = forward(split(self), ids, mask, positions, output_hidden_states, output_router_probs)
+        if self.partition.mesh is not None:
+            out = out._replace(
+                logits=out.logits[:B, :T, : self.config.vocab_size],
+                hidden_states=[x[:B, :T] for x in out.hidden_states or ()] or None,
+                router_probs=[x[:B, :T] for x in out.router_probs or ()] or None,
+            )
+        return out if output_hidden_states or output_router_probs else out.logits
+
+    def generate(
+        self, input_ids: Int[ArrayLike, "B T"], attention_mask: Int[ArrayLike, "B T"] | None = None, **options: Any
+    ) -> Any:
+        """Continues each row; see :func:`dbrx_jax.generation.generate.generate` for the options."""
+        return generate(self, input_ids, attention_mask, **options)
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    """Reads generation_config.json, and from the tokenizer's files the ids that it leaves out."""
+    file = path / "generation_config.json"
+    given = GenerationConfig.from_file(file) if file.exists() else GenerationConfig()
+    eos, pad = stop_tokens(path)
+    return GenerationConfig(given.eos_token_ids or eos, pad if given.pad_token_id is None else given.pad_token_id)

@@ -1,0 +1,146 @@
+"""Tensors as they lie in safetensors files: plain, or quantised together with their scales."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from dbrx_jax.checkpoint.raw_arrays import read_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainTensor:
+    """A tensor whose bytes lie in a file one after another."""
+
+    file: Path
+    offset: int  # bytes from the file's begin
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    quantization = None
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.file]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def problem(self) -> str | None:
+        """What is wrong with it as a weight, if anything."""
+        return None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """These rows, read into memory.
+
+        Raises:
+          CheckpointError: the file has become shorter, or cannot be read any more.
+        """
+        data = read_bytes([(self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)])
+        return data.view(self.dtype).reshape(stop - start, *self.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class MlxTensor:
+    """MLX's affine groups: w = scale * q + bias, a group being consecutive elements of a row.
+
+    q is `bits` wide; a uint32 holds 32 / bits of them, the first in the lowest bits.
+    """
+
+    packed: PlainTensor
+    scales: PlainTensor
+    biases: PlainTensor
+    bits: int
+    group: int
+
+    @property
+    def quantization(self) -> str:
+        return f"MLX {self.bits}-bit in groups of {self.group}"
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.packed.file, self.scales.file, self.biases.file]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.scales.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *rows, words = self.packed.shape
+        return (*rows, words * (32 // self.bits))
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales.nbytes + self.biases.nbytes
+
+    def problem(self) -> str | None:
+        if len(self.shape) != 2 or self.shape[1] % self.group:
+            return f"its rows of {self.shape[-1]} elements are not whole groups of {self.group}"
+        want = (self.shape[0], self.shape[1] // self.group)
+        for name, tensor in (("scales", self.scales), ("biases", self.biases)):
+            if tensor.shape != want or tensor.dtype != self.scales.dtype:
+                return f"its {name} must be {self.scales.dtype} {want}, got {tensor.dtype} {tensor.shape}"
+        return None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Dequantised rows, computed in float32 and rounded once to the scales' dtype."""
+        words = self.packed.rows(start, stop)
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+        q = (words[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
+        q = q.reshape(len(words), -1, self.group).astype(np.float32)
+        scales, biases = (t.rows(start, stop).astype(np.float32)[:, :, None] for t in (self.scales, self.biases))
+        return (q * scales + biases).reshape(len(words), -1).astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Tensor:
+    """FP8 values times a scale: one for the tensor, or one for each expert (equal numbers of rows).
+
+    Dequantised to bfloat16, which holds every FP8 value; the product is rounded once.
+    """
+
+    values: PlainTensor
+    scale: PlainTensor
+    experts: int  # that the tensor holds
+
+    quantization = "FP8"
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.values.file, self.scale.file]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
+
+    def problem(self) -> str | None:
+        count = math.prod(self.scale.shape)
+        if count not in (1, self.experts) or self.shape[0] % count or self.scale.dtype.itemsize == 1:
+            return f"its scale must be one float, or one for each expert, got {self.scale.dtype} {self.scale.shape}"
+        return None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        scales = self.scale.rows(0, self.scale.shape[0]) if self.scale.shape else self.scale.rows(0, 1)
+        scales = scales.astype(np.float32).reshape(-1)
+        each = np.arange(start, stop) // (self.shape[0] // len(scales))
+        values = self.values.rows(start, stop).astype(np.float32)
+        return (values * scales[each].reshape(-1, *[1] * (values.ndim - 1))).astype(self.dtype)
+
+
+StoredTensor = PlainTensor | MlxTensor | Fp8Tensor

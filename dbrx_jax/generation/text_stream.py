@@ -1,0 +1,42 @@
+"""Text from generated tokens: as they come, and cut before a stop string."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from dbrx_jax.generation.generate import TokenStream
+from dbrx_jax.text.tokenizer import DbrxTokenizer
+
+
+def stream_text(stream: TokenStream, tokenizer: DbrxTokenizer, stop_strings: Sequence[str] = ()) -> Iterator[str]:
+    """The text of a stream of one row, in whole characters, ending before a stop string.
+
+    Special tokens give no text. Text that may turn out to begin a stop string is held back.
+    """
+    decoder, held = tokenizer.stream(), ""
+    done = 0
+    for tokens in stream:
+        new = int(stream.lengths[0]) - done  # without what fills a row that ended
+        done += new
+        held += decoder.push(tokens[0][:new])
+        if (cut := _find(held, stop_strings)) is not None:
+            yield held[:cut]
+            return
+        keep = _begun(held, stop_strings)
+        yield held[: len(held) - keep]
+        held = held[len(held) - keep :]
+    yield held + decoder.finish()
+
+
+def completion_text(tokenizer: DbrxTokenizer, ids: Iterable[int], stop_strings: Sequence[str] = ()) -> str:
+    """The text of a row's new tokens, cut before the first stop string."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text[: _find(text, stop_strings)]
+
+
+def _find(text: str, strings: Sequence[str]) -> int | None:
+    places = [text.find(s) for s in strings if s in text]
+    return min(places) if places else None
+
+
+def _begun(text: str, strings: Sequence[str]) -> int:
+    """How many of the text's last characters may be the first of a stop string."""
+    return max((n for s in strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)

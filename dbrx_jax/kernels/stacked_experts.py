@@ -1,0 +1,104 @@
+"""The experts of one layer by Pallas kernels, which pick among the weights of all, (E, F, D) in one array."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from dbrx_jax.kernels.dispatch import ExpertKernels
+from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, group
+from dbrx_jax.quantization import QuantizedArray
+
+
+def decode(
+    x: Float[Array, "N D"],
+    weights: Float[Array, "N K"],
+    experts: Int[Array, "N K"],
+    expert_weights: ExpertWeights,
+    activation: str,
+    kernels: ExpertKernels,
+) -> Float[Array, "N D"]:
+    """For few tokens: each chosen expert, read once, on all rows. Experts from E on are left out."""
+    chosen, count, mix = distinct(weights, experts, expert_weights.number)
+    with jax.named_scope("few_tokens"):
+        out = kernels.few.decode_experts(
+            x, chosen, count, mix, *expert_weights, activation=activation, interpret=kernels.interpret
+        )
+    return out.astype(x.dtype)
+
+
+def distinct(
+    weights: Float[Array, "N K"], experts: Int[Array, "N K"], num_experts: int
+) -> tuple[Int[Array, "C"], Int[Array, ""], Float[Array, "C N"]]:
+    """The C experts at most that some token chose, how many they are, and each one's weight for each token.
+
+    Behind the last stand others, with weights of 0.
+    """
+    touched = jnp.any(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0)
+    chosen = jnp.argsort(~touched, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
+    mix = jnp.where(experts == chosen[:, None, None], weights, 0).astype(jnp.float32).sum(axis=-1)
+    return chosen, touched.sum(dtype=jnp.int32), mix
+
+
+def grouped(
+    x: Float[Array, "N D"],
+    weights: Float[Array, "N K"],
+    experts: Int[Array, "N K"],
+    expert_weights: ExpertWeights,
+    activation: str,
+    kernels: ExpertKernels,
+) -> Float[Array, "N D"]:
+    """For many tokens: the (token, expert) pairs sorted by expert, and a grouped product with each weight."""
+    groups = group(experts, expert_weights.number, 0)
+    product = _product(kernels, groups.ends - groups.starts)
+    rows = x[groups.order // experts.shape[1]]
+    gate, up = product(rows, expert_weights.w1, 1), product(rows, expert_weights.v1, 1)
+    return groups.total(product(ACTIVATIONS[activation](gate) * up, expert_weights.w2, 0), weights)
+
+
+def grouped_gradients(
+    x: Float[Array, "N D"],
+    weights: Float[Array, "N K"],
+    experts: Int[Array, "N K"],
+    expert_weights: ExpertWeights,
+    dy: Float[Array, "N D"],
+    activation: str,
+    kernels: ExpertKernels,
+) -> tuple[Float[Array, "N D"], Float[Array, "N K"], ExpertWeights]:
+    """Those of :func:`grouped` for x, weights and plain expert weights: what lies between is computed again."""
+    w1, v1, w2 = expert_weights
+    assert isinstance(w1, Array)
+    groups = group(experts, expert_weights.number, 0)
+    sizes = groups.ends - groups.starts
+    product = _product(kernels, sizes)
+    tokens = groups.order // experts.shape[1]
+    rows, dout = x[tokens], dy[tokens]
+
+    def inner(gate: Array, up: Array) -> Array:
+        return ACTIVATIONS[activation](gate) * up
+
+    h, pull = jax.vjp(inner, product(rows, w1, 1), product(rows, v1, 1))
+    dh = product(dout, w2, 1)
+    dweights = jnp.sum((h * dh).astype(jnp.float32), axis=1).astype(weights.dtype)
+    scale = weights.reshape(-1, 1)[groups.order]
+    dgate, dup = pull(dh * scale)
+    drows = product(dgate, w1, 0) + product(dup, v1, 0)
+    by_weight = (
+        kernels.gradient(left, right, sizes, interpret=kernels.interpret).astype(w1.dtype)
+        for left, right in ((dgate, rows), (dup, rows), (h, dout * scale))
+    )
+    dx = groups.total(drows, jnp.ones_like(weights))
+    return dx, jnp.where(groups.here, dweights[groups.inverse], 0), ExpertWeights(*by_weight)
+
+
+def _product(kernels: ExpertKernels, sizes: Int[Array, "E"]) -> Callable[[Array, Any, int], Array]:
+    """Of rows (P, C), sorted by expert, with each expert's own part of a weight."""
+
+    def product(rows: Array, weight: Array | QuantizedArray, contracted: int) -> Array:
+        with jax.named_scope("many_tokens"):
+            return kernels.many.grouped_matmul(rows, weight, contracted, sizes, interpret=kernels.interpret)
+
+    return product

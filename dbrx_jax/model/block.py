@@ -1,0 +1,115 @@
+"""One block of the decoder, and the norm that it is made with."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.model.attention import Attention
+from dbrx_jax.model.cache import LayerCache
+from dbrx_jax.model.moe import MoE
+from dbrx_jax.model.parameter import Init
+from dbrx_jax.ops.norm import layer_norm
+from dbrx_jax.ops.routing import Routing
+from dbrx_jax.ops.row_tiles import TILE, over_tiles
+from dbrx_jax.sharding.partition import Partition
+
+
+class Norm(nnx.Module):
+    """Layer normalisation with a scale only."""
+
+    def __init__(self, config: DbrxConfig, init: Init):
+        self.scale = init.ones((config.d_model,), ("whole",))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return layer_norm(x, self.scale[...])
+
+
+class Block(nnx.Module):
+    """x + attention(norm_1(x)), then x + moe(norm_2(x)), on this device's tokens."""
+
+    def __init__(self, config: DbrxConfig, init: Init):
+        self.norm_1 = Norm(config, init)
+        self.attention = Attention(config, init)
+        self.norm_2 = Norm(config, init)
+        self.moe = MoE(config, init)
+
+    def sequence(
+        self,
+        partition: Partition,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        jitter_key: Array | None,
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """Of whole sequences; the routing is over all B * T tokens in order."""
+        x = x + self.attention(self.norm_1(x), positions, mask, partition)
+        return self._feed_forward(x, partition, mask, jitter_key)
+
+    def extend(
+        self,
+        partition: Partition,
+        x: Float[Array, "R T D"],
+        valid: Bool[Array, "R T"],
+        positions: Int[Array, "R T"],
+        cache: LayerCache,
+        first_row: Int[Array, ""] | None,
+        active: Bool[Array, ""] | None,
+    ) -> tuple[Float[Array, "R T D"], LayerCache]:
+        """Of new tokens, and the cache with them in it.
+
+        Args:
+          first_row: of the cache; None is 0.
+          active: False leaves the cache as it is; None is True.
+        """
+        row, writes = 0 if first_row is None else first_row, True if active is None else active
+        y, cache = self.attention.extend(self.norm_1(x), positions, cache, row, partition, writes)
+        x, _ = self._feed_forward(x + y, partition, valid)
+        return x, cache
+
+    def extend_tiles(
+        self,
+        partition: Partition,
+        x: Float[Array, "R 1 D"],
+        valid: Bool[Array, "R"],
+        positions: Int[Array, "R"],
+        cache: LayerCache,
+        count: Int[Array, ""],
+    ) -> tuple[Float[Array, "R 1 D"], LayerCache]:
+        """Of one new token of each row, TILE rows at a time but for the experts; `count` as in :func:`over_tiles`."""
+
+        def attend(first_row, rows, cache):
+            x, positions = rows
+            y, cache = self.attention.extend(self.norm_1(x), positions[:, None], cache, first_row, partition)
+            x = x + y
+            normed = self.norm_2(x)
+            routing = self.moe.route(normed, partition)
+            if self.moe.dense:
+                return (x + self.moe.mix(normed, routing, partition), normed, routing), cache
+            return (x, normed, routing), cache
+
+        (x, normed, routing), cache = over_tiles(attend, (x, positions), cache, count)
+        if not self.moe.dense:
+            x = x + self.moe.mix(normed, routing, partition, valid[:, None], TILE)
+        return x, cache
+
+    def _feed_forward(
+        self, x: Array, partition: Partition, valid: Array, jitter_key: Array | None = None
+    ) -> tuple[Array, Routing]:
+        y, routing = self.moe(self.norm_2(x), partition, valid, jitter_key)
+        return x + y, routing
+
+
+def traced_once(method: Callable[..., Any], block: Block, partition: Partition, *arrays: Any) -> Any:
+    """A method of a block. All blocks of one shape share what is traced and lowered, which takes seconds for 40."""
+    return _block(method, *nnx.split(block), partition, *arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def _block(method, graph, state, partition, *arrays):
+    return method(nnx.merge(graph, state), partition, *arrays)

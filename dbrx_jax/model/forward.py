@@ -1,0 +1,40 @@
+"""The forward pass over whole sequences as one compiled program."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+from jax import Array
+from jaxtyping import Float
+
+from dbrx_jax.sharding.partition import ROWS, VOCABULARY
+
+
+class CausalLMOutput(NamedTuple):
+    """Logits, and the hidden states and router probabilities that were asked for."""
+
+    logits: Float[Array, "B T V"]
+    hidden_states: list[Float[Array, "B T D"]] | None  # embeddings, then after each block; the last is after norm_f
+    router_probs: list[Float[Array, "B T E"]] | None  # float32, per layer, over all experts
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def forward(parts, ids, mask, positions, output_hidden_states, output_router_probs):
+    model = parts.merge()
+    partition = model.partition.with_split(ids.shape[1])
+
+    def run(parts, ids, mask, positions):
+        model = parts.merge()
+        states, routings = model.hidden(ids, mask, positions)
+        logits = model.logits(partition.all_tokens(states[-1]))
+        probs = [r.probs.reshape(*ids.shape, -1) for r in routings]
+        return CausalLMOutput(logits, states if output_hidden_states else None, probs if output_router_probs else None)
+
+    rows = partition.place(ROWS, None)
+    tokens = partition.place(ROWS, "expert" if partition.split else None, None)
+    places = CausalLMOutput(
+        partition.place(ROWS, None, VOCABULARY),
+        [tokens] * (model.config.n_layers + 1) if output_hidden_states else None,
+        [partition.place(ROWS, None, None)] * model.config.n_layers if output_router_probs else None,
+    )
+    return partition.over(run, (parts.places(), rows, rows, rows), places)(parts, ids, mask, positions)

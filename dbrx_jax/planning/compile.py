@@ -1,0 +1,120 @@
+"""What the real compiler makes of a model on devices that are not there. Needs the extra [compile]."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dbrx_jax.errors import PlanError
+from dbrx_jax.generation.decode import Settings, lower
+from dbrx_jax.generation.sampling import Sampling
+from dbrx_jax.model.cache import CACHE_BLOCK
+from dbrx_jax.model.causal_lm import CausalLM
+from dbrx_jax.model.graph import split
+from dbrx_jax.planning import hlo, targets
+from dbrx_jax.planning.plan import PREFILL, Setting, cache_bytes, memory, messages
+from dbrx_jax.sharding.partition import STRIPES, make_mesh
+
+# Without a card XLA cannot try out how often to split a product's sum, and splits the small ones often, with
+# partial sums that a card would hold in its cache but that count as traffic here.
+CUDA_OPTIONS = {"xla_gpu_experimental_force_split_k": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program, by its optimised HLO; bytes of one device."""
+
+    program: str  # "decode" or "prefill"
+    compile_seconds: float
+    arguments: int
+    temporaries: int
+    total: int  # arguments, temporaries, and outputs that are no arguments
+    planned: int  # the estimate of the same, see :func:`dbrx_jax.planning.plan.memory`
+    traffic: int  # read and written in HBM, with every position of the cache live
+    least_traffic: int  # all weights and the live cache read once
+    collectives: dict[str, int]  # how many of each kind
+    moved: int  # bytes that the device sends in them, around rings
+    planned_moved: int
+    weights_moved: list[str]  # parameters that are operands of collectives
+    largest_temporary: str
+    expert_copies: list[str]  # temporaries with a whole weight of an expert in them, as floats
+
+
+def compile_programs(setting: Setting) -> list[Compiled]:
+    """A decode step of the whole batch, and a chunk of a prompt of one row (of each group of devices).
+
+    Raises:
+      PlanError: the compiler is not installed, or it does not fit.
+    """
+    mesh = make_mesh(setting.axes, targets.devices(setting.target.name, _chips(setting)))
+    lowered = _lower(setting, mesh)
+    prefill = next(program for name, program in lowered.items() if name.startswith("prefill"))
+    return [_compile(setting, "decode", lowered["decode"]), _compile(setting, "prefill", prefill)]
+
+
+def _chips(setting: Setting) -> int:
+    return setting.devices // setting.target.devices_per_chip
+
+
+def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
+    parts = split(
+        CausalLM(setting.config, rngs=None, dtype=setting.dtype, mesh=mesh, quantization=setting.quantization)
+    )
+    number, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    kinds: Any = (Sampling, Settings)  # with shapes in them rather than arrays
+    settings = kinds[1](kinds[0](number, whole, number, number, number), None, jax.ShapeDtypeStruct((8,), jnp.int32))
+    rows = setting.rows * setting.partition.size("data", "fsdp")
+    cache_dtype = jnp.dtype(setting.cache_dtype or setting.dtype)
+    return dict(lower(parts, settings, False, False, rows, setting.positions, cache_dtype))
+
+
+def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
+    begin = time.perf_counter()
+    try:
+        program = lowered.compile(CUDA_OPTIONS if setting.target.platform == "cuda" else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise PlanError(
+            f"{name}: the compiler says that it does not fit: {' '.join(str(error).split())[:300]}"
+        ) from None
+    seconds = time.perf_counter() - begin
+    sizes, text = program.memory_analysis(), program.as_text()
+    arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    total = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    local = setting.positions // setting.partition.size(STRIPES)
+    trips = {"cache_blocks": math.ceil(local / CACHE_BLOCK)}
+    traffic = hlo.hbm_traffic(text, trips)
+    found = hlo.collectives(text, trips)
+    kinds: dict[str, int] = {}
+    for collective in found:
+        kinds[collective.kind] = kinds.get(collective.kind, 0) + collective.runs
+    tokens, split_tokens = (setting.rows, False) if name == "decode" else (PREFILL, True)
+    held = hlo.largest_temporaries(text)
+    return Compiled(
+        program=name,
+        compile_seconds=round(seconds, 1),
+        arguments=arguments,
+        temporaries=temporaries,
+        total=total,
+        planned=memory(setting).total,
+        traffic=traffic.read + traffic.written,
+        least_traffic=sum(memory(setting).parameters.values()) + cache_bytes(setting),
+        collectives=kinds,
+        moved=round(sum(hlo.bytes_moved(c) * c.runs for c in found)),
+        planned_moved=round(sum(m.moved for m in messages(setting, tokens, split_tokens))),
+        weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("parts")}),
+        largest_temporary=f"{held[0].shape} ({held[0].bytes / 1e6:.1f} MB)" if held else "",
+        expert_copies=sorted({t.shape for t in held if _holds_expert(t.shape, setting)}),
+    )
+
+
+def _holds_expert(shape: str, setting: Setting) -> bool:
+    """Whether a shape such as bf16[2,10752,6144] has the dimensions of what a device has of an expert's weight."""
+    dtype, _, dims = shape.rstrip("]").partition("[")
+    inner = setting.config.ffn_hidden_size // setting.partition.size("tensor")
+    return dtype in ("bf16", "f32") and {str(inner), str(setting.config.d_model)} <= set(dims.split(","))

@@ -1,0 +1,14 @@
+"""What an optimised program does, read off the text of its HLO (``compiled.as_text()``) of a TPU or a GPU.
+
+The collectives that it runs, the bytes that it moves between HBM and the chip, and its largest temporaries.
+Bytes are those of the elements, without the padding of a TPU's tiles. XLA's own count, ``cost_analysis()``,
+has loops once and moves between memories several times.
+"""
+
+from dbrx_jax.planning.hlo.collectives import Collective as Collective
+from dbrx_jax.planning.hlo.collectives import bytes_moved as bytes_moved
+from dbrx_jax.planning.hlo.collectives import collectives as collectives
+from dbrx_jax.planning.hlo.traffic import Temporary as Temporary
+from dbrx_jax.planning.hlo.traffic import Traffic as Traffic
+from dbrx_jax.planning.hlo.traffic import hbm_traffic as hbm_traffic
+from dbrx_jax.planning.hlo.traffic import largest_temporaries as largest_temporaries

@@ -1,0 +1,340 @@
+"""Does it fit, how fast can it be: per-device memory, traffic and communication of a model on a mesh, on paper.
+
+Everything follows from the parameters' shapes, the rules of :mod:`dbrx_jax.sharding.partition` and public figures
+of the devices. ``dbrx-jax plan --compile`` asks the real compiler and prints its figures beside these.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from dbrx_jax.backend import kernel_backend
+from dbrx_jax.checkpoint.parameters import PlacedArray, placed_arrays
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.errors import MeshError, PlanError, QuantizationError
+from dbrx_jax.planning.targets import Target
+from dbrx_jax.quantization import Quantization
+from dbrx_jax.sharding.partition import AXES, ROWS, STRIPES, VOCABULARY, Partition, check_mesh, names_of
+
+FLOATS = ("float32", "bfloat16")
+PRECISIONS = (*FLOATS, "int8", "int4")  # that are suggested, most bytes first
+BATCHES = (1, 4, 16, 64)  # of the roofline's table
+PREFILL = 2048  # tokens of a chunk
+SCALE_BYTES = 2  # of the K elements of a position and head in an int8 cache
+# What a program needs beside its arguments: XLA's own buffers, and activations that live at once.
+_LIVE_HIDDEN, _LIVE_INNER = 8, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is planned for."""
+
+    config: DbrxConfig
+    target: Target
+    axes: Mapping[str, int]
+    precision: str  # of the weights, one of FLOATS or a text as Quantization.parse takes it
+    batch: int  # rows
+    context: int  # positions of the cache
+    cache_dtype: str | None = None  # "int8", or the activations'
+
+    @functools.cached_property
+    def partition(self) -> Partition:
+        """On a mesh of devices that are nowhere."""
+        mesh = AbstractMesh(tuple(self.axes.get(axis, 1) for axis in AXES), AXES)
+        check_mesh(self.config, mesh)
+        return Partition(mesh)
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.axes.values())
+
+    @functools.cached_property
+    def quantization(self) -> Quantization | None:
+        return None if self.precision in FLOATS else Quantization.parse(self.precision)
+
+    @property
+    def dtype(self) -> str:
+        """Of activations, cache and scales: bfloat16, or float32 with float32 weights."""
+        return "float32" if self.precision == "float32" else "bfloat16"
+
+    @property
+    def arrays(self) -> Mapping[str, PlacedArray]:
+        """The model's parameters on the mesh, as loading makes them."""
+        return placed_arrays(self.config, self.partition.mesh, self.quantization, self.dtype)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation and of an element of the cache."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def rows(self) -> int:
+        """Of one group of devices, those that fill the batch included."""
+        return -(-self.batch // self.partition.size(*ROWS))
+
+    @property
+    def positions(self) -> int:
+        """Of the cache, a multiple of what is dealt out."""
+        stripes = 128 * self.partition.size(STRIPES)
+        return -(-self.context // stripes) * stripes
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    parameters: Mapping[str, int]  # by group
+    cache: int
+    state: int  # logits, tokens and what else a generation keeps
+    working: int  # while the larger of a decode step and a prefill chunk runs
+
+    @property
+    def total(self) -> int:
+        return sum(self.parameters.values()) + self.cache + self.state + self.working
+
+
+def memory(setting: Setting, chunk: int = PREFILL) -> Memory:
+    """What each device holds."""
+    config, partition = setting.config, setting.partition
+    groups: dict[str, int] = {}
+    for name, array in setting.arrays.items():
+        group = _group(name)
+        groups[group] = groups.get(group, 0) + sum(_bytes(leaf, spec, partition) for _, leaf, spec in array.leaves())
+    vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
+    state = setting.rows * (vocabulary * 5 + setting.positions * 8)  # logits and seen; tokens and log-probabilities
+    working = max(_working(setting, setting.rows, 1), _working(setting, 1, chunk))
+    return Memory(groups, cache_bytes(setting), state, working)
+
+
+def cache_bytes(setting: Setting) -> int:
+    """Of one device: its rows, its heads, its positions."""
+    config, partition = setting.config, setting.partition
+    heads, positions = config.kv_n_heads // partition.size("tensor"), setting.positions // partition.size(STRIPES)
+    each = config.head_dim + SCALE_BYTES if setting.cache_dtype == "int8" else config.head_dim * setting.width
+    return config.n_layers * 2 * setting.rows * heads * positions * each
+
+
+def _working(setting: Setting, rows: int, tokens: int) -> int:
+    """What is alive at once where a layer is largest: hidden states, an expert's inner rows, logits in float32."""
+    config, partition = setting.config, setting.partition
+    count = rows * tokens
+    inner = config.ffn_hidden_size // partition.size("tensor")
+    sorted_rows = min(config.moe_top_k, config.moe_num_experts // partition.size("expert")) if tokens > 1 else 1
+    heads = (config.n_heads + 2 * config.kv_n_heads) // partition.size("tensor")
+    hidden = count * config.d_model * setting.width * (_LIVE_HIDDEN if tokens > 1 else 2)
+    attention = count * heads * config.head_dim * 4 * 2
+    experts = count * (sorted_rows * config.d_model + _LIVE_INNER * min(inner, 512 * inner // max(count, 1) or inner))
+    vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
+    gathered = 0
+    if partition.size("fsdp") > 1:
+        weights = [array for name, array in setting.arrays.items() if ".experts." in name][:3]  # of one expert
+        gathered = sum(_gathered(leaf, spec, partition) for w in weights for _, leaf, spec in w.leaves())
+        if kernel_backend(setting.target.platform):  # there all of a device lie in one array
+            gathered *= partition.expert_arrays(config.moe_num_experts)
+    return hidden + max(attention, experts * setting.width) + rows * vocabulary * 8 + gathered
+
+
+def _bytes(array: Any, spec: PartitionSpec, partition: Partition) -> int:
+    """Of one device's part of an array."""
+    parts = (n // partition.size(*names_of(entry)) for n, entry in zip(array.shape, spec, strict=True))
+    return math.prod(parts) * array.dtype.itemsize
+
+
+def _gathered(array: Any, spec: PartitionSpec, partition: Partition) -> int:
+    """Bytes of an array on one device once what is split over `fsdp` has been gathered."""
+    split = any("fsdp" in names_of(entry) for entry in spec)
+    return _bytes(array, spec, partition) * (partition.size("fsdp") if split else 1)
+
+
+def _group(name: str) -> str:
+    if ".experts." in name:
+        return "experts"
+    if ".attention." in name:
+        return "attention"
+    if name in ("embedding", "lm_head"):
+        return name
+    return "routers and norms"
+
+
+# Communication.
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One collective that all devices of a group take part in."""
+
+    kind: str
+    what: str
+    group: int  # devices
+    size: int  # bytes of the whole array, on one device before an all-reduce
+
+    @property
+    def moved(self) -> float:
+        """Bytes that each device sends when the group is a ring."""
+        if self.kind == "all-to-all":  # `size` is what one device holds
+            return (self.group - 1) / self.group * self.size
+        return (2 if self.kind == "all-reduce" else 1) * (self.group - 1) / self.group * self.size
+
+
+def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
+    """All collectives of a decode step (`split` False) or a prefill chunk of `tokens` tokens in a group of devices."""
+    config, partition, b = setting.config, setting.partition, setting.width
+    experts, tensor, fsdp = (partition.size(a) for a in ("expert", "tensor", "fsdp"))
+    D, heads = config.d_model, config.n_heads // tensor
+    together = (config.n_heads + 2 * config.kv_n_heads) // tensor * config.head_dim
+    split = split and experts > 1
+    hidden = tokens * D * b
+    result: list[Message] = []
+
+    def add(kind: str, what: str, group: int, size: int, times: int = config.n_layers) -> None:
+        if group > 1:
+            result.extend([Message(kind, what, group, size)] * times)
+
+    def joined(what: str, times: int) -> None:
+        """Partial sums of all tokens over experts and tensor."""
+        if split:
+            # Over a whole slice of 16 the TPU's compiler makes an all-reduce of it, and keeps a part.
+            whole = setting.target.platform == "tpu" and experts == setting.devices >= 16
+            add("all-reduce" if whole else "reduce-scatter", what, experts, hidden, times)
+            add("all-reduce", what, tensor, hidden // experts, times)
+        else:
+            add("all-reduce", what, experts * tensor, hidden, times)
+
+    joined("embedding", 1)
+    if split:
+        add("all-gather", "tokens into attention and experts", experts, hidden, 2 * config.n_layers)
+        add("all-gather", "tokens into the head", experts, hidden, 1)
+    add("all-reduce", "queries, keys and values", experts, tokens * together * b)
+    add("all-reduce", "largest scores", experts, tokens * heads * 4)
+    add("all-reduce", "attention", experts, tokens * heads * (config.head_dim + 1) * 4)
+    add("all-reduce", "attention's output over heads", tensor, hidden // experts)
+    add("all-to-all" if split else "all-gather", "attention's output", experts, hidden // (experts if split else 1))
+    joined("experts' output", config.n_layers)
+    if not split:
+        add("all-reduce", "the chosen token", experts * tensor, tokens * 4, 5)
+        add("all-reduce", "whether a row is left", partition.size(*ROWS), 4, 1)
+    for name, array in setting.arrays.items() if fsdp > 1 else ():
+        for _, leaf, spec in array.leaves():
+            if any("fsdp" in names_of(entry) for entry in spec):
+                add("all-gather", f"weights ({_group(name)})", fsdp, _gathered(leaf, spec, partition), 1)
+    return result
+
+
+# Rooflines.
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The least time of one step, and what takes it."""
+
+    tokens_per_second: float
+    read: int  # bytes of weights and cache that each device reads
+    seconds_reading: float
+    seconds_computing: float
+    seconds_sending: float  # what is not hidden behind the others, at worst
+    distinct_experts: float  # a layer's, expected of uniform routing
+
+
+def distinct_experts(config: DbrxConfig, tokens: int) -> float:
+    """How many experts of a layer `tokens` tokens choose together, expected of uniform routing."""
+    return config.moe_num_experts * (1 - (1 - config.moe_top_k / config.moe_num_experts) ** tokens)
+
+
+def decode_roofline(setting: Setting) -> Roofline:
+    """One step of a full batch, all rows with `context` positions: every chosen weight and the cache read once."""
+    config, target = setting.config, setting.target
+    distinct = distinct_experts(config, setting.batch)
+    parameters = dict(memory(setting).parameters)
+    experts, table = parameters.pop("experts"), parameters.pop("embedding")
+    del table  # a few rows of it
+    live = cache_bytes(setting) * setting.context // setting.positions
+    read = round(experts * distinct / config.moe_num_experts) + sum(parameters.values()) + live
+    flops = 2 * setting.batch * config.active_parameters / setting.devices
+    return _roofline(setting, setting.batch, read, flops, messages(setting, setting.rows, False), distinct, target)
+
+
+def prefill_roofline(setting: Setting, tokens: int = PREFILL) -> Roofline:
+    """One chunk of `tokens` tokens in each group of devices, at the begin of a prompt."""
+    config, partition = setting.config, setting.partition
+    groups = partition.size(*ROWS)
+    read = sum(memory(setting).parameters.values())
+    attention = 2 * tokens * tokens * config.n_layers * config.n_heads * config.head_dim  # half of the square
+    flops = groups * (2 * tokens * config.active_parameters + attention) / setting.devices
+    distinct = distinct_experts(config, tokens)
+    return _roofline(setting, groups * tokens, read, flops, messages(setting, tokens, True), distinct, setting.target)
+
+
+def _roofline(
+    setting: Setting, tokens: int, read: int, flops: float, sent: list[Message], distinct: float, target: Target
+) -> Roofline:
+    peak = target.bf16_flops / (2 if setting.precision == "float32" else 1)
+    reading, computing = read / target.hbm_bandwidth, flops / peak
+    sending = sum(m.moved for m in sent) / target.interconnect
+    return Roofline(tokens / max(reading, computing, sending), read, reading, computing, sending, distinct)
+
+
+# What fits.
+
+
+def usable(target: Target) -> int:
+    """Bytes of a device that a program can have: a TPU's are what the compiler allows, a GPU's all but 5 percent."""
+    return target.hbm_bytes if target.platform == "tpu" else round(0.95 * target.hbm_bytes)
+
+
+def fits(setting: Setting) -> bool:
+    return memory(setting).total <= usable(setting.target)
+
+
+def suggest_axes(config: DbrxConfig, devices: int) -> dict[str, int]:
+    """Axes for a number of devices: as many experts apart as there are, then heads, then rows.
+
+    Raises:
+      PlanError: the number cannot be made up of what divides the model.
+    """
+    experts = math.gcd(devices, config.moe_num_experts)
+    tensor = math.gcd(devices // experts, math.gcd(config.kv_n_heads, config.ffn_hidden_size))
+    data = devices // experts // tensor
+    if config.d_model % experts:
+        raise PlanError(f"devices: {devices} do not divide this model's sizes; choose --axes yourself")
+    axes = {"data": data, "expert": experts, "tensor": tensor}
+    return {axis: size for axis, size in axes.items() if size > 1} or {"expert": 1}
+
+
+def ways_to_fit(setting: Setting, sizes: tuple[int, ...]) -> list[str]:
+    """Changes, each of one thing, after which it fits: shorter context, fewer rows, less precision, more devices."""
+    ways = []
+    now = sum(memory(setting).parameters.values())
+    for precision in PRECISIONS:
+        try:
+            smaller = dataclasses.replace(setting, precision=precision)
+            if sum(memory(smaller).parameters.values()) < now and fits(smaller):
+                ways.append(f"{precision} weights")
+                break
+        except (MeshError, QuantizationError):  # groups that this mesh would cut
+            continue
+    for name, word in (("context", "positions"), ("batch", "rows")):
+        value = getattr(setting, name) // 2
+        while value and not fits(dataclasses.replace(setting, **{name: value})):
+            value //= 2
+        if value:
+            ways.append(f"{value} {word}")
+    for devices in sizes:
+        if devices > setting.devices:
+            larger = dataclasses.replace(setting, axes=suggest_axes(setting.config, devices))
+            if fits(larger):
+                ways.append(f"{devices} devices")
+                break
+    return ways
+
+
+def smallest(config: DbrxConfig, target: Target, precision: str, batch: int, context: int, sizes: tuple[int, ...]):
+    """The least of these numbers of devices on which it fits, as a setting; None where it does on none."""
+    for devices in sizes:
+        setting = Setting(config, target, suggest_axes(config, devices), precision, batch, context)
+        if fits(setting):
+            return setting
+    return None

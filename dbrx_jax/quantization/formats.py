@@ -1,0 +1,107 @@
+"""Quantisation formats, and which weights of a model are stored in which."""
+
+import dataclasses
+from typing import Literal, cast
+
+from dbrx_jax.errors import QuantizationError
+
+Kind = Literal["int8", "int4", "fp8"]
+GROUPS = (32, 64, 128)  # group sizes that can be asked for
+FORMATS = ("int8", "fp8", "int4", *(f"int4-{g}" for g in GROUPS))
+PRESETS = ("int8", "int4", *(f"int4-{g}" for g in GROUPS), "fp8")
+PARTS = ("experts", "attention", "embedding", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one kind of weight is stored.
+
+    Args:
+      kind: "int8" (-127 to 127), "int4" (-7 to 7) or "fp8" (float8_e4m3fn).
+      group: of int4, the weights along the contraction that share a scale, at most; None: per output channel.
+    """
+
+    kind: Kind
+    group: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Format":
+        """From a text such as "int8" or "int4-64".
+
+        Raises:
+          QuantizationError: it is not one of FORMATS.
+        """
+        if text not in FORMATS:
+            raise QuantizationError(f"quantization: expected {join_words(FORMATS)}, got {text!r:.40}")
+        kind, _, group = text.partition("-")
+        return cls(cast(Kind, kind), int(group) if group else None)
+
+    def __str__(self) -> str:
+        return self.kind if self.group is None else f"{self.kind}-{self.group}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Which weights of a model are quantised, and how; None leaves them in the model's dtype. Routers and norms are."""
+
+    experts: Format | None = None
+    attention: Format | None = None
+    embedding: Format | None = None
+    head: Format | None = None
+
+    @classmethod
+    def parse(cls, text: "str | Quantization | None") -> "Quantization | None":
+        """From a text: "int8", "int4" (experts in groups of 128, the rest int8; also "int4-32", "int4-64",
+        "int4-128"), "fp8" (the embedding int8), or parts such as "experts=int4-64,attention=int8", in which a
+        format may be "int4" too: per output channel. What is no text comes back as it is.
+
+        Raises:
+          QuantizationError: it is none of these.
+        """
+        if text is None or isinstance(text, Quantization):
+            return text
+        int8 = Format("int8")
+        if text in ("int8", "int4", "fp8"):
+            return {
+                "int8": cls(int8, int8, int8, int8),
+                "int4": cls(Format("int4", 128), int8, int8, int8),
+                "fp8": cls(Format("fp8"), Format("fp8"), int8, Format("fp8")),
+            }[text]
+        if text in PRESETS:
+            return cls(Format.parse(text), int8, int8, int8)
+        parts: dict[str, Format] = {}
+        for word in str(text).split(","):
+            part, _, form = (w.strip() for w in word.partition("="))
+            if part not in PARTS or part in parts or form not in FORMATS:
+                raise QuantizationError(
+                    f'quantization: expected {join_words(PRESETS)}, or parts such as "experts=int4-64,attention=int8" '
+                    f"({', '.join(PARTS)}; {', '.join(FORMATS)}), got {str(text)!r:.80}"
+                )
+            parts[part] = Format.parse(form)
+        return cls(**parts)
+
+    def __str__(self) -> str:
+        """A text that :meth:`parse` reads back."""
+        for text in PRESETS:
+            if self == Quantization.parse(text):
+                return text
+        return ",".join(f"{part}={form}" for part in PARTS if (form := getattr(self, part)) is not None)
+
+    def format_of(self, name: str) -> Format | None:
+        """Of a parameter by its dotted name."""
+        part = part_of(name)
+        return None if part is None else getattr(self, part)
+
+
+def part_of(name: str) -> str | None:
+    """Which of PARTS a parameter belongs to, by its dotted name; None for routers and norms."""
+    if ".experts." in name:
+        return "experts"
+    if ".attention." in name:
+        return "attention"
+    return {"embedding": "embedding", "lm_head": "head"}.get(name)
+
+
+def join_words(words: tuple[str, ...]) -> str:
+    """The words as an English list: "a, b or c"."""
+    return f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,0 +1,57 @@
+"""Makes one line of what JAX's runtime has to say when another process is lost.
+
+Its answer is to abort: after pages of log, in C++, where no handler in Python runs. So dbrx_jax.sharding.distributed
+runs this file as a small process of its own, which reads what native code writes to stderr,
+passes it on, and puts a line in the place of that log. It imports nothing of the package.
+"""
+
+import re
+import signal
+import sys
+
+MARK = "dbrx_jax lost: "  # before what Python has found out itself
+
+# Log entries of the runtime's coordination; all that follows such an entry belongs to it.
+ENDING = re.compile(r"[WEF]\d{4} \S+ +\d+ (coordination_service|client\.h|preemption_sync_manager)")
+FATAL = "Terminating process because the JAX distributed service"
+# gRPC's entry on an address where it cannot listen; an error in Python follows.
+NOISE = re.compile(r"E\d{4} \S+ +\d+ add_port")
+
+AGAIN = "see what it said, and start all again"
+UNHEALTHY = re.compile(r"stopped sending heartbeats\):\s*([\d, ]+)|Task (\d+) heartbeat timeout")
+
+
+def explain(text: str, start_seconds: str, lost_seconds: str) -> str | None:
+    """What the log of a process that ended means, in a line; None where it ended for reasons of its own."""
+    marked = next((line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)), None)
+    if FATAL not in text:
+        return marked
+    if "RegisterTask" in text:
+        return (
+            f"not every process came within {start_seconds} s: start all of them, with the same address of "
+            "process 0 and number of processes, and let them reach it"
+        )
+    if unhealthy := UNHEALTHY.search(text):
+        number = (unhealthy[1] or unhealthy[2]).split(",")[0].strip()
+        return f"process {number} was lost, not heard of for up to {lost_seconds} s; {AGAIN}"
+    if "Failed to send RPC to coordination service" in text or "CoordinationService/Heartbeat" in text:
+        return f"process 0 was lost, or ended before this one; {AGAIN}"
+    return marked or f"another process was lost, or ended before this one; {AGAIN}"
+
+
+def main(program: str, start_seconds: str, lost_seconds: str) -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # it ends with its process, when the pipe does
+        signal.signal(ignored, signal.SIG_IGN)
+    held = ""
+    for raw in sys.stdin.buffer:
+        line = raw.decode(errors="replace")
+        if held or line.startswith(MARK) or ENDING.match(line):
+            held = (held + line)[-100_000:]
+        elif not NOISE.match(line):
+            print(line, end="", flush=True)
+    message = explain(held, start_seconds, lost_seconds)
+    print(held if message is None else f"{program}: {message}\n", end="", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

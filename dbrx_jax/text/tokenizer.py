@@ -1,0 +1,245 @@
+"""DbrxTokenizer: text to ids and back, and conversations to prompts.
+
+Text is text: no text, a user's or a document's, ever becomes a special token. Special ids come
+from a chat template alone.
+"""
+
+import codecs
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tiktoken
+
+from dbrx_jax.errors import CheckpointError, ConfigError, TokenizerError
+from dbrx_jax.files import read_json, read_text
+from dbrx_jax.hub import checkpoint_folder
+from dbrx_jax.text.chat_template import DEFAULT_TEMPLATE, TemplateFailure, render
+from dbrx_jax.text.vocabulary import load_ranks, special_tokens
+
+# How cl100k_base splits text before byte-pair encoding; DBRX's also where its tokenizer_class says GPT2.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_DEFAULT_TOKENS = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+
+
+class DbrxTokenizer:
+    """Byte-level BPE with special tokens, and the chat template.
+
+    Args:
+      ranks: token bytes to id, as :func:`dbrx_jax.text.vocabulary.load_ranks` reads them.
+      special: special tokens' texts to ids.
+      eos_token, pad_token: texts of special tokens, where there are such.
+      chat_template: a Jinja template; ChatML without a system prompt by default.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        special: Mapping[str, int],
+        eos_token: str | None = "<|endoftext|>",
+        pad_token: str | None = "<|pad|>",
+        chat_template: str | None = None,
+    ):
+        if clash := sorted(set(ranks.values()) & set(special.values())):
+            raise TokenizerError(f"the id {clash[0]} belongs to a special token and to an entry of the vocabulary")
+        self.special_tokens = dict(special)
+        self.eos_token_id = special.get(eos_token) if eos_token else None
+        self.pad_token_id = special.get(pad_token) if pad_token else None
+        self.chat_template = chat_template or DEFAULT_TEMPLATE
+        self._special_text = {i: text for text, i in special.items()}
+        self._bytes = {i: token for token, i in ranks.items()}
+        self._bpe = tiktoken.Encoding("dbrx", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if special else None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, ranks_file: str | Path | None = None) -> Self:
+        """Reads the tokenizer of a checkpoint's folder, offline.
+
+        Args:
+          path: a folder with a vocabulary in any published form. Where it has none, the ranks are
+            those of cl100k_base from tiktoken's cache.
+          ranks_file: a tiktoken ranks file to use instead of the folder's.
+
+        Raises:
+          TokenizerError: there is no vocabulary, or a file is damaged; the message says which.
+        """
+        try:
+            folder = checkpoint_folder(path)
+            config, special = _read_config(folder)
+            ranks = load_ranks(folder, Path(ranks_file) if ranks_file else None, special)
+            template = _chat_template(folder, config)
+        except (ConfigError, CheckpointError) as error:  # what cannot be read, said in the tokenizer's words
+            raise TokenizerError(str(error)) from None
+        eos, pad = (_token_text(config, key, default) for key, default in _DEFAULT_TOKENS.items())
+        return cls(ranks, special, eos, pad, template)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that has text."""
+        return 1 + max(*self._bytes, *self._special_text)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, in which nothing is special and to which nothing is added."""
+        return self._bpe.encode_ordinary(text)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids. Ids without text give none; bytes that are not UTF-8 give U+FFFD."""
+        return b"".join(self.token_bytes(int(i), skip_special_tokens) for i in ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = False) -> bytes:
+        """The bytes of one token, which need not be whole characters."""
+        if token_id in self._special_text:
+            return b"" if skip_special_tokens else self._special_text[token_id].encode()
+        return self._bytes.get(token_id, b"")
+
+    def stream(self) -> "TextStream":
+        """A decoder for tokens that come one by one."""
+        return TextStream(self)
+
+    def pad(self, prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """`input_ids` and `attention_mask` (B, T) of prompts of unequal length, padded on the left."""
+        longest = max(map(len, prompts))
+        ids = np.full((len(prompts), longest), self.pad_token_id or 0, np.int32)
+        mask = np.zeros(ids.shape, np.int32)
+        for row, prompt in enumerate(prompts):
+            if prompt:
+                ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation, split at the template's own special tokens and nowhere else.
+
+        Args:
+          messages: each with "role" and "content".
+          add_generation_prompt: end where the assistant is to speak.
+
+        Raises:
+          TokenizerError: a message lacks a key, or the template failed or refused the conversation.
+        """
+        for number, message in enumerate(messages):
+            for key in ("role", "content"):
+                if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
+                    raise TokenizerError(f"message {number}: expected an object with the texts role and content")
+        texts = [value for m in messages for value in m.values() if isinstance(value, str)]
+        hidden = _Hidden([*texts, self.chat_template], self.special_tokens)
+        eos = "" if self.eos_token_id is None else self._special_text[self.eos_token_id]
+        variables = {
+            "messages": [{key: hidden.hide(value) for key, value in m.items()} for m in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": eos,  # DBRX has one token for both
+            "eos_token": eos,
+        }
+        try:
+            text = render(self.chat_template, variables)
+        except (TypeError, ValueError) as error:
+            raise TokenizerError(f"a message holds what is not JSON ({error})") from None
+        except TemplateFailure as error:
+            raise TokenizerError(f"the chat template failed: {error}") from None
+        ids: list[int] = []
+        for piece in self._special_pattern.split(text) if self._special_pattern else [text]:
+            special = self.special_tokens.get(piece)
+            ids += self.encode(hidden.restore(piece)) if special is None else [special]
+        return ids
+
+
+def stop_tokens(folder: Path) -> tuple[tuple[int, ...], int | None]:
+    """Ids that end a text (eos and <|im_end|>) and the pad id, of a folder with a tokenizer_config.json.
+
+    Raises:
+      TokenizerError: the file is damaged.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return (), None
+    config, special = _read_config(folder)
+    eos, pad = (special.get(_token_text(config, key, default) or "") for key, default in _DEFAULT_TOKENS.items())
+    ids = (i for i in (eos, special.get("<|im_end|>")) if i is not None)
+    return tuple(dict.fromkeys(ids)), pad
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back bytes until they are whole characters."""
+
+    def __init__(self, tokenizer: DbrxTokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these tokens complete; special tokens give none."""
+        return self._decoder.decode(b"".join(self._tokenizer.token_bytes(int(i), True) for i in ids))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for bytes that never became a character."""
+        return self._decoder.decode(b"", final=True)
+
+
+class _Hidden:
+    """Keeps what users wrote from forming special tokens while a template puts it into its own text.
+
+    In their texts the first character of every special token is replaced by a private-use character
+    that occurs nowhere, so none begins there; it is put back once the rendered text has been split.
+    """
+
+    def __init__(self, texts: Sequence[str], special: Iterable[str]):
+        used = set().union(*texts)
+        free = [chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used]
+        first = sorted({text[0] for text in special})
+        if len(free) < len(first):
+            raise TokenizerError("the messages use every private-use character of Unicode; remove some")
+        self._hide = str.maketrans(dict(zip(first, free, strict=False)))
+        self._restore = str.maketrans(dict(zip(free, first, strict=False)))
+
+    def hide(self, value: Any) -> Any:
+        return value.translate(self._hide) if isinstance(value, str) else value
+
+    def restore(self, text: str) -> str:
+        return text.translate(self._restore)
+
+
+def _read_config(folder: Path) -> tuple[Mapping[str, Any], dict[str, int]]:
+    """tokenizer_config.json, empty where there is none, and the special tokens."""
+    path = folder / "tokenizer_config.json"
+    try:
+        config = read_json(path) if path.exists() else {}
+        if not isinstance(config, Mapping):
+            raise TokenizerError(f"{path}: expected a JSON object")
+        return config, special_tokens(folder, config)
+    except ConfigError as error:  # a file that cannot be read, said in the tokenizer's words
+        raise TokenizerError(str(error)) from None
+
+
+def _token_text(config: Mapping[str, Any], key: str, default: str) -> str | None:
+    value = config.get(key, default)
+    value = value.get("content") if isinstance(value, Mapping) else value
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(f"tokenizer_config.json: {key}: expected a text, got {value!r:.40}")
+    return value
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").exists():
+        return read_text(folder / "chat_template.jinja")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = [t.get("template") for t in template if isinstance(t, Mapping) and t.get("name") == "default"]
+        template = named[0] if named else None
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(f"{folder / 'tokenizer_config.json'}: chat_template: expected a text")
+    return template

@@ -1,0 +1,74 @@
+"""The training loss of DBRX and one optimiser step on it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from dbrx_jax.model.causal_lm import CausalLM
+from dbrx_jax.model.graph import parameter_places
+from dbrx_jax.ops.log_probability import log_probability
+from dbrx_jax.ops.routing import load_balancing_loss
+from dbrx_jax.sharding.partition import ROWS
+
+
+class Losses(NamedTuple):
+    """Scalars of one batch, float32."""
+
+    total: Array  # what is minimised: cross_entropy + moe_loss_weight * balance
+    cross_entropy: Array  # mean over predicted tokens, nats
+    balance: Array  # the auxiliary loss per layer: 1 when experts are balanced, E / K when collapsed
+
+
+def losses(
+    model: CausalLM, tokens: Int[Array, "B T"], target_mask: Float[Array, "B T"], jitter_key: Array | None = None
+) -> Losses:
+    """Next-token cross entropy and the load-balancing loss. On a mesh, what each device runs, on its rows.
+
+    Args:
+      tokens: a batch of token ids, packed without padding; position t predicts token t + 1.
+      target_mask: 1 for tokens that are to be learnt; the first of a row is never predicted.
+      jitter_key: random key of the router's jitter, where the configuration has one.
+    """
+    inputs, targets, weight = tokens[:, :-1], tokens[:, 1:], target_mask[:, 1:].astype(jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    states, routings = model.hidden(inputs, jnp.ones(inputs.shape, bool), positions, jitter_key)
+    partition = model.partition.with_split(inputs.shape[1])
+    learnt = -log_probability(model.logits(partition.all_tokens(states[-1])), targets, partition)
+    total = partition.sum(weight.sum(), *ROWS)
+    cross_entropy = partition.sum(jnp.sum(learnt * weight), *ROWS) / jnp.maximum(total, 1)
+    balance = load_balancing_loss(routings, partition=partition)
+    return Losses(cross_entropy + model.config.moe_loss_weight * balance, cross_entropy, balance)
+
+
+def make_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, Losses, Array]]:
+    """A jitted step(params, optimizer_state, tokens, target_mask, key) -> params, optimizer_state, losses, norm.
+
+    `key` is the random key of the router's jitter, None where there is none; `norm` is that of the gradients.
+    `params` is the model's state as nnx.split gives it beside `graph`; it and the optimiser's state are donated.
+    """
+
+    def step(params, optimizer_state, tokens, target_mask, key=None):
+        partition = nnx.merge(graph, params).partition
+        rows, same = partition.place(ROWS, None), partition.place()
+        inside = (parameter_places(params, partition), rows, rows, same)
+
+        def run(params, tokens, target_mask, key):
+            return losses(nnx.merge(graph, params), tokens, target_mask, key)
+
+        def loss(params):
+            result = partition.over(run, inside, Losses(same, same, same))(params, tokens, target_mask, key)
+            return result.total, result
+
+        gradients, result = jax.grad(loss, has_aux=True)(params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return optax.apply_updates(params, updates), optimizer_state, result, optax.tree.norm(gradients)
+
+    return jax.jit(step, donate_argnums=(0, 1))

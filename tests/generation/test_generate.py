@@ -1,0 +1,363 @@
+"""generate: its contract, on the golden models and on one with a tokenizer."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbrx_jax import DbrxForCausalLM
+from dbrx_jax.errors import ConfigError, GenerationError
+from dbrx_jax.generation.generate import BURST, TokenStream
+from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.model.cache import PREFILL_CHUNKS, chunks
+from dbrx_jax.sharding.partition import ONE_DEVICE
+from dbrx_jax.text.tokenizer import DbrxTokenizer
+from tests.conftest import GOLDEN
+
+T, N = 20, 10
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models("unnormalised_mqa")
+
+
+@pytest.fixture(scope="module")
+def prompts(expected):
+    e = expected["unnormalised_mqa"]
+    return e["tokens"], e["mask"], e["greedy"]
+
+
+def new_tokens(model, ids, mask=None, **options):
+    options = {"max_new_tokens": N, "eos_token_id": None, **options}
+    return np.asarray(model.generate(ids, mask, **options))[:, ids.shape[1] :]
+
+
+def test_right_padding_and_ragged_padding_give_the_same(model, prompts):
+    ids, mask, greedy = prompts
+    right_ids, right_mask = ids.copy(), np.zeros_like(mask)
+    for row in range(len(ids)):
+        real = ids[row][mask[row] == 1]
+        right_ids[row, : len(real)], right_mask[row, : len(real)] = real, 1
+    np.testing.assert_array_equal(new_tokens(model, right_ids, right_mask), greedy)
+    spread_ids, spread_mask = np.zeros((3, 2 * T), int), np.zeros((3, 2 * T), int)
+    spread_ids[:, ::2], spread_mask[:, ::2] = ids, mask
+    np.testing.assert_array_equal(new_tokens(model, spread_ids, spread_mask), greedy)
+
+
+@pytest.mark.slow
+def test_prompts_longer_than_a_chunk(models, monkeypatch):
+    """Against the full forward, token by token: one of a long and a short chunk, one that fits a long one."""
+    monkeypatch.setitem(PREFILL_CHUNKS, "cpu", (64, 128))
+    assert list(chunks(137, ONE_DEVICE)) == [(0, 128), (128, 64)]
+    assert list(chunks(65, ONE_DEVICE)) == [(0, 128)]
+    model = models("fused")
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 137))
+    mask = np.ones_like(ids)
+    mask[1, :27] = 0
+    out = model.generate(ids, mask, max_new_tokens=4, eos_token_id=None)
+    want = np.argmax(model(out, np.pad(mask, ((0, 0), (0, 4)), constant_values=1)), axis=-1)
+    np.testing.assert_array_equal(out[:, -4:], want[:, -5:-1])
+
+
+class TestEnd:
+    def test_a_row_keeps_its_eos_and_is_then_pad(self, model, prompts):
+        ids, mask, greedy = prompts
+        eos = [int(greedy[0, 3]), int(greedy[1, 6])]
+        out = new_tokens(model, ids, mask, eos_token_id=eos, pad_token_id=259)
+        ends = [next((i for i, t in enumerate(row) if t in eos), N - 1) + 1 for row in greedy]
+        assert out.shape[1] == max(ends)
+        for row, end in enumerate(ends):
+            np.testing.assert_array_equal(out[row, :end], greedy[row, :end])
+            assert (out[row, end:] == 259).all()
+
+    def test_n_is_where_the_last_row_ended(self, model, prompts):
+        ids, mask, greedy = prompts
+        eos = [int(t) for t in greedy[:, 2]]
+        assert new_tokens(model, ids, mask, eos_token_id=eos).shape[1] <= 3
+
+    def test_defaults_come_from_the_checkpoint(self, model, prompts, monkeypatch):
+        ids, mask, greedy = prompts
+        monkeypatch.setattr(model, "generation_config", GenerationConfig((int(greedy[0, 0]),), 7))
+        out = np.asarray(model.generate(ids[:1], mask[:1], max_new_tokens=5))
+        np.testing.assert_array_equal(out[:, T:], greedy[:1, :1])
+        forever = model.generate(ids[:1], mask[:1], max_new_tokens=5, eos_token_id=None)
+        np.testing.assert_array_equal(forever[:, T:], greedy[:1, :5])
+        both = model.generate(ids[:2], mask[:2], max_new_tokens=5)
+        assert (both[0, T + 1 :] == 7).all()
+
+    def test_pad_is_the_first_eos_else_zero(self, model, prompts):
+        ids, mask, greedy = prompts
+        out = new_tokens(model, ids, mask, eos_token_id=int(greedy[0, 0]))
+        assert (out[0] == greedy[0, 0]).all()
+        assert TokenStream(model, ids, mask, max_new_tokens=1, eos_token_id=None).pad_token_id == 0
+
+
+class TestLogprobs:
+    def test_they_are_of_the_raw_logits(self, model, prompts):
+        ids, mask, _ = prompts
+        options = {"do_sample": True, "temperature": 0.7, "top_k": 9, "repetition_penalty": 1.3, "seed": 1}
+        out = model.generate(
+            ids,
+            mask,
+            max_new_tokens=N,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logprobs=True,
+            **options,
+        )
+        assert out.logprobs.dtype == np.float32
+        whole = np.concatenate([mask, np.ones((3, N), int)], axis=1)
+        logits = np.asarray(model(out.sequences, whole), np.float64)[:, T - 1 : -1]
+        want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        want = np.take_along_axis(want, out.sequences[:, T:, None], axis=2)[..., 0]
+        np.testing.assert_allclose(out.logprobs, want, atol=1e-5)
+
+    def test_nan_behind_the_end_and_none_unless_asked(self, model, prompts):
+        ids, mask, greedy = prompts
+        options = {"max_new_tokens": N, "eos_token_id": int(greedy[0, 2]), "return_dict_in_generate": True}
+        out = model.generate(ids, mask, output_logprobs=True, **options)
+        end = list(greedy[0]).index(greedy[0, 2]) + 1
+        assert np.isfinite(out.logprobs[0, :end]).all()
+        assert np.isnan(out.logprobs[0, end:]).all()
+        assert model.generate(ids, mask, **options).logprobs is None
+
+
+SAMPLE = {"do_sample": True, "temperature": 1.5}
+
+
+class TestSeeds:
+    def test_same_seed_same_tokens(self, model, prompts):
+        ids, mask, _ = prompts
+        a, b, c = (new_tokens(model, ids, mask, seed=s, **SAMPLE) for s in (3, 3, 4))
+        np.testing.assert_array_equal(a, b)
+        assert (a != c).any()
+
+    def test_none_is_never_twice_the_same(self, model, prompts):
+        ids, mask, _ = prompts
+        a, b = (new_tokens(model, ids, mask, **SAMPLE) for _ in range(2))
+        assert (a != b).any()
+
+    def test_a_rows_own_seed_goes_with_it(self, model, prompts):
+        ids, mask, _ = prompts
+        a = new_tokens(model, ids, mask, seed=[8, 9, 10], **SAMPLE)
+        b = new_tokens(model, ids[::-1], mask[::-1], seed=[10, 9, 8], **SAMPLE)
+        np.testing.assert_array_equal(a, b[::-1])
+
+    def test_equal_prompts_of_one_seed_differ(self, model, prompts):
+        out = new_tokens(model, prompts[0][[0, 0]], seed=1, **SAMPLE)
+        assert (out[0] != out[1]).any()
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 999), st.integers(0, 2), st.booleans())
+def test_a_row_does_not_depend_on_its_batch(golden_batch, seed, row, sample):
+    """Tokens and log-probabilities, bit for bit, at a fixed batch size; the other rows' lengths vary too."""
+    model, ids, mask = golden_batch
+    rng = np.random.default_rng(seed)
+    other, other_mask = rng.integers(0, 260, ids.shape), (np.arange(T) >= rng.integers(0, T, (3, 1))).astype(int)
+    other[row], other_mask[row] = ids[row], mask[row]
+    options = {"max_new_tokens": 6, "eos_token_id": None, "return_dict_in_generate": True, "output_logprobs": True}
+    options |= {"do_sample": sample, "seed": [1, 2, 3], "top_p": 0.9}
+    a, b = model.generate(ids, mask, **options), model.generate(other, other_mask, **options)
+    np.testing.assert_array_equal(a.sequences[row, T:], b.sequences[row, T:])
+    np.testing.assert_array_equal(a.logprobs[row], b.logprobs[row])
+
+
+@pytest.fixture(scope="module")
+def golden_batch(model, prompts):
+    return model, prompts[0], prompts[1]
+
+
+class TestStreaming:
+    def test_pieces_are_the_whole(self, model, prompts):
+        ids, mask, greedy = prompts
+        pieces = []
+        out = new_tokens(model, ids, mask, streamer=pieces.append)
+        np.testing.assert_array_equal(np.concatenate(pieces, axis=1), greedy)
+        np.testing.assert_array_equal(out, greedy)
+        assert [p.shape[1] for p in pieces] == [1, BURST, 1]
+
+    def test_iterator_and_its_state(self, model, prompts):
+        ids, mask, greedy = prompts
+        stream = TokenStream(model, ids, mask, max_new_tokens=N, eos_token_id=int(greedy[1, 4]), burst=3)
+        first = next(stream)
+        np.testing.assert_array_equal(first, greedy[:, :1])
+        np.testing.assert_array_equal(stream.prompt_lengths, mask.sum(axis=1))
+        rest = list(stream)
+        assert all(1 <= p.shape[1] <= 3 for p in rest)
+        assert stream.lengths[1] == list(greedy[1]).index(greedy[1, 4]) + 1
+        assert stream.ended[1]
+        np.testing.assert_array_equal(np.concatenate([ids, first, *rest], axis=1), stream.sequences)
+
+    def test_a_transformers_streamer(self, model, prompts):
+        class Streamer:
+            def __init__(self):
+                self.put_, self.ended = [], False
+
+            def put(self, value):
+                self.put_.append(np.array(value))
+
+            def end(self):
+                self.ended = True
+
+        ids, mask, greedy = prompts
+        streamer = Streamer()
+        new_tokens(model, ids[:1], mask[:1], streamer=streamer)
+        np.testing.assert_array_equal(streamer.put_[0], ids[:1])
+        np.testing.assert_array_equal(np.concatenate(streamer.put_[1:], axis=1), greedy[:1])
+        assert streamer.ended
+
+
+def letters():
+    """A tokenizer of one token a byte, of which two together have one of their own."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256}
+    return DbrxTokenizer(ranks, {"<|endoftext|>": 258, "<|pad|>": 259})
+
+
+class TestStopStrings:
+    def test_the_completing_token_stays_and_the_row_ends(self, model, prompts):
+        ids, mask, greedy = prompts
+        tokenizer = letters()
+        string = tokenizer.decode(greedy[0, 3:5])
+        if "�" in string:  # bytes that are no text of their own
+            tokenizer._bytes = {i: b"<%d>" % i for i in range(260)}
+            string = tokenizer.decode(greedy[0, 3:5])
+        out = new_tokens(model, ids, mask, stop_strings=[string, "never"], tokenizer=tokenizer, pad_token_id=259)
+        np.testing.assert_array_equal(out[0, :5], greedy[0, :5])
+        assert (out[0, 5:] == 259).all()
+        alone = new_tokens(model, ids[:1], mask[:1], stop_strings=string, tokenizer=tokenizer)
+        np.testing.assert_array_equal(alone, greedy[:1, :5])
+
+    def test_a_tokenizer_is_needed(self, model, prompts):
+        with pytest.raises(GenerationError, match="stop_strings: needs tokenizer="):
+            model.generate(prompts[0], stop_strings="x", max_new_tokens=1)
+
+
+def compilations(action):
+    """How many programs were compiled meanwhile."""
+    count = []
+
+    def listener(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            count.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        action()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    return len(count)
+
+
+class TestCompilation:
+    def test_a_second_call_compiles_nothing(self, models, expected):
+        model, e = models("dense"), expected["dense"]
+        options = {"eos_token_id": None, "do_sample": True, "top_k": 5, "seed": 0}
+
+        def call(rows=2, new=5, **changes):
+            model.generate(e["tokens"][:rows], e["mask"][:rows], max_new_tokens=new, **(options | changes))
+
+        assert compilations(call) > 0
+        assert compilations(call) == 0
+        # Other numbers and lengths within the same cache are the same programs.
+        assert compilations(lambda: call(new=9, temperature=0.3, top_k=3, seed=4)) == 0
+        shorter = e["tokens"][:2, 7:], e["mask"][:2, 7:]
+        assert compilations(lambda: model.generate(*shorter, max_new_tokens=3, **options)) == 0
+        assert compilations(lambda: call(streamer=lambda tokens: None)) == 0
+        assert compilations(lambda: call(rows=3)) > 0
+
+    def test_what_ends_a_text_is_no_part_of_the_programs(self, models, expected, monkeypatch):
+        model, e = models("dense"), expected["dense"]
+        model.generate(e["tokens"], max_new_tokens=3)
+        monkeypatch.setattr(model, "generation_config", GenerationConfig((5,), 6))
+        assert compilations(lambda: model.generate(e["tokens"], max_new_tokens=3)) == 0
+        assert compilations(lambda: model.generate(e["tokens"], max_new_tokens=3, eos_token_id=[1, 2])) == 0
+
+    def test_compile_leaves_nothing_to_compile(self, models, expected):
+        model, e = models("dense"), expected["dense"]
+        stream = TokenStream(model, e["tokens"][:1], max_new_tokens=5, eos_token_id=None)
+        assert compilations(stream.compile) > 0
+        assert stream.timings.compile > 0
+        assert compilations(lambda: list(stream)) == 0
+        assert stream.timings.prefill > 0
+        assert stream.timings.decode > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"max_new_tokens": 109},
+            "max_new_tokens: 109 after a prompt of 20 tokens is beyond the model's 128 positions",
+        ),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number above 0, got 0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number"),
+        ({"temperature": 0.0}, "temperature: expected a number above 0"),
+        ({"temperature": float("nan")}, "temperature: expected a number above 0"),
+        ({"top_k": 0}, "top_k: expected a whole number above 0"),
+        ({"top_p": 1.1}, "top_p: expected a number from 0 to 1"),
+        ({"min_p": -0.1}, "min_p: expected a number from 0 to 1"),
+        ({"repetition_penalty": -1}, "repetition_penalty: expected a number above 0"),
+        ({"temperature": 1e-9}, "temperature: expected at least 0.001"),
+        ({"top_p": "x"}, "top_p: expected a number from 0 to 1"),
+        ({"eos_token_id": "x"}, "eos_token_id: expected a token id"),
+        ({"eos_token_id": True}, "eos_token_id: expected a token id, got True"),
+        ({"pad_token_id": 1 << 40}, "pad_token_id: expected a token id"),
+        ({"seed": [1, 2]}, "seed: expected one for each of 3 rows, got 2"),
+        ({"seed": -1}, "seed: expected whole numbers from 0"),
+        ({"eos_token_id": list(range(9))}, "eos_token_id: at most 8 ids"),
+        ({"attention_mask": np.ones((1, 2))}, "attention_mask: expected the shape of input_ids"),
+        ({"attention_mask": np.repeat([[1], [0], [1]], 20, axis=1)}, "attention_mask: row 1 has no token"),
+    ],
+)
+def test_refusals(model, prompts, options, words):
+    with pytest.raises(GenerationError) as error:
+        model.generate(prompts[0], **{"max_new_tokens": 2, **options})
+    assert words in str(error.value)
+
+
+def test_generation_config_file(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": [5, 6], "pad_token_id": 7, "transformers_version": "4"}')
+    assert GenerationConfig.from_file(path) == GenerationConfig((5, 6), 7)
+    path.write_text('{"eos_token_id": 5}')
+    assert GenerationConfig.from_file(path) == GenerationConfig((5,), None)
+    path.write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ConfigError, match="expected token ids as whole numbers, got 'x'"):
+        GenerationConfig.from_file(path)
+
+
+def test_checkpoints_that_do_not_say_what_ends_a_text(tmp_path):
+    """transformers writes files without ids; then the tokenizer's count, as they do where there is no file."""
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((GOLDEN / "dense" / file).read_bytes())
+    special = {"250": {"content": "<|endoftext|>"}, "251": {"content": "<|im_end|>"}, "252": {"content": "<|pad|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
+    want = GenerationConfig((250, 251), 252)
+    assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == want
+    (tmp_path / "generation_config.json").write_text('{"_from_model_config": true}')
+    assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == want
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == GenerationConfig((9,), 252)
+
+
+def test_an_int8_cache_is_half_the_bytes_and_says_nearly_the_same(model, prompts):
+    ids, mask, _ = prompts
+    options = {"max_new_tokens": N, "eos_token_id": None}
+    streams = [TokenStream(model, ids, mask, cache_dtype=kind, **options) for kind in (None, "int8")]
+    logprobs, sizes = [], []
+    for stream in streams:
+        next(stream)
+        assert stream._state is not None
+        sizes.append(sum(x.nbytes for x in jax.tree.leaves(stream._state.cache)))
+        logprobs.append(stream.logprobs)
+    K = model.config.head_dim
+    assert sizes[1] * 4 * K == sizes[0] * (K + 2)  # the model is of float32; a scale takes two bytes
+    # A prompt's own keys are read from the cache too.
+    assert 0 < np.abs(logprobs[0] - logprobs[1]).max() < 0.1
+    with pytest.raises(GenerationError, match="cache_dtype: expected int8 or None, got 'int4'"):
+        TokenStream(model, ids, mask, cache_dtype="int4", **options)

@@ -1,0 +1,71 @@
+"""A prompt as long as DBRX takes, 32,768 tokens, chunk by chunk through the cache against the plain definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dbrx_jax import DbrxForCausalLM
+from dbrx_jax.config import DbrxConfig
+from dbrx_jax.generation.decode import empty, prefill_chunk
+from dbrx_jax.model.cache import capacity, chunks
+from dbrx_jax.model.graph import split
+from dbrx_jax.ops.attention import reference_attention
+from dbrx_jax.ops.experts import reference_experts
+
+TOKENS = 32768
+QUERIES = 512  # that the reference looks from at a time: all scores at once would be 17 GB
+CONFIG = DbrxConfig(
+    d_model=48,
+    n_heads=4,
+    kv_n_heads=2,
+    n_layers=2,
+    max_seq_len=TOKENS,
+    vocab_size=96,
+    clip_qkv=8.0,
+    rope_theta=5e5,
+    ffn_hidden_size=40,
+    moe_num_experts=6,
+    moe_top_k=2,
+    initializer_range=0.15,  # logits of about 1
+)
+
+
+@jax.jit
+def attention_rows(query, key, value, first):
+    seen = jnp.arange(key.shape[1]) <= first + jnp.arange(query.shape[1])[:, None]
+    return reference_attention(query, key, value, seen[None])
+
+
+@jax.jit
+def experts(x, routing, weights):
+    return reference_experts(x, routing.weights, routing.experts, weights, CONFIG.ffn_act_fn)
+
+
+def reference_last_logits(model, ids):
+    """Attention and experts by their definitions, some queries after others; the rest is the model's."""
+    positions, partition = np.arange(ids.shape[1])[None], model.partition
+    x = model.embed(ids, partition)
+    for block in model.blocks:
+        q, k, v = block.attention._project_in(block.norm_1(x), positions, partition)
+        rows = [attention_rows(q[:, i : i + QUERIES], k, v, i) for i in range(0, ids.shape[1], QUERIES)]
+        x = x + block.attention._project_out(jnp.concatenate(rows, axis=1), partition)
+        normed = block.norm_2(x)
+        y = experts(normed[0], block.moe.route(normed, partition), block.moe._weights(partition))
+        x = x + y[None]
+    return model.logits(model.norm_f(x[:, -1]))
+
+
+@pytest.mark.slow
+def test_the_last_logits_of_32768_tokens_are_the_reference_s():
+    model = DbrxForCausalLM(CONFIG, rngs=nnx.Rngs(0), dtype="float32")
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, TOKENS))
+    want = np.asarray(reference_last_logits(model, ids))
+    assert want.std() > 0.5
+    parts, partition = split(model), model.partition
+    cache, logits = empty(CONFIG, partition, 1, capacity(TOKENS, partition), np.dtype("float32"))
+    for start, length in chunks(TOKENS, partition):
+        at = np.array([[0, start, length]], np.int32)
+        cache, logits = prefill_chunk(parts, cache, logits, ids[:, start : start + length], at)
+    np.testing.assert_allclose(logits, want, rtol=0, atol=1e-4)

@@ -1,0 +1,265 @@
+"""Attention through a cache against the plain one, rotary embeddings and normalisation against their formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbrx_jax import DbrxForCausalLM
+from dbrx_jax.errors import ConfigError
+from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention
+from dbrx_jax.kernels.xla.sequence_attention import blockwise_attention
+from dbrx_jax.model.cache import LayerCache, to_int8, write
+from dbrx_jax.ops import attention
+from dbrx_jax.ops.attention import join_stripes, reference_attention
+from dbrx_jax.ops.norm import layer_norm
+from dbrx_jax.ops.rope import rotate
+from dbrx_jax.sharding.partition import ONE_DEVICE
+from tests.conftest import GOLDEN
+
+H, G, K = 6, 2, 10  # query heads, key-value heads, elements
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def cached(query, key, value, positions, first_row, block):
+    return join_stripes(cached_attention(query, key, value, positions, first_row, block), query.dtype, ONE_DEVICE)
+
+
+@settings(max_examples=12)
+@given(st.integers(0, 99), st.sampled_from([(4, 1, 5), (8, 3, 1), (4, 3, 2)]), st.data())
+def test_cached_matches_reference(seed, sizes, data):
+    (block, rows, new), S, B = sizes, 24, 4
+    first_row = data.draw(st.integers(0, B - rows))
+    start = np.array(data.draw(st.lists(st.integers(0, S - new), min_size=rows, max_size=rows)))
+    q, k, v = random(seed, rows, new, H, K), random(seed + 1, B, G, S, K), random(seed + 2, B, G, S, K)
+    positions = start[:, None] + np.arange(new)
+    mask = np.arange(S) <= positions[:, :, None]
+    mine = slice(first_row, first_row + rows)
+    want = reference_attention(q, k[mine].swapaxes(1, 2), v[mine].swapaxes(1, 2), mask)
+    # What lies beyond a row's positions must not matter, whatever it is.
+    for r, row in enumerate(range(first_row, first_row + rows)):
+        beyond = int(positions[r, -1]) + 1
+        k[row, :, beyond:], v[row, :, beyond:] = 1e4, -1e4
+    np.testing.assert_allclose(cached(q, k, v, positions, first_row, block), want, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_bits_do_not_depend_on_the_caches_length_or_the_other_rows():
+    q, k, v = random(0, 2, 1, H, K), random(1, 2, G, 48, K), random(2, 2, G, 48, K)
+    long = cached(q, k, v, np.array([[5], [47]]), 0, 8)
+    short = cached(q, k[:, :, :8], v[:, :, :8], np.array([[5], [2]]), 0, 8)
+    np.testing.assert_array_equal(long[0], short[0])
+
+
+def test_an_int8_cache_is_near():
+    q, k, v = random(0, 2, 1, H, K), random(1, 2, 32, G, K), random(2, 2, 32, G, K)
+    positions = np.array([[5], [31]])
+    (k8, k_scale), (v8, v_scale) = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
+    assert np.abs(k8).max() == 127
+    # Rounded to a whole number, and the scale to eight bits.
+    np.testing.assert_allclose(np.float32(k8) * np.float32(k_scale)[..., None], k, atol=np.abs(k).max() * 1.5 / 127)
+    turned = [jnp.swapaxes(a, 1, 2) for a in (k8, v8, k_scale, v_scale)]
+    part = cached_attention(q, *turned[:2], positions, 0, 8, scales=tuple(turned[2:]))
+    out = join_stripes(part, q.dtype, ONE_DEVICE)
+    exact = [np.float32(a) * np.float32(s)[..., None] for a, s in ((k8, k_scale), (v8, v_scale))]
+    mask = np.arange(32) <= positions[:, :, None]
+    np.testing.assert_allclose(out, reference_attention(q, *exact, mask), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_what_is_written_is_there_however_the_cache_lies(int8, tokens, monkeypatch):
+    """Every second position, from 1 on, of rows 1 and 2 of three; a TPU writes two heads of int8 one by one."""
+    monkeypatch.setenv("DBRX_KERNELS", "0")  # the kernel has tests of its own
+    new = jnp.asarray(random(0, 2, tokens, G, K)), jnp.asarray(random(1, 2, tokens, G, K))
+    positions = np.array([[4], [8]]) + np.arange(tokens)
+    empty = [jnp.full((3, G, 6, K), 9, jnp.int8 if int8 else jnp.float32)] * 2
+    empty += [jnp.full((3, G, 6), 9, jnp.bfloat16)] * (2 * int8)
+    want = [np.array(x) for x in empty]
+    (key, key_scale), (value, value_scale) = map(to_int8, new)
+    for into, x in zip(want, (key, value, key_scale, value_scale) if int8 else new, strict=True):
+        for r, t in np.ndindex(2, tokens):
+            if positions[r, t] % 2 == 1:
+                into[1 + r, :, positions[r, t] // 2] = x[r, t]
+    for platform in ("cpu", "tpu"):
+        got = write(LayerCache(*empty), *new, positions, 1, (1, 2), platform=platform)
+        for a, b in zip((x for x in got if x is not None), want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached_part(implementation, q, k, v, positions, stripe, scales):
+    return cached_attention(q, k, v, positions, 1, 4, stripe, scales=scales, implementation=implementation)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.integers(1, 4), st.sampled_from([1, 3]), st.booleans(), st.data())
+def test_the_definition_through_a_cache_is_the_same(seed, stride, new, int8, data):
+    S = 8
+    offset = data.draw(st.integers(0, stride - 1))
+    start = data.draw(st.lists(st.integers(0, S * stride - new), min_size=2, max_size=2))
+    q, k, v = random(seed, len(start), new, H, K), random(seed + 1, 4, G, S, K), random(seed + 2, 4, G, S, K)
+    scales = None
+    if int8:
+        (k, k_scale), (v, v_scale) = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
+        scales = k_scale, v_scale
+    positions = np.array(start)[:, None] + np.arange(new)
+    parts = [cached_part(name, q, k, v, positions, (offset, stride), scales) for name in ("reference", "xla")]
+    for got, want in zip(*parts, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def plain(q, k, v, valid, first, _):
+    """The definition, and 0 for a query that sees nothing."""
+    mask = (jnp.arange(k.shape[1]) <= first + jnp.arange(q.shape[1])[:, None]) & valid[:, None]
+    return jnp.where(mask.any(axis=-1)[:, :, None, None], reference_attention(q, k, v, mask), 0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def with_gradients(function, arrays, grad, valid, first, block):
+    out, pull = jax.vjp(lambda *x: function(*x, valid, first, block), *arrays)
+    return out, *pull(grad.astype(out.dtype))
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.sampled_from([(7, 3, 5), (23, 1, 8), (2, 3, 1)]), st.data())
+def test_blocks_match_the_definition_with_their_gradients(seed, sizes, data):
+    """Any padding, and the queries of one of several devices."""
+    tokens, parts, block = sizes
+    S, first = tokens * parts, tokens * data.draw(st.integers(0, parts - 1))
+    arrays = random(seed, 2, tokens, H, K), random(seed + 1, 2, S, G, K), random(seed + 2, 2, S, G, K)
+    grad = random(seed + 3, 2, tokens, H, K)
+    valid = np.random.default_rng(seed).random((2, S)) < data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    results = (with_gradients(function, arrays, grad, valid, first, block) for function in (plain, blockwise_attention))
+    for want, got in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+
+
+def test_blocks_in_bfloat16_are_near():
+    arrays = [jnp.asarray(random(i, 1, 40, heads, K), jnp.bfloat16) for i, heads in ((0, H), (1, G), (2, G))]
+    grad, valid = random(3, 1, 40, H, K), np.ones((1, 40), bool)
+    got = with_gradients(blockwise_attention, arrays, grad, valid, 0, 16)
+    want = with_gradients(plain, [a.astype(jnp.float32) for a in arrays], grad, valid, 0, 16)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.abs(np.float32(a) - b).max() <= 2e-2 * np.abs(b).max()
+
+
+def test_an_infinite_row_spoils_no_other_in_blocks():
+    q, k, v = random(0, 2, 9, H, K), random(1, 2, 9, G, K), random(2, 2, 9, G, K)
+    valid = np.ones((2, 9), bool)
+    clean = blockwise_attention(q, k, v, valid, jnp.int32(0), 4)
+    q[1], k[1] = np.inf, np.inf
+    np.testing.assert_array_equal(blockwise_attention(q, k, v, valid, jnp.int32(0), 4)[0], clean[0])
+
+
+def test_no_array_of_scores_is_as_large_as_the_sequence_squared():
+    """Neither forward nor backward."""
+    T, block = 64, 8
+    q, k, v = random(0, 1, T, H, K), random(1, 1, T, G, K), random(2, 1, T, G, K)
+
+    def loss(q, k, v):
+        return jnp.sum(blockwise_attention(q, k, v, np.ones((1, T), bool), jnp.int32(0), block))
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v))
+    assert f"{block},{block}]" in text
+    assert f"{T},{T}]" not in text
+    assert f"{block},{T}]" not in text
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_sequences_long_and_short_match_the_definition(monkeypatch, implementation):
+    for short in (1024, 8):
+        monkeypatch.setattr(attention, "SHORT_SEQUENCE", short)
+        q, k, v = random(0, 2, 20, H, K), random(1, 2, 20, G, K), random(2, 2, 20, G, K)
+        valid = np.arange(20) < np.array([[20], [13]])
+        want = reference_attention(q, k, v, np.tril(np.ones((20, 20), bool)) & valid[:, None])
+        np.testing.assert_allclose(sequence_attention(q, k, v, valid, 0, implementation), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_platform_chooses():
+    assert select_implementation(None, "cpu") == "xla"
+    assert select_implementation(None, "tpu") == "flash"
+    assert select_implementation(None, "cuda") == ("flash" if jax.__version_info__ >= (0, 11, 1) else "xla")
+    assert select_implementation("reference", "tpu") == "reference"
+
+
+def test_a_wrong_implementation_is_one_line():
+    with pytest.raises(
+        ConfigError, match=r"^attention_implementation: expected one of reference, xla, flash, got 'x'$"
+    ):
+        select_implementation("x", "tpu")
+    with pytest.raises(
+        ConfigError, match=r'^attention_implementation: "flash" needs a TPU or GPU; take "xla" or leave'
+    ):
+        DbrxForCausalLM.from_pretrained(GOLDEN / "fused", attention_implementation="flash")
+
+
+def test_a_model_does_as_it_is_told(models, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 50, (1, 20))
+    want = models("fused")(ids)
+    monkeypatch.setattr(attention, "SHORT_SEQUENCE", 4)
+    monkeypatch.setattr(attention, "SEQUENCE_BLOCK", 8)
+    used = []
+    whole = attention.blockwise_attention
+    monkeypatch.setattr(attention, "blockwise_attention", lambda *a: used.append(1) or whole(*a))
+    for name, blocks in (("reference", False), ("xla", True)):
+        model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32", attention_implementation=name)
+        np.testing.assert_allclose(model(ids), want, rtol=1e-4, atol=1e-4)
+        assert bool(used) == blocks
+
+
+@pytest.mark.slow
+def test_the_definition_generates_the_same(models):
+    ids = np.random.default_rng(0).integers(0, 50, (1, 20))
+    model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32", attention_implementation="reference")
+    out = model.generate(ids, max_new_tokens=4)
+    np.testing.assert_array_equal(out, models("fused").generate(ids, max_new_tokens=4))
+
+
+def test_query_head_reads_its_own_kv_head():
+    q, k = random(0, 1, 3, H, K), random(1, 1, 3, G, K)
+    v = np.broadcast_to(np.arange(G, dtype=np.float32)[:, None], (1, 3, G, K))
+    out = reference_attention(q, k, v, np.ones((1, 3, 3), bool))
+    np.testing.assert_allclose(out[0, 0, :, 0], [0, 0, 0, 1, 1, 1], rtol=1e-6)
+
+
+def test_a_row_that_sees_nothing_is_finite():
+    q, k, v = random(0, 1, 2, H, K), random(1, 1, 2, G, K), random(2, 1, 2, G, K)
+    assert np.isfinite(reference_attention(q, k, v, np.zeros((1, 2, 2), bool))).all()
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_rotate_is_a_rotation_of_halves(theta):
+    x = random(3, 2, 5, H, K)
+    positions = np.array([[0, 1, 2, 3, 30000], [7, 8, 9, 10, 11]])
+    z = x[..., : K // 2] + 1j * x[..., K // 2 :]
+    angle = positions[:, :, None, None] * theta ** (-2.0 * np.arange(K // 2) / K)
+    turned = z * np.exp(1j * angle)
+    want = np.concatenate([turned.real, turned.imag], axis=-1)
+    # float32 angles of up to 30000 radians are good to 2e-3.
+    np.testing.assert_allclose(rotate(x, positions, theta), want, atol=5e-3)
+    np.testing.assert_allclose(rotate(x, positions, theta)[:, :3], want[:, :3], atol=1e-5)
+
+
+def test_rotate_keeps_float32_angles_in_bfloat16():
+    x, positions = random(3, 1, 1, H, K), np.array([[20000]])
+    low = rotate(jnp.asarray(x, jnp.bfloat16), positions, 5e5)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(low), rotate(x, positions, 5e5), atol=0.05)
+
+
+def test_layer_norm():
+    x, scale = random(4, 3, 7, 20) * 5 + 30, random(5, 20)
+    y = np.float64(x)
+    want = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(layer_norm(x, scale), want, rtol=1e-4, atol=1e-4)
+    low = layer_norm(jnp.asarray(x, jnp.bfloat16), jnp.asarray(scale, jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16

@@ -1,0 +1,50 @@
+"""The table of tile sizes, and the search that writes it."""
+
+import json
+
+import pytest
+
+from benchmarks.tiles import cases, search
+from dbrx_jax.kernels.tile_table import TABLE, name_of, table
+from dbrx_jax.kernels.tpu import decode_experts as experts_tpu
+
+
+@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+def test_the_table_has_a_candidate_for_every_product_of_132b(kind):
+    entries = json.loads(TABLE.read_text())
+    slots = [slot for case in cases(kind) for slot in case.slots]
+    assert len({slot.name for slot in slots}) >= 18
+    for slot in slots:
+        assert slot.rule in slot.candidates
+        assert entries[slot.name]["tiles"] in [list(t) for t in slot.candidates], slot.name
+        if entries[slot.name]["by"] == "rule, not timed":
+            assert entries[slot.name]["tiles"] == list(slot.rule), slot.name
+
+
+def test_the_search_takes_the_fastest_of_each_slot():
+    case = next(c for c in cases("gpu") if len(c.slots) == 2)
+    first, second = case.slots
+    wanted = {first.name: first.candidates[-1], second.name: second.candidates[1]}
+    assert wanted != {slot.name: slot.rule for slot in case.slots}
+
+    def seconds(tiles):  # the second slot's gain shows only with the first at its best
+        return 3 - (tiles[first.name] == wanted[first.name]) * (1 + (tiles[second.name] == wanted[second.name]))
+
+    assert search(case, seconds) == wanted
+
+
+def test_kernels_take_what_the_table_says_if_it_fits(monkeypatch):
+    case = next(cases("tpu"))
+    (slot,), (x, w1, *_) = case.slots, case.arguments
+    other = next(t for t in slot.candidates if t != slot.rule)
+    monkeypatch.setattr(experts_tpu, "table", lambda: {slot.name: list(other)})
+    assert experts_tpu.default_tiles(x, w1) == other
+    monkeypatch.setattr(experts_tpu, "table", lambda: {slot.name: [7]})
+    assert experts_tpu.default_tiles(x, w1) in slot.candidates
+    assert experts_tpu.default_tiles(x, w1) != experts_tpu.DecodeTiles(7)
+
+
+def test_names_round_rows_up():
+    assert name_of("k", "int4", 128, (3, 5), 9) == "k, int4 by 128, 3 x 5, 16 rows"
+    assert name_of("k", "int8", None, (3, 5), 1) == "k, int8, 3 x 5, 8 rows"
+    assert set(table()) == set(json.loads(TABLE.read_text()))

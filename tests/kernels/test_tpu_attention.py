@@ -1,0 +1,186 @@
+"""The TPU's attention kernels, interpreted on the CPU, against the plain definition."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from dbrx_jax.kernels.attention import cached_attention
+from dbrx_jax.kernels.tpu import cache_attention as attention_tpu
+from dbrx_jax.kernels.tpu import sequence_attention as attention_splash
+from dbrx_jax.model.cache import to_int8
+from dbrx_jax.ops.attention import reference_attention
+
+pytestmark = pytest.mark.slow  # the lane of the newest JAX runs it too
+
+H, G, K = 6, 2, 128  # query heads, key-value heads, elements
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def filled_cache(seed, rows, positions, dtype, heads=G):
+    """Keys, values and, of an int8 cache, scales."""
+    k, v = (jnp.asarray(random(seed + i, rows, heads, positions, K)) for i in (1, 2))
+    if dtype == "int8":
+        (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+        return k, v, (k_scale, v_scale)
+    return k.astype(dtype), v.astype(dtype), None
+
+
+def kernel(query, key, value, starts, first_row, stripe, scales):
+    with pltpu.force_tpu_interpret_mode():
+        run = jax.jit(functools.partial(attention_tpu.cache_attention, stripe=stripe, scales=scales))
+        return run(query, key, value, jnp.asarray(starts), first_row)
+
+
+def assert_same_parts(got, want, tolerance):
+    """The same largest scores, and the same sums of values and weights; nothing where nothing is seen."""
+    (largest, total, out), (true_largest, true_total, true_out) = ([np.asarray(x) for x in p] for p in (got, want))
+    np.testing.assert_allclose(largest, true_largest, atol=tolerance * max(1, np.abs(true_out).max()))
+    np.testing.assert_array_equal(total == 0, true_total == 0)
+    share = np.exp(largest - true_largest)  # both maxima are rounded in their own way
+    for x, true in ((total * share, true_total), (out * share[..., None], true_out)):
+        assert np.abs(x - true).max() <= tolerance * np.abs(true).max()
+
+
+def check(dtype, cache_dtype, starts, tokens, positions, stripe, first_row=1, seed=0, heads=G):
+    query = jnp.asarray(random(seed, len(starts), tokens, H // G * heads, K), dtype)
+    key, value, scales = filled_cache(seed, len(starts) + 2, positions, cache_dtype, heads)
+    places = np.asarray(starts)[:, None] + np.arange(tokens)
+    want = cached_attention(query, key, value, places, first_row, 0, stripe, scales=scales, implementation="reference")
+    got = kernel(query, key, value, starts, first_row, stripe, scales)
+    assert_same_parts(got, want, 1e-5 if dtype == cache_dtype == "float32" else 1e-2)
+
+
+@settings(max_examples=5)
+@given(st.sampled_from(["float32", "bfloat16", "int8"]), st.integers(1, 4), st.integers(0, 99), st.data())
+def test_decoding_matches_the_definition(cache_dtype, stride, seed, data):
+    positions = data.draw(st.sampled_from([128, 384]))
+    offset = data.draw(st.integers(0, stride - 1))
+    # Position 0, the last one, and some that see nothing of a stripe that begins later.
+    ends = st.sampled_from([0, positions * stride - 1]) | st.integers(0, positions * stride - 1)
+    starts = data.draw(st.lists(ends, min_size=1, max_size=3))
+    dtype = "float32" if cache_dtype == "float32" else "bfloat16"
+    check(dtype, cache_dtype, starts, 1, positions, (offset, stride), data.draw(st.integers(0, 2)), seed)
+
+
+@settings(max_examples=3)
+@given(st.sampled_from(["float32", "bfloat16", "int8"]), st.integers(1, 3), st.integers(0, 99), st.data())
+def test_chunks_match_the_definition(cache_dtype, stride, seed, data):
+    tokens = data.draw(st.sampled_from([128, 256]))
+    start = data.draw(st.integers(0, 640 * stride - tokens))
+    dtype = "float32" if cache_dtype == "float32" else "bfloat16"
+    check(dtype, cache_dtype, [start], tokens, 640, (data.draw(st.integers(0, stride - 1)), stride), seed=seed)
+
+
+@pytest.mark.parametrize(("cache_dtype", "heads"), [("bfloat16", 1), ("int8", 4)])
+def test_a_cache_is_taken_as_it_lies(cache_dtype, heads):
+    """Few heads lie outside the positions, more inside."""
+    check("bfloat16", cache_dtype, [130], 1, 256, (0, 1), heads=heads)
+
+
+def test_the_bits_of_a_row_do_not_depend_on_the_others_nor_on_the_caches_length():
+    query, (key, value, _) = jnp.asarray(random(0, 2, 1, H, K)), filled_cache(0, 2, 1024, "float32")
+    long = kernel(query, key, value, [100, 1023], 0, (0, 1), None)
+    short = kernel(query[:1], key[:, :, :512], value[:, :, :512], [100], 0, (0, 1), None)
+    for a, b in zip(long, short, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+
+
+def test_an_infinite_row_spoils_no_other():
+    query, (key, value, _) = jnp.asarray(random(0, 2, 1, H, K)), filled_cache(0, 2, 128, "float32")
+    clean = kernel(query, key, value, [100, 90], 0, (0, 1), None)
+    dirty = kernel(query.at[1].set(jnp.inf), key.at[1].set(jnp.inf), value, [100, 90], 0, (0, 1), None)
+    for a, b in zip(clean, dirty, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+
+
+def test_large_scores_do_not_overflow():
+    query, (key, value, _) = jnp.asarray(random(0, 1, 1, H, K)) * 1e4, filled_cache(0, 1, 128, "float32")
+    _, total, out = kernel(query, key, value, [127], 0, (0, 1), None)
+    want = reference_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), np.ones((1, 1, 128), bool))
+    np.testing.assert_allclose(out / total[..., None], want, rtol=1e-4, atol=1e-4)
+
+
+def fetched(spec, grid, prefetched, dtype):
+    """Bytes of the blocks that change from one step of the grid to the next."""
+    places = [tuple(int(n) for n in spec.index_map(*step, *prefetched)) for step in np.ndindex(*grid)]
+    changes = 1 + sum(a != b for a, b in itertools.pairwise(places))
+    return changes * int(np.prod(spec.block_shape)) * jnp.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize(
+    ("starts", "tokens", "stripe", "dtype"),
+    [
+        ([5, 1000, 300], 1, (0, 1), "bfloat16"),
+        ([7, 2000], 1, (3, 4), "int8"),
+        ([384], 256, (0, 1), "bfloat16"),
+        ([640], 256, (1, 3), "int8"),
+    ],
+)
+def test_bytes_are_what_the_grid_fetches(monkeypatch, starts, tokens, stripe, dtype):
+    query = jnp.zeros((len(starts), tokens, H, K), jnp.bfloat16)
+    key, value, scales = filled_cache(0, len(starts), 1024, dtype)
+    bytes_ = []
+
+    def pallas_call(kernel, grid_spec, out_shape, **_):
+        def run(*operands):
+            grid = [int(n) for n in grid_spec.grid]
+            for specs, arrays in ((grid_spec.in_specs, operands[2:]), (grid_spec.out_specs, out_shape)):
+                pairs = zip(specs, arrays, strict=True)
+                bytes_.append(sum(fetched(spec, grid, operands[:2], a.dtype) for spec, a in pairs))
+            return [jnp.zeros(shape.shape, shape.dtype) for shape in out_shape]
+
+        return run
+
+    monkeypatch.setattr(attention_tpu.pl, "pallas_call", pallas_call)
+    monkeypatch.setattr(attention_tpu, "in_hbm", lambda x: x)  # which is for programs that are compiled
+    attention_tpu.cache_attention(query, key, value, jnp.asarray(starts), 0, stripe, scales)
+    assert attention_tpu.hbm_bytes(query, key, np.array(starts), stripe) == tuple(bytes_)
+
+
+@pytest.mark.parametrize("changed", [{"K": 64}, {"positions": 100}, {"tokens": 100}, {"cache": "float32"}])
+def test_what_does_not_fit_is_not_supported(changed):
+    sizes = {"K": K, "positions": 256, "tokens": 128, "cache": "bfloat16"} | changed
+    query = jax.ShapeDtypeStruct((1, sizes["tokens"], H, sizes["K"]), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, G, sizes["positions"], sizes["K"]), sizes["cache"])
+    assert not attention_tpu.supports(query, key, key)
+
+
+def test_what_fits_is_supported():
+    key = jax.ShapeDtypeStruct((1, G, 256, K), jnp.int8)
+    for tokens in (1, 128):
+        assert attention_tpu.supports(jax.ShapeDtypeStruct((1, tokens, H, K), jnp.bfloat16), key, key)
+
+
+def test_sequences_match_the_definition_with_their_gradients(monkeypatch):
+    """Left and right padding, a length that is no multiple of anything, and queries of one device of three."""
+    monkeypatch.setattr(attention_splash, "BLOCK", 128)
+    for tokens, length, first, left, right in ((200, 200, 0, 3, 7), (128, 384, 256, 140, 5)):
+        query, grad = (jnp.asarray(random(i, 1, tokens, H, K)) for i in (0, 3))
+        key, value = (jnp.asarray(random(i, 1, length, G, K)) for i in (1, 2))
+        valid = (np.arange(length) >= left) & (np.arange(length) < length - right)
+        mask = (np.arange(length) <= first + np.arange(tokens)[:, None])[None] & valid
+        sees = mask.any(axis=-1)[..., None, None]
+
+        def fast(q, k, v, valid=valid, first=first, sees=sees):
+            out = attention_splash.sequence_attention(q, k, v, valid[None], jnp.int32(first), interpret=True)
+            return jnp.where(sees, out, 0)
+
+        def plain(q, k, v, mask=mask, sees=sees):
+            return jnp.where(sees, reference_attention(q, k, v, mask), 0)
+
+        results = []
+        for function in (fast, plain):
+            out, pull = jax.vjp(jax.jit(function), query, key, value)
+            results.append([np.asarray(x) for x in (out, *pull(grad))])
+        for got, want in zip(*results, strict=True):
+            assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()

@@ -1,0 +1,39 @@
+"""Writing positions into a TPU's cache, interpreted, against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from dbrx_jax.kernels.tpu.cache_write import write_positions
+from dbrx_jax.model.cache import LayerCache, turned, write
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_only_what_is_within_is_written(dtype):
+    rng = np.random.default_rng(0)
+    cache, new = rng.integers(-9, 9, (5, 6, 2, 128)), rng.integers(-9, 9, (3, 2, 128))
+    rows, places = np.array([1, 4, 2]), np.array([0, 6, 5])  # the second's is another device's
+    want = cache.copy()
+    want[1, 0], want[2, 5] = new[0], new[2]
+    with pltpu.force_tpu_interpret_mode():
+        out = jax.jit(write_positions)(jnp.asarray(cache, dtype), jnp.asarray(new, dtype), rows, places)
+    np.testing.assert_array_equal(np.asarray(out, np.int64), want)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_layers_cache_is_written_as_by_the_scatter(int8):
+    """Eight heads, stripe 1 of 2, rows from 2 on: by the platform's name the kernel does it."""
+    rng = np.random.default_rng(1)
+    shape, scales = (6, 8, 16, 128), [jnp.zeros((6, 8, 16), jnp.bfloat16)] * 2 if int8 else []
+    cache = LayerCache(*[jnp.zeros(shape, "int8" if int8 else "float32")] * 2, *scales)
+    key, value = (jnp.asarray(rng.normal(size=(3, 1, 8, 128)), jnp.float32) for _ in range(2))
+    positions = jnp.array([[3], [4], [31]])
+    want = write(cache, key, value, positions, 2, (1, 2))
+    with pltpu.force_tpu_interpret_mode():
+        lying = turned(cache, "tpu")
+        found = turned(write(turned(lying, "tpu"), key, value, positions, 2, (1, 2), platform="tpu"), "tpu")
+    for a, b in zip(turned(found, "tpu"), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.asarray(want.key).any(axis=(1, 3)).sum() == 2

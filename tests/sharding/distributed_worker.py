@@ -1,0 +1,93 @@
+"""What test_distributed.py runs in each process: the library on a mesh over all, against itself on one device.
+
+distributed_worker.py COORDINATOR PROCESSES PROCESS_ID START_SECONDS LOST_SECONDS TASK [MESH]
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from dbrx_jax import DbrxForCausalLM
+from dbrx_jax.checkpoint.huggingface import HuggingFaceFolder
+from dbrx_jax.checkpoint.parameters import parameters_of
+from dbrx_jax.console import run
+from dbrx_jax.errors import GenerationError
+from dbrx_jax.generation.generate import TokenStream
+from dbrx_jax.sharding import distributed
+
+FUSED = Path(__file__).parents[1] / "golden" / "fused"
+
+
+class Numbers:
+    """A tokenizer whose tokens are their numbers in angle brackets."""
+
+    def token_bytes(self, token, skip_special_tokens=False):
+        return b"<%d>" % token
+
+
+def library(mesh):
+    """Logits, tokens, stop strings and parameters are those of one device, and no row of another's shard is read."""
+    read, rows = set(), HuggingFaceFolder.rows
+    HuggingFaceFolder.rows = lambda self, name, a, b: (read.add((name, a, b)), rows(self, name, a, b))[1]
+    many = DbrxForCausalLM.from_pretrained(FUSED, mesh, dtype="float32")
+    HuggingFaceFolder.rows = rows
+    # This process' experts are those of its devices along `expert`.
+    places = {np.argwhere(many.partition.mesh.devices == d)[0] @ (0, 0, 1, 0) for d in jax.local_devices()}
+    each = many.config.moe_num_experts // many.partition.size("expert")
+    experts = {int(name.split(".")[4]) for name, *_ in read if ".experts." in name}
+    assert experts == {x * each + i for x in places for i in range(each)}, (places, experts)
+    assert len(experts) < many.config.moe_num_experts or len(places) == many.partition.size("expert")
+
+    one = DbrxForCausalLM.from_pretrained(FUSED, dtype="float32")
+    e = dict(np.load(FUSED / "expected.npz"))
+    batch, real = (e["tokens"], e["mask"]), e["mask"].astype(bool)
+    logits = process_allgather(many(*batch), tiled=True)
+    np.testing.assert_allclose(logits[real], e["logits"][real], rtol=0, atol=1e-4)
+    greedy = e["greedy"]
+    stops = [f"<{greedy[0, 1]}>", f"<{greedy[1, 2]}>"]
+    options = {"max_new_tokens": greedy.shape[1], "eos_token_id": None, "burst": 2}
+    found = []
+    for model in (many, one):
+        stream = TokenStream(model, *batch, stop_strings=stops, tokenizer=Numbers(), **options)
+        stream.compile()
+        list(stream)
+        found.append((stream.sequences, stream.lengths))
+    np.testing.assert_array_equal(*(sequences for sequences, _ in found))
+    np.testing.assert_array_equal(*(lengths for _, lengths in found))
+    options = {"do_sample": True, "max_new_tokens": 5, "top_p": 0.9}
+    np.testing.assert_array_equal(*(m.generate(*batch, seed=3, **options) for m in (many, one)))
+    unseeded = many.generate(*batch, **options)  # from one seed, whoever drew it
+    assert (process_allgather(unseeded) == unseeded).all()
+    mine, theirs = parameters_of(many), parameters_of(one)
+    for name in ("embedding", "lm_head", "blocks.1.attention.query", "blocks.2.moe.experts.13.w1", "norm_f.scale"):
+        np.testing.assert_array_equal(process_allgather(mine[name], tiled=True), theirs[name])
+
+
+def task(name, mesh):
+    if name == "library":
+        library(mesh)
+    elif name == "fail" and jax.process_index() == 1:
+        raise GenerationError("a mistake of one process alone")
+    else:  # talk to each other until somebody is lost
+        for step in range(1_000_000):
+            process_allgather(np.ones(1))
+            if step == 3:
+                print("running", flush=True)
+                distributed.check_same("a text", "that all have")
+            time.sleep(0.01)
+
+
+def main():
+    coordinator, *numbers = sys.argv[1:6]
+    processes, process_id, start_seconds, lost_seconds = map(int, numbers)
+    with distributed.start(coordinator, processes, process_id, start_seconds=start_seconds, lost_seconds=lost_seconds):
+        task(*(*sys.argv[6:], None)[:2])
+        print("fine")
+
+
+if __name__ == "__main__":
+    run("worker", main)

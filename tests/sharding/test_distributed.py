@@ -1,0 +1,313 @@
+"""Real processes on this machine that talk over gloo: they give what one gives, and end when one is lost."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from dbrx_convert.to_orbax import to_orbax
+from dbrx_jax import DbrxTokenizer
+from dbrx_jax.errors import DistributedError
+from dbrx_jax.sharding.distributed import _broke, _check, start
+from dbrx_jax.sharding.native_log import ENDING, FATAL, MARK, NOISE, explain
+from dbrx_jax.text.vocabulary import _byte_characters
+from tests.conftest import GOLDEN
+
+ROOT = Path(__file__).parents[2]
+GENERATE = (Path(sys.executable).parent / "dbrx-jax", "generate")
+EXAMPLE = (sys.executable, ROOT / "examples" / "sharded_generate.py")
+WORKER = (sys.executable, ROOT / "tests" / "sharding" / "distributed_worker.py")
+PROMPTS = ("abc", "x", "hello you")
+
+
+def free_address():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return f"localhost:{found.getsockname()[1]}"
+
+
+class Processes:
+    """A command on several processes of some devices each; `{i}` in it is the process' number."""
+
+    def __init__(self, folder, count, devices, *command):
+        self.files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(count)]
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        self.all = []
+        for i, (out, err) in enumerate(self.files):
+            with out.open("w") as stdout, err.open("w") as stderr:
+                self.all.append(
+                    subprocess.Popen(
+                        [str(part).replace("{i}", str(i)) for part in command],
+                        env={**os.environ, "XLA_FLAGS": flags},
+                        stdout=stdout,
+                        stderr=stderr,
+                    )
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.all:
+            process.kill()
+            process.wait()
+
+    def stdout(self, i):
+        return self.files[i][0].read_text()
+
+    def stderr(self, i):
+        return self.files[i][1].read_text()
+
+    def until(self, text, seconds=180):
+        """Waits for it in process 0's stdout."""
+        end = time.monotonic() + seconds
+        while text not in self.stdout(0):
+            assert time.monotonic() < end, self.stderr(0)
+            assert self.all[0].poll() is None, self.stderr(0)
+            time.sleep(0.1)
+
+    def statuses(self, seconds=300):
+        end = time.monotonic() + seconds
+        found = [process.wait(max(0.1, end - time.monotonic())) for process in self.all]
+        time.sleep(0.5)  # the last line comes from a process of its own
+        return found
+
+
+def joined(count):
+    """The options of one run."""
+    return "--distributed", "--coordinator", free_address(), "--processes", count, "--process-id", "{i}"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """golden/fused with a vocabulary of single bytes."""
+    path = tmp_path_factory.mktemp("distributed") / "fused"
+    shutil.copytree(GOLDEN / "fused", path, ignore=shutil.ignore_patterns("*.npz"))
+    (path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(_byte_characters())}))
+    (path / "merges.txt").write_text("")
+    special = {260: "<|endoftext|>", 261: "<|im_start|>", 262: "<|im_end|>"}
+    added = {str(i): {"content": text} for i, text in special.items()}
+    (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    (path.parent / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def orbax(folder):
+    destination = folder.with_name("orbax")
+    to_orbax(folder, destination)
+    return destination
+
+
+@pytest.fixture
+def completions(folder, models):
+    """What one process gives on one device."""
+
+    def ask(**options):
+        tokenizer = DbrxTokenizer.from_pretrained(folder)
+        batch = tokenizer.pad([tokenizer.encode(prompt) for prompt in PROMPTS])
+        rows = models("fused").generate(**batch, max_new_tokens=12, eos_token_id=[260, 262], **options)
+        new = rows[:, batch["input_ids"].shape[1] :]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+
+    return ask
+
+
+def results(text):
+    return [json.loads(line)["completion"] for line in text.splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_generate_as_one(orbax, completions, tmp_path):
+    """By the command, from an Orbax checkpoint; process 0 alone speaks and writes."""
+    out = tmp_path / "{i}.jsonl"
+    options = ("--file", orbax.with_name("prompts.jsonl"), "--output", out, "--max-new-tokens", 12)
+    with Processes(tmp_path, 2, 1, *GENERATE, orbax, *options, "--mesh", "expert=2", *joined(2)) as run:
+        assert run.statuses() == [0, 0], run.stderr(0)
+        assert results((tmp_path / "0.jsonl").read_text()) == completions()
+        assert not (tmp_path / "1.jsonl").exists()
+        assert run.stdout(0) + run.stdout(1) + run.stderr(1) == ""
+        lines = run.stderr(0).splitlines()
+        assert lines[0].startswith(f"Loaded {orbax} (0.9M parameters, float32) in ")
+        assert len(lines) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"), [(2, 4, "data=2,expert=4"), (4, 2, "data=2,expert=2,tensor=2")]
+)
+def test_processes_generate_as_one(processes, devices, mesh, folder, completions, tmp_path):
+    """Sampled by the command and greedy by the example, from a Hugging Face folder."""
+    options = ("--max-new-tokens", 12, "--mesh", mesh)
+    sampled = ("--file", folder.with_name("prompts.jsonl"), "--temperature", 0.9, "--top-p", 0.95, "--seed", 7)
+    with Processes(tmp_path, processes, devices, *GENERATE, folder, *sampled, *options, *joined(processes)) as run:
+        assert run.statuses() == [0] * processes, run.stderr(0)
+        assert results(run.stdout(0)) == completions(do_sample=True, temperature=0.9, top_p=0.95, seed=7)
+        assert "".join(map(run.stdout, range(1, processes))) == ""
+    with Processes(
+        tmp_path, processes, devices, *EXAMPLE, folder, "--prompt", *PROMPTS, *options, *joined(processes)
+    ) as run:
+        assert run.statuses() == [0] * processes, run.stderr(0)
+        assert results(run.stdout(0)) == completions()
+        assert "".join(run.stdout(i) + run.stderr(i) for i in range(1, processes)) == ""
+
+
+def worker(folder, count, devices, *task, start_seconds=60, lost_seconds=60):
+    return Processes(folder, count, devices, *WORKER, free_address(), count, "{i}", start_seconds, lost_seconds, *task)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
+def test_library_on_two_processes(mesh, tmp_path):
+    with worker(tmp_path, 2, 4, "library", mesh, lost_seconds=120) as run:
+        assert run.statuses(500) == [0, 0], run.stderr(0) + run.stderr(1)
+        assert (run.stdout(0), run.stdout(1)) == ("fine\n", "")
+
+
+def one_line(text, program, *words):
+    assert len(text.splitlines()) == 1, text
+    assert text.startswith(f"{program}: ")
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("killed", "count"),
+    [(1, 2), (0, 2), (2, 4)],
+)
+def test_a_killed_process_ends_the_others_while_they_generate(killed, count, folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"abc"\n' * 4000)
+    options = ("--file", prompts, "--mesh", f"expert={count}", "--max-new-tokens", 50, "--batch-size", 4)
+    with Processes(tmp_path, count, 1, *GENERATE, folder, *options, *joined(count)) as run:
+        run.until("completion")
+        run.all[killed].send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        statuses = run.statuses(65)
+        assert time.monotonic() - begin < 62
+        assert statuses[killed] == -signal.SIGKILL
+        for i in set(range(count)) - {killed}:
+            assert statuses[i] != 0
+            one_line(run.stderr(i).splitlines()[-1], "dbrx-jax", "start all again")
+            assert len(run.stderr(i).splitlines()) < 3 or i == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_process_is_lost_after_the_stated_time(silent, tmp_path):
+    with worker(tmp_path, 2, 1, "talk", lost_seconds=10) as run:
+        run.until("running")
+        run.all[silent].send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        assert run.all[1 - silent].wait(30) != 0
+        assert time.monotonic() - begin < 25  # others may be at work
+        time.sleep(0.5)
+        one_line(run.stderr(1 - silent), "distributed_worker.py", f"process {silent} was lost")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_process_that_never_comes(present, tmp_path):
+    with worker(tmp_path, 2, 1, "talk", start_seconds=8) as run:
+        run.all[1 - present].kill()
+        begin = time.monotonic()
+        assert run.all[present].wait(60) != 0
+        assert time.monotonic() - begin < 8 + 30  # its own start included
+        time.sleep(0.5)
+        one_line(run.stderr(present), "distributed_worker.py", "not every process came within 8 s")
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_process_ends_all(folder, tmp_path):
+    with worker(tmp_path, 2, 1, "fail", lost_seconds=30) as run:
+        statuses = run.statuses(45)
+        assert statuses[1] == 2
+        assert statuses[0] != 0
+        one_line(run.stderr(1), "worker", "a mistake of one process alone")
+        one_line(run.stderr(0), "distributed_worker.py", "start all again")
+    (tmp_path / "0.jsonl").write_text('"abc"\n')
+    (tmp_path / "1.jsonl").write_text('"abd"\n')
+    options = ("--file", tmp_path / "{i}.jsonl", "--mesh", "expert=2")
+    with Processes(tmp_path, 2, 1, *GENERATE, folder, *options, *joined(2)) as run:
+        assert run.statuses() == [2, 2]
+        for i in range(2):
+            one_line(run.stderr(i), "dbrx-jax", "options and prompts: process 1 has others than process 0")
+
+
+def test_arguments_that_make_up_no_run(monkeypatch):
+    for arguments, words in (
+        (("somewhere", 2, 0), "expected HOST:PORT"),
+        (("a:1", 0, 0), "processes: expected a whole number above 0, got 0"),
+        (("a:1", 2, 2), "process id: expected a number from 0 to 1, got 2"),
+        ((None, None, -1), "process id: expected a number from 0, got -1"),
+    ):
+        with pytest.raises(DistributedError) as error:
+            _check(*arguments)
+        assert words in str(error.value)
+    with pytest.raises(DistributedError), start("somewhere"):
+        pass
+
+
+def test_options_that_do_not_go_together(folder):
+    for options, words in (
+        (("--distributed",), "--distributed needs --mesh"),
+        (("--processes", "2"), "go with --distributed"),
+    ):
+        done = subprocess.run([*GENERATE, folder, "--prompt", "x", *options], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        one_line(done.stderr, "dbrx-jax", words)
+
+
+class TestNativeLog:
+    """On what jax 0.10.2 was seen to write."""
+
+    def test_what_the_log_means(self):
+        fatal = f"F1121 13:22:23.623586   21806 client.h:80] {FATAL} detected fatal errors. absl::Status: "
+        for text, words in (
+            (f"{fatal}DEADLINE_EXCEEDED\nRPC: /xla.coordination.CoordinationService/RegisterTask", "came within 9 s"),
+            (f"{fatal}UNAVAILABLE: Task 13 heartbeat timeout. This", "process 13 was lost, not heard of for up to 7 s"),
+            (f"{fatal}The following tasks are unhealthy (stopped sending heartbeats):\n4\nThe", "process 4 was lost"),
+            (f"{fatal}Failed to send RPC to coordination service. Either", "process 0 was lost"),
+            (f"{fatal}DEADLINE_EXCEEDED\nRPC: /xla.coordination.CoordinationService/Heartbeat", "process 0 was lost"),
+            (f"{fatal}something else", "another process was lost"),
+            (f"{MARK}it broke\n{fatal}something else", "it broke"),
+        ):
+            assert words in explain(text, "9", "7")
+            assert "\n" not in explain(text, "9", "7")
+        assert explain("E1121 13:22:23.6 2 coordination_service.cc:1549] whatever", "9", "7") is None
+        assert explain(f"{MARK}it broke\n", "9", "7") == "it broke"
+
+    def test_what_is_kept_back(self):
+        for line in (
+            "E1121 13:22:23.622643   21823 coordination_service.cc:1520] [28] Shutdown barrier",
+            "E1121 13:22:23.623936   21834 coordination_service_agent.cc:289] Polled an error",
+            "F1121 13:22:23.623586   21806 client.h:80] Terminating process",
+            "W1121 13:55:40.599376   30693 preemption_sync_manager.cc:147] Failed to retrieve preemption notice",
+        ):
+            assert ENDING.match(line)
+        assert not ENDING.match("E1121 13:22:23.622643   21823 bfc_allocator.cc:1] out of memory")
+        assert NOISE.match("E1121 13:28:57.116434   23548 add_port.cc:83] Failed to add port to server: No address")
+
+
+@pytest.mark.parametrize(
+    ("error", "broke"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:2956"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: NCCL operation failed: remote process exited"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (ValueError("gloo.json: no such file"), False),
+        (DistributedError("UNAVAILABLE: gloo"), False),
+    ],
+)
+def test_what_counts_as_a_broken_connection(error, broke):
+    assert _broke(error) is broke

@@ -1,0 +1,285 @@
+"""The tokenizer: exact ids, every form of vocabulary, chat templates, and text that stays text."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import tiktoken_ext
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbrx_jax import DbrxTokenizer
+from dbrx_jax.errors import TokenizerError
+from dbrx_jax.text.tokenizer import stop_tokens
+from dbrx_jax.text.vocabulary import CL100K_CACHE_NAME, DBRX_SPECIAL_TOKENS, _byte_characters
+
+CL100K = next(p for d in tiktoken_ext.__path__ if (p := Path(d) / "data" / "cl100k_base.tiktoken").exists())
+HELLO = "Hello, world! 12345  \n\n  x"
+HELLO_IDS = [9906, 11, 1917, 0, 220, 4513, 1774, 19124, 220, 865]
+QUESTION = [{"role": "user", "content": "What is Machine Learning?"}]
+QUESTION_IDS = [100278, 882, 198, 3923, 374, 13257, 21579, 30, 100279, 198, 100278, 78191, 198]
+
+
+@pytest.fixture(scope="module")
+def dbrx(tmp_path_factory):
+    return DbrxTokenizer.from_pretrained(tmp_path_factory.mktemp("empty"), ranks_file=CL100K)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return {base64.b64decode(t): int(r) for t, r in (line.split() for line in CL100K.read_text().splitlines())}
+
+
+def gpt2_files(ranks):
+    """vocab.json and merges as converters write them: every split of every token, by rank."""
+    characters = _byte_characters()
+    vocab = {"".join(characters[b] for b in token): rank for token, rank in ranks.items()}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        for left, right in sorted(splits, key=lambda s: (ranks[s[0]], ranks[s[1]])):
+            merges.append([vocab_text(left, characters), vocab_text(right, characters)])
+    return vocab, merges
+
+
+def vocab_text(token, characters):
+    return "".join(characters[b] for b in token)
+
+
+class TestIds:
+    def test_published_vectors(self, dbrx):
+        assert dbrx.encode(HELLO) == HELLO_IDS
+        assert dbrx.apply_chat_template(QUESTION, add_generation_prompt=True) == QUESTION_IDS
+
+    def test_merges_run_across_the_templates_newline_and_the_content(self, dbrx):
+        assert dbrx.apply_chat_template([{"role": "user", "content": "\nhello"}])[:4] == [100278, 882, 271, 15339]
+
+    def test_special_tokens_are_the_published_ones(self, dbrx):
+        assert dbrx.special_tokens == DBRX_SPECIAL_TOKENS
+        assert (dbrx.eos_token_id, dbrx.pad_token_id, dbrx.vocab_size) == (100257, 100277, 100280)
+
+    def test_ids_without_text(self, dbrx):
+        assert dbrx.decode([100280, 100351, 100256, 9906, 100270]) == "Hello"
+
+    def test_decode_special_tokens(self, dbrx):
+        ids = [100278, 9906, 100279]
+        assert dbrx.decode(ids) == "<|im_start|>Hello<|im_end|>"
+        assert dbrx.decode(ids, skip_special_tokens=True) == "Hello"
+
+    @settings(max_examples=200)
+    @given(st.text())
+    def test_round_trip(self, dbrx, text):
+        assert dbrx.decode(dbrx.encode(text)) == text.encode("utf-8", errors="replace").decode()
+
+    def test_streaming_holds_back_halves_of_characters(self, dbrx):
+        text = "naïve 日本語 🙂 done"
+        stream = dbrx.stream()
+        pieces = [stream.push([i]) for i in dbrx.encode(text)]
+        assert "".join(pieces) + stream.finish() == text
+        assert not any("�" in p for p in pieces)
+        stream.push(dbrx.encode("🙂")[:1])
+        assert stream.finish() == "�"
+
+    def test_pad(self, dbrx):
+        padded = dbrx.pad([[1, 2, 3], [4]])
+        assert padded["input_ids"].tolist() == [[1, 2, 3], [100277, 100277, 4]]
+        assert padded["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.fixture(scope="module")
+def small(ranks):
+    """The first 3000 ranks: a vocabulary of its own, quick to write in every form."""
+    return {token: rank for token, rank in ranks.items() if rank < 3000}
+
+
+@pytest.fixture(scope="module")
+def special():
+    return {"<|endoftext|>": 3005, "<|im_start|>": 3006, "<|im_end|>": 3007}
+
+
+class TestForms:
+    """The same ids from every form in which copies carry the vocabulary."""
+
+    def write(self, folder, form, small, special):
+        vocab, merges = gpt2_files(small)
+        if form == "tiktoken":
+            lines = [f"{base64.b64encode(t).decode()} {r}" for t, r in small.items()]
+            (folder / "any.tiktoken").write_text("\n".join(lines) + "\n")
+        elif form == "vocab.json":
+            vocab |= special | {f"<||_unused_{i}_||>": 3000 + i for i in range(5)}
+            (folder / "vocab.json").write_text(json.dumps(vocab))
+            (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges))
+        else:
+            joined = [" ".join(m) for m in merges] if form == "tokenizer.json, old" else merges
+            added = [{"id": i, "content": t, "special": True} for t, i in special.items()]
+            data = {"added_tokens": added, "model": {"type": "BPE", "vocab": vocab | special, "merges": joined}}
+            (folder / "tokenizer.json").write_text(json.dumps(data))
+        if not form.startswith("tokenizer.json"):
+            added = {str(i): {"content": t, "special": True} for t, i in special.items()}
+            (folder / "tokenizer_config.json").write_text(
+                json.dumps({"added_tokens_decoder": added, "eos_token": {"content": "<|im_end|>"}, "pad_token": None})
+            )
+
+    @pytest.mark.parametrize("form", ["tiktoken", "vocab.json", "tokenizer.json", "tokenizer.json, old"])
+    def test_form(self, tmp_path, form, small, special):
+        self.write(tmp_path, form, small, special)
+        tokenizer = DbrxTokenizer.from_pretrained(tmp_path)
+        want = DbrxTokenizer(small, special)
+        text = HELLO + " the quick brown fox's naïve 日本語 🙂\r\n\t if x:\n        return 3.14159"
+        assert tokenizer.encode(text) == want.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.special_tokens == special
+        if form in ("tiktoken", "vocab.json"):
+            assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (3007, None)
+            assert stop_tokens(tmp_path) == ((3007,), None)
+
+    def test_the_whole_of_cl100k_as_vocab_json(self, tmp_path, ranks, dbrx):
+        characters = _byte_characters()
+        vocab = {vocab_text(token, characters): rank for token, rank in ranks.items()}
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+        tokenizer = DbrxTokenizer.from_pretrained(tmp_path)
+        assert tokenizer.encode(HELLO) == HELLO_IDS
+        assert tokenizer.special_tokens == DBRX_SPECIAL_TOKENS
+
+    def test_tiktokens_cache(self, tmp_path, monkeypatch):
+        (tmp_path / "checkpoint").mkdir()
+        (tmp_path / CL100K_CACHE_NAME).write_bytes(CL100K.read_bytes())
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+        assert DbrxTokenizer.from_pretrained(tmp_path / "checkpoint").encode(HELLO) == HELLO_IDS
+        with (tmp_path / CL100K_CACHE_NAME).open("a") as f:
+            f.write("\n")
+        with pytest.raises(TokenizerError, match="SHA-256"):
+            DbrxTokenizer.from_pretrained(tmp_path / "checkpoint")
+
+    def test_nothing_at_all(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+        with pytest.raises(TokenizerError, match=r"holds no vocabulary .* put the ranks file cl100k_base\.tiktoken"):
+            DbrxTokenizer.from_pretrained(tmp_path)
+        with pytest.raises(TokenizerError, match="no such folder"):
+            DbrxTokenizer.from_pretrained(tmp_path / "x")
+
+
+BYTES = {c: i for i, c in enumerate(_byte_characters())}
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a.tiktoken": "!!! 0"}, "not a tiktoken ranks file"),
+        ({"a.tiktoken": "YQ== x"}, "not a tiktoken ranks file"),
+        ({"a.tiktoken": "YQ== 0"}, "no entry for the byte 0x00"),
+        ({"vocab.json": {**BYTES, "Ġa": 0}, "merges.txt": ""}, "two entries have the same id"),
+        ({"vocab.json": {**BYTES, "aa": -4}, "merges.txt": ""}, "the id of 'aa' must be a whole number"),
+        ({"vocab.json": {**BYTES, "aa": 10**9}, "merges.txt": ""}, "the id of 'aa' must be a whole number"),
+        ({"vocab.json": {**BYTES, "日": 300}, "merges.txt": ""}, "which stands for no byte"),
+        ({"vocab.json": {**BYTES, "aa": 300, "bb": 299}, "merges.txt": "a a\nb b"}, "does not follow the order of ids"),
+        ({"vocab.json": [1], "merges.txt": ""}, "expected a JSON object"),
+        ({"vocab.json": BYTES}, "merges.txt: there is no such file"),
+        ({"tokenizer.json": {"model": {"type": "Unigram"}}}, "model.type: expected 'BPE'"),
+        ({"tokenizer.json": {"model": {"vocab": BYTES}}}, "model.merges: expected a list"),
+        ({"tokenizer.json": "{"}, "not valid JSON"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "expected an object of objects"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"5": {}}}}, "1 to 256 characters"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "<s>"}}}}, "the id of '<s>'"),
+        ({"tokenizer_config.json": {"chat_template": 5}, "vocab.json": BYTES, "merges.txt": ""}, "expected a text"),
+        (
+            {
+                "tokenizer_config.json": {"added_tokens_decoder": {"65": {"content": "<s>"}}},
+                "vocab.json": BYTES,
+                "merges.txt": "",
+            },
+            "the id 65 belongs to a special token and to an entry",
+        ),
+    ],
+)
+def test_damaged_files(tmp_path, files, words):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(TokenizerError) as error:
+        DbrxTokenizer.from_pretrained(tmp_path)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+SPECIAL_TEXTS = st.sampled_from([*DBRX_SPECIAL_TOKENS, "<|", "|>", "im_start", "<", "\n", "system", "\ue000"])
+
+
+class TestForging:
+    @settings(max_examples=25)
+    @given(st.lists(SPECIAL_TEXTS | st.text(max_size=4), max_size=6).map("".join))
+    def test_content_never_becomes_a_special_token(self, dbrx, content):
+        ids = dbrx.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        assert [i for i in ids if i >= 100257] == [100278, 100279, 100278]
+        assert dbrx.decode(ids) == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+
+    def test_nor_does_a_role(self, dbrx):
+        ids = dbrx.apply_chat_template([{"role": "user<|im_end|>", "content": "x"}])
+        assert ids.count(100279) == 1
+
+    @pytest.mark.parametrize("text", [*DBRX_SPECIAL_TOKENS])
+    def test_encode(self, dbrx, text):
+        assert max(dbrx.encode(f"a{text}b")) < 100257
+        assert dbrx.decode(dbrx.encode(text)) == text
+
+
+class TestTemplates:
+    def tokenizer(self, dbrx, template):
+        return DbrxTokenizer(
+            {bytes([b]): b for b in range(256)}, {"<|x|>": 300, "<|endoftext|>": 301}, chat_template=template
+        )
+
+    def test_the_checkpoints_own_is_used(self, tmp_path):
+        template = (
+            "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe DBRX.<|im_end|>\\n' }}{% endif %}"
+            + ("{% for m in messages %}{{ m.content | trim }}{% endfor %}{{ eos_token }}")
+        )
+        config = {"chat_template": [{"name": "rag", "template": "x"}, {"name": "default", "template": template}]}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = DbrxTokenizer.from_pretrained(tmp_path, CL100K)
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": " hi "}])
+        assert tokenizer.decode(ids) == "<|im_start|>system\nBe DBRX.<|im_end|>\nhi<|endoftext|>"
+        assert [i for i in ids if i >= 100257] == [100278, 100279, 100257]
+        (tmp_path / "chat_template.jinja").write_text("{{ messages | length }}")
+        assert DbrxTokenizer.from_pretrained(tmp_path, CL100K).apply_chat_template(QUESTION) == [16]
+
+    def test_a_refusal_of_the_templates_own(self, dbrx):
+        tokenizer = self.tokenizer(dbrx, "{{ raise_exception('roles must alternate') }}")
+        with pytest.raises(TokenizerError, match="the chat template failed: roles must alternate"):
+            tokenizer.apply_chat_template(QUESTION)
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "{{ messages.append(1) }}",
+            "{{ 'a' * 10 ** 10 }}",
+            "{{ '%2000000000d' | format(1) }}",
+            "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "{% include '/etc/passwd' %}",
+            "{% for",
+            "{{ nothing.at.all }}",
+            "{{ 1 / 0 }}",
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            " " * (1 << 19),
+        ],
+    )
+    def test_hostile_templates_end_in_an_error(self, dbrx, template):
+        with pytest.raises(TokenizerError, match="the chat template failed: ") as error:
+            self.tokenizer(dbrx, template).apply_chat_template(QUESTION)
+        assert "\n" not in str(error.value)
+
+    def test_a_template_without_end(self, dbrx, monkeypatch):
+        monkeypatch.setattr("dbrx_jax.text.chat_template.SECONDS", 1)
+        template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        with pytest.raises(TokenizerError, match="seconds"):
+            self.tokenizer(dbrx, template).apply_chat_template(QUESTION)
+
+    @pytest.mark.parametrize(
+        "messages", [[{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 5}], ["x"]]
+    )
+    def test_messages_that_are_none(self, dbrx, messages):
+        with pytest.raises(TokenizerError, match="message 0: expected an object with the texts role and content"):
+            dbrx.apply_chat_template(messages)
