@@ -10,9 +10,9 @@ import numpy as np
 
 from dbrx_convert.to_hf import SHARD, _write_index, plan_shards
 from dbrx_jax.checkpoint.layouts import FUSED, expand
-from dbrx_jax.config import DbrxConfig, names
+from dbrx_jax.config import DbrxConfig, config_names
 from dbrx_jax.demo import source_folder
-from dbrx_jax.runtime import user_cache
+from dbrx_jax.runtime import user_cache_folder
 
 BLOCK = 16 << 20  # values made at a time
 
@@ -21,7 +21,7 @@ Values = Callable[[str, int], Iterator[np.ndarray]]  # of a tensor by its name a
 
 def cache_folder() -> Path:
     """Where checkpoints are kept from run to run by default."""
-    return user_cache() / "benchmarks"
+    return user_cache_folder() / "benchmarks"
 
 
 def checkpoint(model: str, cache: Path) -> Path:
@@ -36,7 +36,7 @@ def checkpoint(model: str, cache: Path) -> Path:
     """
     if model == "demo":
         return source_folder()
-    if model in names():
+    if model in config_names():
         folder = cache / model
         if not (folder / "config.json").exists():
             write_random(DbrxConfig.from_name(model), folder)

@@ -11,7 +11,7 @@ from benchmarks.record import BenchmarkError
 
 # Of the largest logit; more is another computation. The engines were seen to differ by 1e-6, 0.01, 0.04 and, where
 # each quantises in a way of its own, by 0.13 on random weights, where unrelated logits differ by 2.
-LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.2, "int4": 0.5}
+MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.2, "int4": 0.5}
 CHECKED_TOKENS = 8
 
 Figures = dict[str, float]  # of those named …_per_second more is better, of others less is
@@ -73,7 +73,7 @@ def check_same(engine: Engine, peer: Engine, prompt: list[int], dtype: str) -> d
     if a.shape != b.shape:
         raise BenchmarkError(f"{peer.name}: gives {b.size} logits, and {engine.name} {a.size}")
     difference, largest = float(np.abs(a - b).max()), float(np.abs(a).max())
-    if not difference <= LARGEST_DIFFERENCE[dtype] * largest:
+    if not difference <= MAX_DIFFERENCE[dtype] * largest:
         raise BenchmarkError(
             f"{peer.name}: logits differ by up to {difference:.3g} from {engine.name}'s, of which the largest is "
             f"{largest:.3g}: this is another computation, and its speed says nothing"

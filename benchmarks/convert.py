@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.checkpoints import write_folder
 from benchmarks.record import RESULTS, ROOT, BenchmarkError, stamp, write
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.console import say
+from dbrx_jax.console import print_status
 
 BLOCK = 64 << 20  # bytes of random bits made at a time
 
@@ -75,7 +75,7 @@ class Convert:
         checkpoint = {"layers": self.layers, "experts": self.experts, "gigabytes": round(gigabytes, 2)}
         head = stamp("dbrx-jax", "jax", "orbax-checkpoint")
         write({"benchmark": "convert", **head, "checkpoint": checkpoint, "rounds": rounds}, self.output)
-        say(f"Written to {self.output}")
+        print_status(f"Written to {self.output}")
 
     def _round(self, work: Path, gigabytes: float) -> dict[str, Any]:
         row: dict[str, Any] = {"cp": {"seconds": copy(work / "source", work / "cp")}}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.record import ROOT, BenchmarkError
-from dbrx_jax.console import say
+from dbrx_jax.console import print_status
 
 OURS = "dbrx_jax"
 WIDE = "bfloat16"  # ours without quantised weights, as a peer of what has them
@@ -70,7 +70,7 @@ class Engine:
         """The reply to one request.
 
         Raises:
-          BenchmarkError: the worker failed; with what it said last.
+          BenchmarkError: the worker failed; with what it printed last.
         """
         assert self._process.stdin
         assert self._process.stdout
@@ -133,7 +133,7 @@ def peer(against: str, given: Path | None, dtype: str, folder: Path, gguf: Path)
     python = find_python(against, given, dtype)
     if against == "llama.cpp":
         if not gguf.exists() or gguf.stat().st_mtime < (folder / "config.json").stat().st_mtime:
-            say(f"Making {gguf}")
+            print_status(f"Making {gguf}")
             gguf.parent.mkdir(parents=True, exist_ok=True)
             command: list[str | Path] = [python, "-m", "benchmarks.gguf_file", folder, gguf, "--dtype", dtype]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -31,10 +31,10 @@ import jax
 done("import jax")
 import dbrx_jax.cli.main, dbrx_jax.generation.generate, dbrx_jax.checkpoint.load
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
-from dbrx_jax.runtime import keep_compiled
+from dbrx_jax.runtime import enable_compilation_cache
 from dbrx_jax.demo import source_folder
 done("import the rest")
-keep_compiled(lambda line: None)
+enable_compilation_cache(lambda line: None)
 folder = source_folder()
 tokenizer = DbrxTokenizer.from_pretrained(folder)
 done("tokenizer")

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks import tiles
 from benchmarks.record import RESULTS, stamp, write
 from dbrx_jax.kernels.tile_table import table
-from dbrx_jax.model.cache import LayerCache, turned
+from dbrx_jax.model.cache import LayerCache, swap_layout
 from dbrx_jax.planning import targets
 
 KINDS = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu"}
@@ -64,10 +64,10 @@ def experts(kind: str, weights: tuple[str, ...]) -> Iterator[Case]:
 
 def attention(kind: str) -> Iterator[Case]:
     """Over the cache, of steps and of a prompt's chunk."""
-    from dbrx_jax.kernels.gpu import cache_attention as attention_gpu
-    from dbrx_jax.kernels.tpu import cache_attention as attention_tpu
+    from dbrx_jax.kernels.gpu import cache_attention as gpu_cache_attention
+    from dbrx_jax.kernels.tpu import cache_attention as tpu_cache_attention
 
-    attend: Any = (attention_gpu if kind == "gpu" else attention_tpu).cache_attention
+    attend: Any = (gpu_cache_attention if kind == "gpu" else tpu_cache_attention).cache_attention
     config = tiles.CONFIG
     heads, G, K = config.n_heads, config.kv_n_heads, config.head_dim
     lies = (G, POSITIONS) if kind == "gpu" else (POSITIONS, G)  # of a row
@@ -78,7 +78,7 @@ def attention(kind: str) -> Iterator[Case]:
         starts = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
         def call(query, starts, *cache):
-            key, value, *scales = turned(LayerCache(*cache), "cuda" if kind == "gpu" else kind)
+            key, value, *scales = swap_layout(LayerCache(*cache), "cuda" if kind == "gpu" else kind)
             return attend(query, key, value, starts, 0, scales=None if scales[0] is None else scales)
 
         yield Case(f"attention, {dtype} cache, {rows} x {tokens} queries", call, (query, starts, *held, *scales))
@@ -86,10 +86,10 @@ def attention(kind: str) -> Iterator[Case]:
 
 def gradients(kind: str) -> Iterator[Case]:
     """Gradients of an expert's weights, for both of its shapes."""
-    from dbrx_jax.kernels.gpu import grouped_gradient as grouped_gradient_gpu
-    from dbrx_jax.kernels.tpu import grouped_matmul as grouped_tpu
+    from dbrx_jax.kernels.gpu import grouped_gradient as gpu_grouped_gradient
+    from dbrx_jax.kernels.tpu import grouped_matmul as tpu_grouped_matmul
 
-    gradient: Any = (grouped_gradient_gpu if kind == "gpu" else grouped_tpu).grouped_gradient
+    gradient: Any = (gpu_grouped_gradient if kind == "gpu" else tpu_grouped_matmul).grouped_gradient
     F, D, P, E = tiles.CONFIG.ffn_hidden_size, tiles.CONFIG.d_model, tiles.MANY_ROWS, 2
     for M, C in ((F, D), (D, F)):
         rows = [jax.ShapeDtypeStruct((P, n), jnp.bfloat16) for n in (M, C)]
@@ -98,12 +98,12 @@ def gradients(kind: str) -> Iterator[Case]:
 
 def writing() -> Case:
     """A step's keys or values to the cache."""
-    from dbrx_jax.kernels.tpu import cache_write as cache_tpu
+    from dbrx_jax.kernels.tpu import cache_write as tpu_cache_write
 
     G, K = tiles.CONFIG.kv_n_heads, tiles.CONFIG.head_dim
     places = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2
     held, new = (jax.ShapeDtypeStruct((8, *size, K), jnp.bfloat16) for size in ((POSITIONS, G), (G,)))
-    return Case("writing 8 positions", cache_tpu.write_positions, (held, new, *places))
+    return Case("writing 8 positions", tpu_cache_write.write_positions, (held, new, *places))
 
 
 def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
     place = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), case.arguments)
     begin = time.perf_counter()
-    with said() as words, jax.set_mesh(mesh):
+    with printed() as words, jax.set_mesh(mesh):
         program = jax.jit(case.call).lower(*arguments).compile()
     seconds, text = time.perf_counter() - begin, words[0]
     return {
@@ -124,7 +124,7 @@ def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def said() -> Iterator[list[str]]:
+def printed() -> Iterator[list[str]]:
     """What C++ writes to stdout and stderr meanwhile, afterwards."""
     words: list[str] = []
     with tempfile.TemporaryFile("w+", errors="replace") as file:

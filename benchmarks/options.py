@@ -15,7 +15,7 @@ from benchmarks.machine import Machine, measure_apart
 from benchmarks.record import RESULTS, BenchmarkError, cpus, stamp, write
 from benchmarks.show import lines
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.console import say
+from dbrx_jax.console import print_status
 
 BUSY = 0.3  # load of a CPU from which on a measurement is doubtful
 CHECKED_PROMPT = 12  # tokens
@@ -56,7 +56,7 @@ class Options:
             subjects.append(peer(self.against, self.against_python, self.dtype, source, gguf))
         load = os.getloadavg()[0] / cpus()
         if load > BUSY:
-            say(f"benchmarks: warning: the machine is busy (load {load:.1f} a CPU), and measures wrongly")
+            print_status(f"benchmarks: warning: the machine is busy (load {load:.1f} a CPU), and measures wrongly")
         machine = measure_apart()
         result: dict[str, Any] = {
             "benchmark": type(self).__name__.lower(),
@@ -74,10 +74,10 @@ class Options:
         print("\n".join(lines(result)), flush=True)
         path = self.output or RESULTS / f"{file_name(result)}.json"
         write(result, path)
-        say(f"Written to {path}")
+        print_status(f"Written to {path}")
 
     def measure(self, config: DbrxConfig, machine: Machine, subjects: list[Subject]) -> dict[str, Any]:
-        """All rounds, and what the engines say of themselves."""
+        """All rounds, and what the engines report of themselves."""
         result: dict[str, Any] = {"engines": {}}
         with contextlib.ExitStack() as stack:
             engines = [stack.enter_context(started(subject)) for subject in subjects]

@@ -32,7 +32,7 @@ from dbrx_jax.api import DbrxForCausalLM
 from dbrx_jax.checkpoint.orbax import PARAMS, STATE
 from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_of
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.console import run, say
+from dbrx_jax.console import print_status, run
 from dbrx_jax.demo import source_folder
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.quantization.array import group_count
@@ -92,7 +92,7 @@ class Quality:
             result["conversion"] = conversions(self.convert / "dbrx-quality")
         write(result, self.output)
         print("\n".join(table(result)), flush=True)
-        say(f"Written to {self.output}")
+        print_status(f"Written to {self.output}")
 
 
 def held_out(corpus: Path, tokens: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.engines import OURS
 from benchmarks.record import RESULTS, ROOT, BenchmarkError
 from benchmarks.show import number, quantity, share, words
-from dbrx_jax.console import say
+from dbrx_jax.console import print_status
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 LATENCIES = ("first_token_median_seconds", "first_token_p95_seconds", "total_median_seconds", "total_p95_seconds")
@@ -98,7 +98,7 @@ class Report:
         found = read_results(self.results)
         plots = draw(found, self.docs / "benchmarks")
         (self.docs / "benchmarks.md").write_text(page(found, plots))
-        say(f"Written to {self.docs / 'benchmarks.md'}, with {len(plots)} plots")
+        print_status(f"Written to {self.docs / 'benchmarks.md'}, with {len(plots)} plots")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

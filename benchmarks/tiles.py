@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from benchmarks.machine import best_seconds
 from dbrx_jax.backend import kernel_backend
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.console import say
+from dbrx_jax.console import print_status
 from dbrx_jax.kernels.tile_table import TABLE, table
 from dbrx_jax.quantization import Format
 from dbrx_jax.quantization.array import abstract
@@ -77,10 +77,10 @@ def _few_tpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
 
 def _few_gpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
     from dbrx_jax.kernels.gpu import decode_experts as module
-    from dbrx_jax.kernels.gpu.packed_weights import words
+    from dbrx_jax.kernels.gpu.packed_weights import pack
 
-    x, tokens = _rows(rows, w1.shape[2]), rows + -rows % module.LEAST_TOKENS
-    up, down = (jax.eval_shape(partial(words, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
+    x, tokens = _rows(rows, w1.shape[2]), rows + -rows % module.MIN_TOKENS
+    up, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
     slots = []
     for weights in ((up, up), (down,)):
         candidates = module.candidate_tiles(weights, tokens, places)
@@ -161,7 +161,7 @@ def on_device(case: Case) -> Callable[[Mapping[str, Tiles]], float]:
         try:
             return best_seconds(lambda: jax.block_until_ready(run(*arguments)))
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:  # too large for the device
-            say(f"{dict(tiles)}: {str(error).splitlines()[0]:.100}")
+            print_status(f"{dict(tiles)}: {str(error).splitlines()[0]:.100}")
             return math.inf
 
     return seconds
@@ -174,7 +174,9 @@ def main() -> None:
     device = jax.devices()[0]
     kind = kernel_backend(device.platform)
     if not options.rules and kind is None:
-        say(f"There is nothing to time on a {device.device_kind}: kernels are for TPUs and Hopper GPUs (or --rules)")
+        print_status(
+            f"There is nothing to time on a {device.device_kind}: kernels are for TPUs and Hopper GPUs (or --rules)"
+        )
         sys.exit(2)
     entries = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     for name in ("tpu", "gpu") if options.rules else (kind,):
@@ -188,7 +190,7 @@ def main() -> None:
                     continue
                 about = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
                 entries[slot] = {"tiles": list(tiles), "by": by, **({} if options.rules else about)}
-                say(f"{slot}: {list(tiles)}")
+                print_status(f"{slot}: {list(tiles)}")
             lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items()))
             TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     table.cache_clear()

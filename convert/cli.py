@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dbrx_jax.console import progress, run, say
+from dbrx_jax.console import print_status, progress, run
 from dbrx_jax.errors import CheckpointError, TokenizerError
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -201,20 +201,22 @@ def _convert(
 
     folder = open_folder(source)
     size = folder.size
-    say(f"{source}: DBRX of {folder.config.total_parameters:,} parameters, {folder.description}")
+    print_status(f"{source}: DBRX of {folder.config.total_parameters:,} parameters, {folder.description}")
     if folder.quantization is not None:
-        say(f"{source}: its weights are dequantised")
+        print_status(f"{source}: its weights are dequantised")
     begin = time.perf_counter()
     with progress("Converting", size) as advance:
         bad = convert(advance)
     seconds, gigabytes = time.perf_counter() - begin, size / 1e9
     for name, count in bad.items():
-        say(f"dbrx-convert: warning: {name}: {count} values are not finite; look at where the source comes from")
-    say(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
+        print_status(
+            f"dbrx-convert: warning: {name}: {count} values are not finite; look at where the source comes from"
+        )
+    print_status(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
     if quantize is not None:
         files = location(destination).rglob("*")
         taken = sum(file.stat().st_size for file in files if file.is_file())
-        say(f"{destination}: its weights are {quantize}, and take {taken / 1e9:.3g} GB")
+        print_status(f"{destination}: its weights are {quantize}, and take {taken / 1e9:.3g} GB")
 
 
 def _size(text: str) -> int:

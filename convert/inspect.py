@@ -7,7 +7,7 @@ from typing import Any
 from dbrx_convert.move import not_finite
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.checkpoint.open import open_folder
-from dbrx_jax.checkpoint.parameters import parameter_specs, placed_arrays
+from dbrx_jax.checkpoint.parameters import array_layouts, parameter_specs
 from dbrx_jax.errors import CheckpointError, DbrxError
 from dbrx_jax.files import location
 from dbrx_jax.quantization.formats import part_of
@@ -71,7 +71,7 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
 def _bytes_by_part(folder: CheckpointFolder) -> dict[str, int]:
     """Of the parts of a model that a :class:`Quantization` tells apart, and of the rest."""
     result: dict[str, int] = {}
-    arrays = placed_arrays(folder.config, None, folder.quantization, folder.dtype())
+    arrays = array_layouts(folder.config, None, folder.quantization, folder.dtype())
     for name, array in arrays.items():
         part = part_of(name) or "routers and norms"
         nbytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf, _ in array.leaves())

@@ -29,7 +29,7 @@ from dbrx_jax.checkpoint.orbax import (
     read_array,
     stored_dtype,
 )
-from dbrx_jax.checkpoint.parameters import nest, parameter_specs, placed_arrays
+from dbrx_jax.checkpoint.parameters import array_layouts, nest, parameter_specs
 from dbrx_jax.checkpoint.quantized import read_quantized
 from dbrx_jax.checkpoint.raw_arrays import METADATA, count_not_finite, write_all, write_array, write_compressed
 from dbrx_jax.errors import CheckpointError
@@ -82,7 +82,7 @@ def to_orbax(
     version = QUANTIZED_VERSION if asked else FORMAT_VERSION
     options = {"kind": "to-orbax", "dtype": target.name, "compress": compress, "format_version": version}
     options |= {"quantization": str(asked)} if asked else {}
-    arrays = placed_arrays(checkpoint.config, None, asked, target)
+    arrays = array_layouts(checkpoint.config, None, asked, target)
     leaves = {f"{name}.{part}".rstrip("."): leaf for name, a in arrays.items() for part, leaf, _ in a.leaves()}
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     if compress and is_remote(destination):

@@ -1,4 +1,4 @@
-"""Comparing two checkpoints of either kind, tensor by tensor or by what they say."""
+"""Comparing two checkpoints of either kind, tensor by tensor or by their logits."""
 
 import dataclasses
 import math

@@ -45,7 +45,7 @@ class WorkFolder:
             raise CheckpointError(f"{self.destination}: exists already; choose another folder or remove it")
 
     def __enter__(self) -> Path:
-        with _said(self.destination):
+        with _description(self.destination):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder, os.O_RDONLY)
             try:
@@ -87,7 +87,7 @@ class WorkFolder:
     ) -> None:
         try:
             if kind is None:
-                with _said(self.destination):
+                with _description(self.destination):
                     (self.folder / PLAN).unlink()
                     os.sync()
                     self.folder.rename(self.destination)
@@ -118,7 +118,7 @@ class RemoteWorkFolder:
         self.destination, self.plan = destination, plan
 
     def __enter__(self) -> Path:
-        with _said(self.destination):
+        with _description(self.destination):
             path = self.destination / PLAN
             if path.exists():
                 _check_plan(path, self.plan)
@@ -133,7 +133,7 @@ class RemoteWorkFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            with _said(self.destination):
+            with _description(self.destination):
                 (self.destination / PLAN).unlink()
         elif isinstance(error, OSError):
             raise CheckpointError(
@@ -157,7 +157,7 @@ def _check_plan(path: Path, plan: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _said(destination: Path):
+def _description(destination: Path):
     try:
         yield
     except OSError as error:

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
 
-from dbrx_jax.checkpoint.load import load_model
 from dbrx_jax.checkpoint.parameters import model_from_parameters
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation.generate import generate
@@ -19,10 +18,10 @@ from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.hub import checkpoint_folder
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.forward import CausalLMOutput, forward
-from dbrx_jax.model.graph import split
+from dbrx_jax.model.graph import split_model
 from dbrx_jax.model.inputs import check_ids, same_shape
 from dbrx_jax.quantization import Quantization
-from dbrx_jax.sharding.partition import ROWS
+from dbrx_jax.sharding.partition import BATCH_AXES
 from dbrx_jax.text.tokenizer import stop_tokens
 
 
@@ -66,6 +65,8 @@ class DbrxForCausalLM(CausalLM):
           MeshError: the mesh does not fit the model or the devices.
           QuantizationError: the quantisation is not known, or does not fit the model.
         """
+        from dbrx_jax.checkpoint.load import load_model  # safetensors is imported when it is needed
+
         folder = checkpoint_folder(path)
         model = load_model(cls, folder, mesh, dtype, quantization, all_to_all, attention_implementation)
         model.generation_config = _generation_config(folder)
@@ -126,12 +127,12 @@ class DbrxForCausalLM(CausalLM):
         else:
             positions = same_shape("position_ids", position_ids, ids)
         B, T = ids.shape
-        wide = ((0, -B % self.partition.size(*ROWS)), (0, -T % self.partition.size("expert")))
+        wide = ((0, -B % self.partition.size(*BATCH_AXES)), (0, -T % self.partition.size("expert")))
         ids, mask, positions = (
             a if wide == ((0, 0), (0, 0)) else (np if isinstance(a, np.ndarray) else jnp).pad(a, wide)
             for a in (ids, mask, positions)
         )
-        out = forward(split(self), ids, mask, positions, output_hidden_states, output_router_probs)
+        out = forward(split_model(self), ids, mask, positions, output_hidden_states, output_router_probs)
         if self.partition.mesh is not None:
             out = out._replace(
                 logits=out.logits[:B, :T, : self.config.vocab_size],

@@ -24,10 +24,10 @@ _FFN = (
     "moe_loss_weight",
     "moe_normalize_expert_weights",
 )
-_LARGEST_NUMBER = 1e30
-_MOST_EXPERTS = 1 << 15  # of all layers together; the largest DBRX has 640
+_MAX_NUMBER = 1e30
+_MAX_EXPERTS = 1 << 15  # of all layers together; the largest DBRX has 640
 # Sizes beyond these are a damaged or hostile file; refused before anything is allocated.
-_LARGEST = {
+_MAX_FLOAT = {
     "d_model": 1 << 18,
     "n_heads": 1 << 12,
     "n_layers": 1 << 10,
@@ -70,7 +70,7 @@ class DbrxConfig:
     dtype: str = "bfloat16"  # of the stored weights
 
     def __post_init__(self) -> None:
-        for name, largest in _LARGEST.items():
+        for name, largest in _MAX_FLOAT.items():
             _set(self, name, _integer(name, getattr(self, name), largest))
         _set(self, "initializer_range", _number("initializer_range", self.initializer_range, 0.0))
         _set(self, "rope_theta", _number("rope_theta", self.rope_theta, 1.0))
@@ -87,9 +87,9 @@ class DbrxConfig:
             if eps >= 1:
                 raise ConfigError(f"moe_jitter_eps: expected a number below 1, got {eps}")
             _set(self, "moe_jitter_eps", eps or None)
-        if self.n_layers * self.moe_num_experts > _MOST_EXPERTS:
+        if self.n_layers * self.moe_num_experts > _MAX_EXPERTS:
             raise ConfigError(
-                f"moe_num_experts: at most {_MOST_EXPERTS} in all layers together, "
+                f"moe_num_experts: at most {_MAX_EXPERTS} in all layers together, "
                 f"got {self.n_layers} layers of {self.moe_num_experts}"
             )
         if self.ffn_act_fn not in ACTIVATIONS:
@@ -177,13 +177,13 @@ class DbrxConfig:
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Reads one of the configurations that come with the package, by its name (see :func:`names`).
+        """Reads one of the configurations that come with the package, by its name (see :func:`config_names`).
 
         Raises:
           ConfigError: there is no configuration of this name.
         """
-        if name not in names():
-            raise ConfigError(f"no configuration is called {name!r}: choose one of {', '.join(names())}")
+        if name not in config_names():
+            raise ConfigError(f"no configuration is called {name!r}: choose one of {', '.join(config_names())}")
         return cls.from_dict(json.loads((configs_folder() / f"{name}.json").read_text()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class DbrxConfig:
         }
 
 
-def names() -> list[str]:
+def config_names() -> list[str]:
     """The names of the configurations that come with the package."""
     return sorted(f.name.removesuffix(".json") for f in configs_folder().iterdir() if f.name.endswith(".json"))
 
@@ -225,7 +225,7 @@ def _set(config: DbrxConfig, name: str, value: Any) -> None:
 
 def _number(name: str, value: Any, least: float) -> float:
     real = not isinstance(value, bool) and isinstance(value, int | float)
-    if not real or not least <= value <= _LARGEST_NUMBER:
+    if not real or not least <= value <= _MAX_NUMBER:
         raise ConfigError(f"{name}: expected a number of at least {least:g}, got {value!r:.40}")
     return float(value)
 

@@ -13,7 +13,7 @@ from dbrx_jax.errors import DbrxError
 LINE_SECONDS = 10
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
     """A line for the person at the terminal; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
@@ -21,15 +21,15 @@ def say(line: str) -> None:
 def run(program: str, command: Callable[[], Any]) -> NoReturn:
     """Runs a command and exits: 0, or 2 with one line where the user's input is at fault."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells at length there what our errors say in a line
-    warnings.showwarning = lambda message, *_: say(f"{program}: warning: {message}")
+    warnings.showwarning = lambda message, *_: print_status(f"{program}: warning: {message}")
     try:
         command()
         sys.stdout.flush()
     except DbrxError as error:
-        say(f"{program}: {_one_line(error)}")
+        print_status(f"{program}: {_one_line(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say(f"{program}: interrupted")
+        print_status(f"{program}: interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
         sys.stderr.close()
@@ -61,15 +61,15 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def _lines(what: str, total: int) -> Callable[[int], None]:
     """Says how far it is every LINE_SECONDS."""
-    begin = said = time.monotonic()
+    begin = printed = time.monotonic()
     done = 0
 
     def advance(count: int) -> None:
-        nonlocal done, said
+        nonlocal done, printed
         done += count
         now = time.monotonic()
-        if now - said >= LINE_SECONDS:
-            said = now
-            say(f"{what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / (now - begin) / 1e9:.2f} GB/s")
+        if now - printed >= LINE_SECONDS:
+            printed = now
+            print_status(f"{what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / (now - begin) / 1e9:.2f} GB/s")
 
     return advance

@@ -8,7 +8,7 @@ from typing import Any
 
 from dbrx_jax.errors import CheckpointError, ConfigError
 
-LARGEST_JSON = 64 << 20  # bytes; a tokenizer.json of 100k entries is under 10 MB
+MAX_JSON = 64 << 20  # bytes; a tokenizer.json of 100k entries is under 10 MB
 
 
 def location(path: str | Path) -> Path:
@@ -49,8 +49,8 @@ def read_text(path: Path) -> str:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
             raise ConfigError(f"{path}: not a regular file")
-        if status.st_size > LARGEST_JSON:
-            raise ConfigError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; this is not a file of a checkpoint's")
+        if status.st_size > MAX_JSON:
+            raise ConfigError(f"{path}: larger than {MAX_JSON >> 20} MiB; this is not a file of a checkpoint's")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None

@@ -14,7 +14,7 @@ import json
 
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
 from dbrx_jax.console import run
-from dbrx_jax.runtime import own_process
+from dbrx_jax.runtime import set_process_defaults
 from dbrx_jax.sharding import distributed
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process-id", type=int)
     args = parser.parse_args()
-    own_process()
+    set_process_defaults()
     with (
         distributed.start(args.coordinator, args.processes, args.process_id)
         if args.distributed

@@ -60,7 +60,7 @@ def main() -> None:
     page_ids = [[*ids, SPECIAL["<|endoftext|>"]] for ids in (e.ids for e in tokenizer.encode_batch(pages))]
     chat_ids, chat_bytes = chat_tokens(tokenizer, pairs)
     held_pages, held_chats = math.ceil(len(pages) * HELD_OUT), math.ceil(len(pairs) * HELD_OUT)
-    say(
+    print_status(
         f"{len(pages)} pages of {sum(map(len, page_ids)):,} tokens, "
         f"{len(pairs)} chats of {sum(map(len, chat_ids)):,} tokens"
     )
@@ -90,7 +90,7 @@ def main() -> None:
         "held_out_chats": held_chats,
     }
     (args.out / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
-    say(json.dumps(figures, indent=2))
+    print_status(json.dumps(figures, indent=2))
 
 
 def train_tokenizer(pages: list[str], pairs: list[tuple[str, str]]) -> Tokenizer:
@@ -152,7 +152,7 @@ def train(graph, params, page_stream, chat_stream, args):
         if steps % 50 == 0:
             curve.append(float(np.mean(recent)))
             rate_now = steps * args.batch * args.length / (time.time() - begin)
-            say(
+            print_status(
                 f"step {steps}  loss {curve[-1]:.3f}  balance {float(result.balance):.2f}  norm {float(norm):.2f}  "
                 f"lr {rate:.1e}  {rate_now:.0f} tokens/s  {100 * done:.0f} %"
             )
@@ -198,7 +198,7 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbrx_jax import DbrxConfig
-from dbrx_jax.config import names
+from dbrx_jax.config import config_names
 from dbrx_jax.errors import ConfigError
 from tests.conftest import CASES, GOLDEN
 
@@ -38,8 +38,8 @@ def test_132b_to_the_parameter():
 
 
 def test_every_shipped_configuration_reads():
-    assert {"bench", "demo", "dense-a", *PUBLISHED} == set(names())
-    for name in names():
+    assert {"bench", "demo", "dense-a", *PUBLISHED} == set(config_names())
+    for name in config_names():
         config = DbrxConfig.from_name(name)
         assert DbrxConfig.from_dict(config.to_dict()) == config
         assert config.ffn_hidden_size != config.d_model

@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from dbrx_jax.runtime import keep_compiled, own_process
+from dbrx_jax.runtime import enable_compilation_cache, set_process_defaults
 from tests.cli.test_cli import command
 
 
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_folder_of_ones_own_is_made(cache):
     lines = []
-    keep_compiled(lines.append)
+    enable_compilation_cache(lines.append)
     assert lines == []
     assert jax.config.jax_compilation_cache_dir == str(cache)
     assert cache.stat().st_mode & 0o777 == 0o700
@@ -32,7 +32,7 @@ def test_a_folder_that_others_write_to_is_not_used(cache, mode):
     cache.mkdir(parents=True)
     cache.chmod(mode)
     lines = []
-    keep_compiled(lines.append)
+    enable_compilation_cache(lines.append)
     assert jax.config.jax_compilation_cache_dir is None
     assert "is not yours alone to write to" in lines[0]
 
@@ -41,7 +41,7 @@ def test_a_link_is_not_used(cache, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     cache.parent.mkdir()
     cache.symlink_to(tmp_path / "elsewhere")
-    keep_compiled(lambda _: None)
+    enable_compilation_cache(lambda _: None)
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -49,13 +49,13 @@ def test_a_file_in_its_place_is_said(cache):
     cache.parent.mkdir()
     cache.write_text("")
     lines = []
-    keep_compiled(lines.append)
+    enable_compilation_cache(lines.append)
     assert "cannot be used" in lines[0]
 
 
 def test_the_users_own_choice_stays(cache, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    keep_compiled(lambda _: None)
+    enable_compilation_cache(lambda _: None)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     assert not cache.exists()
 
@@ -81,8 +81,8 @@ def test_a_second_run_finds_what_the_first_compiled(cache):
 def test_own_process_keeps_what_the_user_set(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")  # so that what is set here is undone
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
-    own_process()
+    set_process_defaults()
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.95"
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    own_process()
+    set_process_defaults()
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"

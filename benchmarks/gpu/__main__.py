@@ -19,11 +19,11 @@ from benchmarks.engines import PEERS
 from benchmarks.gpu import check, speed
 from benchmarks.gpu.sizes import FEWER_LAYERS, FULL, TOY, Size, card
 from benchmarks.record import RESULTS, ROOT, BenchmarkError, stamp, write
-from dbrx_jax.console import run, say
-from dbrx_jax.runtime import own_process
+from dbrx_jax.console import print_status, run
+from dbrx_jax.runtime import set_process_defaults
 
 OUTPUT = RESULTS / "gpu.json"
-LEAST_SECONDS = 15  # a part is not begun with less
+MIN_SECONDS = 15  # a part is not begun with less
 WRONG = 3  # exit status of a check that finds a wrong result
 
 
@@ -81,11 +81,11 @@ def run_all(seconds: float, toy: bool, output: Path) -> None:
     failed = []
     for name, part in PARTS.items():
         left = end - time.monotonic()
-        if left < LEAST_SECONDS:
+        if left < MIN_SECONDS:
             _add(output, name, {"skipped": "no time was left"})
             continue
         limit = min(part.seconds, left)
-        say(f"{name}: at most {limit:.0f} of {left:.0f} seconds ...")
+        print_status(f"{name}: at most {limit:.0f} of {left:.0f} seconds ...")
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--output", str(output)]
         try:
             status = subprocess.run(command + ["--toy"] * toy, cwd=ROOT, timeout=limit).returncode
@@ -113,10 +113,10 @@ def run_part(name: str, size: Size, output: Path) -> None:
         write({"benchmark": "gpu", "toy": size is TOY, **stamp("dbrx-jax", "jax", "jaxlib", "flax")}, output)
     try:
         for row in PARTS[name].find(size):
-            say(json.dumps(row))
+            print_status(json.dumps(row))
             _add(output, name, row)
     except check.WrongResult as error:
-        say(f"{name}: {error}")
+        print_status(f"{name}: {error}")
         _add(output, name, {"failed": str(error)})
         sys.exit(WRONG)
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--part", choices=[*PARTS, "reference-model"], help="only this one, here, without a limit")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON to write")
     options = parser.parse_args()
-    own_process()
+    set_process_defaults()
     if options.part:
         size = TOY if options.toy else FULL
         run("benchmarks.gpu", lambda: run_part(options.part, size, options.output))

@@ -1,4 +1,4 @@
-"""Whether the kernels compute on this card what the float32 references say."""
+"""Checks of the kernels on this card against float32 references."""
 
 import dataclasses
 import os
@@ -20,13 +20,13 @@ from dbrx_jax.backend import KERNELS_VARIABLE
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.kernels.attention import SHORT_SEQUENCE, cached_attention, select_implementation, sequence_attention
 from dbrx_jax.kernels.experts import apply_experts
-from dbrx_jax.model.cache import CACHE_BLOCK, to_int8
-from dbrx_jax.ops.attention import join_stripes, reference_attention
+from dbrx_jax.model.cache import CACHE_BLOCK, quantize_to_int8
+from dbrx_jax.ops.attention import merge_partial_attention, reference_attention
 from dbrx_jax.ops.experts import ExpertWeights, reference_experts
 from dbrx_jax.quantization import Format, QuantizedArray, quantize
 from dbrx_jax.sharding.partition import ONE_DEVICE
 
-LARGEST_ERROR = 2e-2  # of the largest value: in bfloat16 the CPU's own products come to 1.1e-2
+MAX_ERROR = 2e-2  # of the largest value: in bfloat16 the CPU's own products come to 1.1e-2
 # Of a model of two layers in full width: in bfloat16 on a CPU, without any kernel, the largest error was 3.7e-2.
 MODEL_ERROR = 6e-2
 MODEL_PRECISION = "int4"
@@ -42,7 +42,7 @@ def experts(size: Size) -> Iterator[Row]:
     """Errors of the experts' kernels, for each form of weights and number of tokens.
 
     Raises:
-      WrongResult: one is beyond LARGEST_ERROR; also from the other checks.
+      WrongResult: one is beyond MAX_ERROR; also from the other checks.
     """
     config = size.config
     shape = (config.moe_num_experts, config.ffn_hidden_size, config.d_model)
@@ -55,15 +55,15 @@ def experts(size: Size) -> Iterator[Row]:
         for tokens in size.tokens:
             x = jax.random.normal(jax.random.key(tokens), (tokens, config.d_model), jnp.bfloat16)
             scores = jax.random.uniform(jax.random.key(0), (tokens, shape[0]))
-            mix, chosen_experts = jax.lax.top_k(scores, config.moe_top_k)
-            out = _apply_experts(x, mix, chosen_experts, weights, config.ffn_act_fn)
-            want = _experts_in_float32(x, mix, chosen_experts, drawn, config.ffn_act_fn)
+            combine_weights, chosen_experts = jax.lax.top_k(scores, config.moe_top_k)
+            out = _apply_experts(x, combine_weights, chosen_experts, weights, config.ffn_act_fn)
+            want = _experts_in_float32(x, combine_weights, chosen_experts, drawn, config.ffn_act_fn)
             yield _row(f"experts, {form}, {tokens} tokens", out, want)
 
 
 @partial(jax.jit, static_argnums=4)
-def _apply_experts(x: Any, mix: Any, experts: Any, weights: ExpertWeights, activation: str) -> Any:
-    return apply_experts(x, mix, experts, weights, activation, platform=ONE_DEVICE.platform)
+def _apply_experts(x: Any, combine_weights: Any, experts: Any, weights: ExpertWeights, activation: str) -> Any:
+    return apply_experts(x, combine_weights, experts, weights, activation, platform=ONE_DEVICE.platform)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -71,22 +71,22 @@ def _quantized(weight: Any, form: str, contracted: int) -> QuantizedArray:
     return quantize(weight, Format.parse(form), (contracted,), jnp.bfloat16)
 
 
-def _experts_in_float32(x: Any, mix: Any, experts: Any, weights: list[Any], activation: str) -> Any:
+def _experts_in_float32(x: Any, combine_weights: Any, experts: Any, weights: list[Any], activation: str) -> Any:
     """The definition, an expert at a time to save memory."""
     with jax.default_matmul_precision("highest"):
         return sum(
-            _one_expert(x.astype(jnp.float32), mix, experts, e, tuple(w[e] for w in weights), activation)
+            _one_expert(x.astype(jnp.float32), combine_weights, experts, e, tuple(w[e] for w in weights), activation)
             for e in range(weights[0].shape[0])
         )
 
 
 @partial(jax.jit, static_argnums=5)
-def _one_expert(x: Any, mix: Any, experts: Any, expert: int, weights: Any, activation: str) -> Any:
+def _one_expert(x: Any, combine_weights: Any, experts: Any, expert: int, weights: Any, activation: str) -> Any:
     def in_float32(w: Any) -> Any:
         return w.dequantize(jnp.float32) if isinstance(w, QuantizedArray) else w.astype(jnp.float32)
 
     alone = ExpertWeights(*(in_float32(w)[None] for w in weights))
-    share = jnp.where(experts == expert, mix, 0).sum(axis=1, keepdims=True)
+    share = jnp.where(experts == expert, combine_weights, 0).sum(axis=1, keepdims=True)
     return reference_experts(x, share, jnp.zeros_like(share, jnp.int32), alone, activation)
 
 
@@ -113,7 +113,7 @@ def _cached_attention(config: DbrxConfig) -> Iterator[Row]:
         positions = length + jnp.arange(rows)[:, None] * 3 + jnp.arange(tokens)
         held, scales = [k, v], None
         if int8:
-            (k8, of_keys), (v8, of_values) = to_int8(k), to_int8(v)
+            (k8, of_keys), (v8, of_values) = quantize_to_int8(k), quantize_to_int8(v)
             held, scales = [k8, v8], (of_keys.swapaxes(1, 2), of_values.swapaxes(1, 2))
             k, v = (
                 a.astype(jnp.float32) * s[..., None].astype(jnp.float32) for a, s in ((k8, of_keys), (v8, of_values))
@@ -121,7 +121,7 @@ def _cached_attention(config: DbrxConfig) -> Iterator[Row]:
         part = jax.jit(attend)(q, *(a.swapaxes(1, 2) for a in held), positions, scales=scales)
         want = _attention_in_float32(q, k, v, jnp.arange(S) <= positions[:, :, None])
         name = f"{implementation} attention, {rows} rows, {tokens} tokens, {'int8' if int8 else 'bfloat16'} cache"
-        yield _row(name, join_stripes(part, jnp.float32, ONE_DEVICE), want)
+        yield _row(name, merge_partial_attention(part, jnp.float32, ONE_DEVICE), want)
 
 
 def _attention_in_float32(q: Any, k: Any, v: Any, mask: Any) -> Any:
@@ -194,7 +194,7 @@ def _run_model(size: Size, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     return logits, np.stack([np.asarray(row)[-24:] for row in out])
 
 
-def _row(what: str, out: Any, want: Any, largest: float = LARGEST_ERROR) -> Row:
+def _row(what: str, out: Any, want: Any, largest: float = MAX_ERROR) -> Row:
     out, want = np.asarray(out, np.float32), np.asarray(want, np.float32)
     error = float(np.abs(out - want).max() / np.abs(want).max())
     if not error < largest:

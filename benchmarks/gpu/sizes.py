@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from benchmarks.record import BenchmarkError
 from dbrx_jax.api import DbrxForCausalLM
-from dbrx_jax.checkpoint.parameters import model_from_arrays, placed_arrays
+from dbrx_jax.checkpoint.parameters import array_layouts, model_from_arrays
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.planning.plan import Setting, fits
 from dbrx_jax.planning.targets import TARGETS, Target
@@ -105,7 +105,7 @@ def random_model(config: DbrxConfig, precision: str, dtype: Any = jnp.bfloat16) 
     """
     quantization = None if precision == "bfloat16" else Quantization.parse(precision)
     arrays: dict[str, Any] = {}
-    for name, placed in placed_arrays(config, None, quantization, dtype).items():
+    for name, placed in array_layouts(config, None, quantization, dtype).items():
         seeds = np.array([zlib.crc32(parameter.encode()) for parameter in placed.parameters], np.uint32)
         if not isinstance(placed.value, QuantizedArray):
             is_norm = len(placed.shape) == 1

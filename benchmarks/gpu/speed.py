@@ -24,8 +24,8 @@ from dbrx_jax.api import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation import decode as decoding
 from dbrx_jax.generation.sampling import Sampling
-from dbrx_jax.model.cache import capacity, chunk_lengths
-from dbrx_jax.model.graph import split
+from dbrx_jax.model.cache import cache_capacity, prefill_chunk_lengths
+from dbrx_jax.model.graph import split_model
 from dbrx_jax.planning.plan import Setting, fits, memory
 
 SHOWN = 14  # kernels of a profile
@@ -65,7 +65,7 @@ def _made(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]
     config = config_that_fits(size, precision)
     begin = time.perf_counter()
     model = random_model(config, precision)
-    jax.block_until_ready(jax.tree.leaves(split(model)))
+    jax.block_until_ready(jax.tree.leaves(split_model(model)))
     stats = jax.devices()[0].memory_stats() or {}
     found = {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit") if name in stats}
     seconds = round(time.perf_counter() - begin, 1)
@@ -74,8 +74,8 @@ def _made(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]
 
 def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int) -> Callable[[], None]:
     """Runs `steps` steps that end with all rows at `positions` positions, each row on tokens of its own."""
-    config, partition, parts = model.config, model.partition, split(model)
-    length = capacity(positions, partition)
+    config, partition, parts = model.config, model.partition, split_model(model)
+    length = cache_capacity(positions, partition)
     cache, logits = decoding.empty(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
     # Rows with the same tokens would all read the same experts.
     logits = logits + jax.random.normal(jax.random.key(3), logits.shape)
@@ -86,7 +86,7 @@ def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int
         min_p=np.float32(0),
         repetition_penalty=np.float32(1),
     )
-    settings = decoding.Settings(sampling, None, np.full(decoding.MOST_EOS, -1, np.int32))
+    settings = decoding.Settings(sampling, None, np.full(decoding.MAX_EOS, -1, np.int32))
     prompts = jnp.zeros((batch, length), jnp.int32)
     lengths = jnp.full(batch, positions - steps, jnp.int32)
     done = jnp.zeros(batch, bool)
@@ -106,12 +106,12 @@ def prefill(size: Size, precision: str) -> Iterator[Row]:
     machine = measure()
     model, config, about = _made(size, precision)
     yield about
-    parts, partition = split(model), model.partition
-    length = chunk_lengths(partition)[-1]
+    parts, partition = split_model(model), model.partition
+    length = prefill_chunk_lengths(partition)[-1]
     count = min(size.prompt, length)
     tokens = np.array(random_prompts(config, 0, 1, length), np.int32)
     at = np.array([[0, 0, count]], np.int32)
-    holder = [decoding.empty(config, partition, 1, capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
+    holder = [decoding.empty(config, partition, 1, cache_capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
 
     def run() -> None:
         holder.append(decoding.prefill_chunk(parts, *holder.pop(), tokens, at))

@@ -27,7 +27,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -210,7 +210,7 @@ def _checked_header(file: Path) -> tuple[dict[str, Any], int]:
             with safe_open(file, "numpy"):
                 pass
             return json.loads(f.read(length)), length
-        text = f.read(min(length, LARGEST_HEADER))
+        text = f.read(min(length, MAX_HEADER))
     # The library reads local files alone: one with the same header, and nothing where the tensors are.
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as local:
         local.write(begin + text)

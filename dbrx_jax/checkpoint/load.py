@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.checkpoint.layouts import stored_shape
 from dbrx_jax.checkpoint.open import open_folder
-from dbrx_jax.checkpoint.parameters import Network, model_from_arrays, parameter_specs, placed_arrays
+from dbrx_jax.checkpoint.parameters import Network, array_layouts, model_from_arrays, parameter_specs
 from dbrx_jax.checkpoint.quantized import read_quantized
 from dbrx_jax.config import DTYPES
 from dbrx_jax.errors import CheckpointError
@@ -51,7 +51,7 @@ def load_model(
     if mesh is not None:
         check_mesh(folder.config, mesh)
     select_implementation(attention_implementation, Partition(mesh).platform)  # or raises, before anything is read
-    placed = placed_arrays(folder.config, mesh, use, target)
+    placed = array_layouts(folder.config, mesh, use, target)
 
     def read(name: str) -> Any:
         array = placed[name]

@@ -43,7 +43,7 @@ class ParameterSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlacedArray:
+class ArrayLayout:
     """An array of a model on a mesh: where it lies, and the parameters in it, one an entry of its first dimension.
 
     With one parameter it is that one, with zeros behind where the vocabulary is filled up.
@@ -89,9 +89,9 @@ def _experts_in(leaf: Any) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def placed_arrays(
+def array_layouts(
     config: DbrxConfig, mesh: AnyMesh | None, quantization: Quantization | None = None, dtype: Any = None
-) -> Mapping[str, PlacedArray]:
+) -> Mapping[str, ArrayLayout]:
     """The arrays of a model on a mesh by their dotted names in it, which are the parameters' where there is no mesh.
 
     Raises:
@@ -109,8 +109,8 @@ def placed_arrays(
             numbers = [x * each + int(place) * together + i for x in range(devices) for i in range(together)]
             parameters = [f"{block}.experts.{e}.{weight}" for e in numbers]
         value = leaf.get_value()
-        spec = model.partition.places(value, leaf.get_metadata("axes"))
-        result[name] = PlacedArray(value, spec, tuple(parameters))
+        spec = model.partition.specs_of(value, leaf.get_metadata("axes"))
+        result[name] = ArrayLayout(value, spec, tuple(parameters))
     return result
 
 
@@ -123,7 +123,7 @@ def model_from_arrays(
     quantization: Quantization | None = None,
     attention_implementation: str | None = None,
 ) -> Network:
-    """The model with these arrays, given under the names of :func:`placed_arrays`."""
+    """The model with these arrays, given under the names of :func:`array_layouts`."""
     dtype = next(iter(arrays.values())).dtype
     model = network(
         config,
@@ -154,7 +154,7 @@ def model_from_parameters(
       quantization: how they are quantised, where they are: those of its parts are QuantizedArrays then.
     """
     arrays, dtype = {}, jnp.asarray(parameters["norm_f.scale"]).dtype
-    for name, placed in placed_arrays(config, mesh, quantization, dtype).items():
+    for name, placed in array_layouts(config, mesh, quantization, dtype).items():
         found = {}
         for part, shape, spec in placed.leaves():
             given = (parameters[p] for p in placed.parameters)
@@ -201,7 +201,7 @@ def parameters_from_state(config: DbrxConfig, state: nnx.State, mesh: AnyMesh | 
     arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     specs = parameter_specs(config)
     found: dict[str, Any] = {}
-    for name, placed in placed_arrays(config, mesh).items():
+    for name, placed in array_layouts(config, mesh).items():
         if len(placed.parameters) > 1:
             found |= {parameter: arrays[name][x] for x, parameter in enumerate(placed.parameters)}
         elif arrays[name].shape != specs[name].shape:

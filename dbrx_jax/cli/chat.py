@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from dbrx_jax.console import say
+from dbrx_jax.console import print_status
 from dbrx_jax.errors import DbrxError
 
 HELP = """/system TEXT  set the system message and begin anew (no TEXT removes it)
@@ -46,16 +46,16 @@ def converse(conversation: Conversation, answer: Callable[[list[dict[str, str]]]
     if terminal:
         # Also where a script started this with Ctrl-C ignored, as shells do in the background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("Type a message, or /help.")
+        print_status("Type a message, or /help.")
     while True:
         try:
             line = input("> " if terminal else "")
         except EOFError:
             if terminal:
-                say("")
+                print_status("")
             return
         except KeyboardInterrupt:
-            say("\n/exit leaves.")
+            print_status("\n/exit leaves.")
             continue
         line = line.strip()
         if line in ("/exit", "/quit"):
@@ -70,13 +70,13 @@ def _command(conversation: Conversation, line: str) -> None:
     name, _, rest = line.partition(" ")
     if name == "/reset":
         conversation.reset()
-        say("The conversation begins anew.")
+        print_status("The conversation begins anew.")
     elif name == "/system":
         conversation.system = rest.strip() or None
         conversation.reset()
-        say("System message set." if conversation.system else "No system message.")
+        print_status("System message set." if conversation.system else "No system message.")
     else:
-        say(HELP if name == "/help" else f"{name}: unknown; these are known:\n{HELP}")
+        print_status(HELP if name == "/help" else f"{name}: unknown; these are known:\n{HELP}")
 
 
 def _turn(conversation: Conversation, line: str, answer: Callable[[list[dict[str, str]]], Iterator[str]]) -> None:
@@ -89,9 +89,9 @@ def _turn(conversation: Conversation, line: str, answer: Callable[[list[dict[str
             print(piece, end="", flush=True)
         print(flush=True)
     except KeyboardInterrupt:
-        say(" [stopped]")
+        print_status(" [stopped]")
     except DbrxError as error:
-        say(f"dbrx-jax: {error}")
+        print_status(f"dbrx-jax: {error}")
         conversation.turns.pop()  # the question is not part of the conversation
         return
     conversation.add("assistant", "".join(pieces))

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from dbrx_jax.cli.plan import Plan
-from dbrx_jax.console import run, say
+from dbrx_jax.console import print_status, run
 from dbrx_jax.errors import GenerationError
-from dbrx_jax.runtime import own_process
+from dbrx_jax.runtime import set_process_defaults
 
 if TYPE_CHECKING:
     from dbrx_jax.api import DbrxForCausalLM
@@ -136,7 +136,7 @@ class Generate(Options):
             for text in _stream(model, tokenizer, ids, self.stop, rates, options):
                 print(text, end="", flush=True)
             print()
-            say(rates.line())
+            print_status(rates.line())
             return
         for number, job in enumerate(jobs, 1):
             room = model.config.max_seq_len - len(job.ids(tokenizer))
@@ -153,8 +153,8 @@ class Generate(Options):
                 ):
                     print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
                 if len(jobs) > self.batch_size:
-                    say(f"{min(start + self.batch_size, len(jobs))} of {len(jobs)} prompts")
-            say(rates.line())
+                    print_status(f"{min(start + self.batch_size, len(jobs))} of {len(jobs)} prompts")
+            print_status(rates.line())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Chat(Options):
             options |= {"max_new_tokens": min(self.max_new_tokens, room), "cache_length": length}
             rates = _Rates()
             yield from _stream(model, tokenizer, ids, (), rates, options)
-            say(f"\n[{rates.line()}]")
+            print_status(f"\n[{rates.line()}]")
 
         converse(Conversation(self.system), answer)
 
@@ -282,9 +282,9 @@ def _batch(model, tokenizer, jobs, stop, rates, options) -> Iterator[dict[str, A
 def _load(checkpoint: str | None, options: Options) -> tuple["DbrxForCausalLM", "DbrxTokenizer"]:
     from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
     from dbrx_jax.demo import source_folder
-    from dbrx_jax.runtime import keep_compiled
+    from dbrx_jax.runtime import enable_compilation_cache
 
-    keep_compiled(say)
+    enable_compilation_cache(print_status)
     folder = checkpoint or source_folder()
     begin = time.perf_counter()
     tokenizer = DbrxTokenizer.from_pretrained(folder, options.ranks_file)
@@ -293,7 +293,7 @@ def _load(checkpoint: str | None, options: Options) -> tuple["DbrxForCausalLM", 
     )
     millions = model.config.total_parameters / 1e6
     stored = str(model.dtype) if model.quantization is None else f"{model.quantization}, {model.dtype}"
-    say(f"Loaded {folder} ({millions:,.1f}M parameters, {stored}) in {time.perf_counter() - begin:.1f} s")
+    print_status(f"Loaded {folder} ({millions:,.1f}M parameters, {stored}) in {time.perf_counter() - begin:.1f} s")
     return model, tokenizer
 
 
@@ -358,7 +358,7 @@ class _Results:
 def main() -> None:
     """The command dbrx-jax."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on the machine are not the user's concern
-    own_process()
+    set_process_defaults()
     command = tyro.extras.subcommand_cli_from_dict(
         {"generate": Generate, "chat": Chat, "plan": Plan, "info": Info}, prog="dbrx-jax", description="DBRX in JAX."
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dbrx_jax.console import say
+from dbrx_jax.console import print_status
 from dbrx_jax.errors import PlanError, QuantizationError
 
 GB = 1e9
@@ -46,7 +46,7 @@ class Plan:
             from dbrx_jax.planning.compile import compile_programs
 
             jax.config.update("jax_platforms", "cpu")  # the plugins look for their devices otherwise, at length
-            say(f"Compiling {self.model} for {self.on}; this takes a minute or two for each of two programs")
+            print_status(f"Compiling {self.model} for {self.on}; this takes a minute or two for each of two programs")
             facts["compiled"] = [dataclasses.asdict(program) for program in compile_programs(setting)]
         if self.json:
             print(json.dumps(facts, indent=2))
@@ -54,7 +54,7 @@ class Plan:
             print("\n".join(page(facts)))
 
     def _setting(self) -> Any:
-        from dbrx_jax.config import DbrxConfig, names
+        from dbrx_jax.config import DbrxConfig, config_names
         from dbrx_jax.planning.plan import FLOATS, Setting, suggest_axes
         from dbrx_jax.planning.targets import target
         from dbrx_jax.sharding.recipes import find_axes, find_recipe, recipe_names
@@ -63,7 +63,7 @@ class Plan:
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name}: expected a whole number above 0, got {getattr(self, name)}")
         precision = self.dtype if self.dtype in FLOATS else _precision(self.dtype)
-        config = DbrxConfig.from_name(self.model) if self.model in names() else _config_of(self.model)
+        config = DbrxConfig.from_name(self.model) if self.model in config_names() else _config_of(self.model)
         kind, _, count = self.on.partition("-")
         if not count.isdecimal() or int(count) < 1:
             raise PlanError(f"--on: expected a kind and a number of devices such as v5e-64, got {self.on!r:.40}")
@@ -101,11 +101,11 @@ def _suits(config: Any, axes: dict[str, int]) -> bool:
 
 
 def _config_of(path: str) -> Any:
-    from dbrx_jax.config import DbrxConfig, names
+    from dbrx_jax.config import DbrxConfig, config_names
     from dbrx_jax.files import location
 
     if not (location(path) / "config.json").exists():
-        raise PlanError(f"{path}: neither a folder with config.json nor one of {', '.join(names())}")
+        raise PlanError(f"{path}: neither a folder with config.json nor one of {', '.join(config_names())}")
     return DbrxConfig.from_file(Path(path) if "://" not in path else location(path))
 
 

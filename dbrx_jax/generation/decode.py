@@ -14,15 +14,15 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, UInt32
 
-from dbrx_jax.generation.sampling import Sampling, choose
-from dbrx_jax.model.cache import Cache, chunk_lengths, create, specs
-from dbrx_jax.model.graph import SplitModel
+from dbrx_jax.generation.sampling import Sampling, sample_tokens
+from dbrx_jax.model.cache import Cache, cache_specs, create_cache, prefill_chunk_lengths
+from dbrx_jax.model.graph import ModelState
 from dbrx_jax.ops.log_probability import log_probability
-from dbrx_jax.ops.row_tiles import over_tiles, tile_count
+from dbrx_jax.ops.row_tiles import map_row_tiles, num_row_tiles
 from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS
-from dbrx_jax.sharding.partition import ROWS, VOCABULARY, Partition
+from dbrx_jax.sharding.partition import BATCH_AXES, VOCAB_AXES, Partition
 
-MOST_EOS = 8  # ids that can end a row, at most; a fixed shape
+MAX_EOS = 8  # ids that can end a row, at most; a fixed shape
 
 
 class DecodeState(NamedTuple):
@@ -60,9 +60,13 @@ class Places(NamedTuple):
 
 def places(config, partition: Partition, int8: bool, sampled: bool = False) -> Places:
     """Where things lie; `int8` says whether the cache has scales, `sampled` whether the settings have keys."""
-    cache = specs(config, partition, int8)
-    row, columns, same = partition.place(ROWS), partition.place(ROWS, None), partition.place()
-    vocabulary = partition.place(ROWS, VOCABULARY)
+    cache = cache_specs(config, partition, int8)
+    row, columns, same = (
+        partition.array_spec(BATCH_AXES),
+        partition.array_spec(BATCH_AXES, None),
+        partition.array_spec(),
+    )
+    vocabulary = partition.array_spec(BATCH_AXES, VOCAB_AXES)
     kinds: Any = (DecodeState, Settings, Sampling)  # with places in them rather than arrays
     state = kinds[0](cache, row, row, row, same, same, columns, columns, vocabulary)
     settings = kinds[1](kinds[2](*[same] * len(Sampling._fields)), columns if sampled else None, same)
@@ -73,7 +77,7 @@ def is_int8(cache: Cache) -> bool:
     return cache[0].key_scale is not None
 
 
-def _with_and_without(options: dict[str, bool], function: Callable[..., Any], **of_jit: Any) -> dict[bool, Any]:
+def _jit_variants(options: dict[str, bool], function: Callable[..., Any], **of_jit: Any) -> dict[bool, Any]:
     """The function compiled with these options of the compiler, under True, and without."""
     function.__name__ = function.__name__.removeprefix("_run_")  # as profiles show it
     return {with_: jax.jit(function, compiler_options=options if with_ else None, **of_jit) for with_ in (True, False)}
@@ -85,11 +89,11 @@ def empty(config, partition, rows, positions, dtype):
     where = places(config, partition, dtype == jnp.int8)
 
     def run():
-        vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
-        logits = jnp.zeros((rows // partition.size(*ROWS), vocabulary), jnp.float32)
-        return create(config, rows, positions, dtype, partition), logits
+        vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCAB_AXES)
+        logits = jnp.zeros((rows // partition.size(*BATCH_AXES), vocabulary), jnp.float32)
+        return create_cache(config, rows, positions, dtype, partition), logits
 
-    return partition.over(run, (), (where.cache, where.logits))()
+    return partition.shard_map(run, (), (where.cache, where.logits))()
 
 
 def prefill_chunk(parts, cache, logits, tokens, at):
@@ -109,20 +113,20 @@ def _run_prefill_chunk(parts, cache, logits, tokens, at):
         model = parts.merge()
         row, start, count = at[0]
         place = jnp.arange(tokens.shape[1])[None]
-        x, cache = model.extend(tokens, place < count, start + place, cache, row)
+        x, cache = model.forward_with_cache(tokens, place < count, start + place, cache, row)
         last = model.norm_f(lax.dynamic_slice_in_dim(x, jnp.maximum(count - 1, 0), 1, axis=1)[:, 0])
         new = model.logits(last)
-        if partition.size(*ROWS) > 1:
+        if partition.size(*BATCH_AXES) > 1:
             new = jnp.where(count > 0, new, lax.dynamic_slice(logits, (row, 0), new.shape))
         return cache, lax.dynamic_update_slice(logits, new, (row, 0))
 
     where = places(config, partition, is_int8(cache))
-    columns = partition.place(ROWS, None)
-    inside = (parts.places(), where.cache, where.logits, columns, columns)
-    return partition.over(run, inside, (where.cache, where.logits))(parts, cache, logits, tokens, at)
+    columns = partition.array_spec(BATCH_AXES, None)
+    inside = (parts.specs(), where.cache, where.logits, columns, columns)
+    return partition.shard_map(run, inside, (where.cache, where.logits))(parts, cache, logits, tokens, at)
 
 
-_prefill_chunk = _with_and_without(CPU_OPTIONS, _run_prefill_chunk, donate_argnums=(1, 2))
+_prefill_chunk = _jit_variants(CPU_OPTIONS, _run_prefill_chunk, donate_argnums=(1, 2))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
@@ -136,11 +140,11 @@ def first_token(config, partition, filtered, tiled, settings, cache, logits, pro
       tiled: whether rows are computed in tiles, for bits that do not depend on their number.
     """
     where = places(config, partition, is_int8(cache), settings.keys is not None)
-    columns = partition.place(ROWS, None)
+    columns = partition.array_spec(BATCH_AXES, None)
 
     def run(settings, cache, logits, prompts, lengths, done):
         rows, positions = prompts.shape
-        local = prompts - partition.index(*VOCABULARY) * logits.shape[1]
+        local = prompts - partition.axis_index(*VOCAB_AXES) * logits.shape[1]
         here = (jnp.arange(prompts.shape[1]) < lengths[:, None]) & (local >= 0)
         local = jnp.where(here, local, logits.shape[1])  # behind the end: dropped
         state = DecodeState(
@@ -154,18 +158,18 @@ def first_token(config, partition, filtered, tiled, settings, cache, logits, pro
             logprobs=jnp.zeros((rows, positions), jnp.float32),
             seen=jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], local].set(True, mode="drop"),
         )
-        return _add_token(settings, state, _pick_from(logits, filtered, tiled, settings, state, partition), partition)
+        return _add_token(settings, state, _sample(logits, filtered, tiled, settings, state, partition), partition)
 
     inside = (where.settings, where.cache, where.logits, columns, where.row, where.row)
-    return partition.over(run, inside, where.state)(settings, cache, logits, prompts, lengths, done)
+    return partition.shard_map(run, inside, where.state)(settings, cache, logits, prompts, lengths, done)
 
 
 def decode(parts, filtered, tiled, settings, state, steps):
     """Up to `steps` more tokens of every row that is not done; `tiled` as in :func:`first_token`."""
-    return _decode[_adds_freely(parts, tiled)](parts, filtered, tiled, settings, state, steps)
+    return _decode[_may_reorder_sums(parts, tiled)](parts, filtered, tiled, settings, state, steps)
 
 
-def _adds_freely(parts: SplitModel, tiled: bool) -> bool:
+def _may_reorder_sums(parts: ModelState, tiled: bool) -> bool:
     """Whether XLA may choose the order of sums: not where it has to be the same in every program."""
     return parts.platform == "cpu" and not tiled
 
@@ -180,28 +184,28 @@ def _run_decode(parts, filtered, tiled, settings, state, steps):
 
         def body(state: DecodeState) -> DecodeState:
             if tiled:
-                x, cache = model.extend_tiles(state.token, ~state.done, state.position, state.cache)
+                x, cache = model.decode_in_row_tiles(state.token, ~state.done, state.position, state.cache)
             else:
-                x, cache = model.extend(
+                x, cache = model.forward_with_cache(
                     state.token[:, None], ~state.done[:, None], state.position[:, None], state.cache
                 )
                 x = x[:, 0]
             state = state._replace(cache=cache)
-            picked = _pick_from(x, filtered, tiled, settings, state, partition, lambda x: model.logits(model.norm_f(x)))
-            return _add_token(settings, state, picked, partition)
+            sampled = _sample(x, filtered, tiled, settings, state, partition, lambda x: model.logits(model.norm_f(x)))
+            return _add_token(settings, state, sampled, partition)
 
         return lax.while_loop(lambda s: (s.step < end) & s.running, body, state)
 
     where = places(config, partition, is_int8(state.cache), settings.keys is not None)
-    inside = (parts.places(), where.settings, where.state, where.same)
-    return partition.over(run, inside, where.state)(parts, settings, state, steps)
+    inside = (parts.specs(), where.settings, where.state, where.same)
+    return partition.shard_map(run, inside, where.state)(parts, settings, state, steps)
 
 
-_decode = _with_and_without(CPU_OPTIONS, _run_decode, static_argnums=(1, 2), donate_argnums=4)
+_decode = _jit_variants(CPU_OPTIONS, _run_decode, static_argnums=(1, 2), donate_argnums=4)
 
 
 def lower(
-    parts: SplitModel,
+    parts: ModelState,
     settings: Settings,
     filtered: bool,
     tiled: bool,
@@ -219,33 +223,33 @@ def lower(
     """
     model = parts.merge()
     config, partition = model.config, model.partition
-    groups = partition.size(*ROWS)
+    groups = partition.size(*BATCH_AXES)
     where = places(config, partition, cache_dtype == np.int8, settings.keys is not None)
 
     def int32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    parts = partition.abstract(parts, parts.places()) if partition.mesh else parts
+    parts = partition.abstract(parts, parts.specs()) if partition.mesh else parts
     cache, logits = jax.eval_shape(partial(empty, config, partition, rows, positions, cache_dtype))
     cache, logits = partition.abstract(cache, where.cache), partition.abstract(logits, where.logits)
     begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
     state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *begin)
     state = partition.abstract(state, where.state)
-    decode_here = _decode[_adds_freely(parts, tiled)]
+    decode_here = _decode[_may_reorder_sums(parts, tiled)]
     yield "decode", decode_here.lower(parts, filtered, tiled, settings, state, int32())
-    for length in chunk_lengths(partition)[-1:] if lengths is None else lengths:
+    for length in prefill_chunk_lengths(partition)[-1:] if lengths is None else lengths:
         chunk = int32(groups, length), int32(groups, 3)
         yield f"prefill {length}", _prefill_chunk[parts.platform == "cpu"].lower(parts, cache, logits, *chunk)
     yield "first_token", first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin)
     yield "empty", empty.lower(config, partition, rows, positions, cache_dtype)
 
 
-class Picked(NamedTuple):
+class SampledToken(NamedTuple):
     token: Int[Array, "B"]
     logprob: Float[Array, "B"]
 
 
-def _pick_from(
+def _sample(
     x: Float[Array, "B W"],
     filtered: bool,
     tiled: bool,
@@ -253,60 +257,60 @@ def _pick_from(
     state: DecodeState,
     partition: Partition,
     logits_of: Callable[[Array], Array] = lambda x: x,
-) -> Picked:
+) -> SampledToken:
     """Each row's next token, from logits or from what gives them."""
 
-    def pick(rows: tuple) -> Picked:
+    def pick(rows: tuple) -> SampledToken:
         x, seen, keys, position = rows
         logits = logits_of(x)
-        token = choose(logits, seen, keys, position, settings.sampling, filtered, partition)
-        return Picked(token, log_probability(logits, token, partition))
+        token = sample_tokens(logits, seen, keys, position, settings.sampling, filtered, partition)
+        return SampledToken(token, log_probability(logits, token, partition))
 
     rows = (x, state.seen, settings.keys, _next_position(state))
     if not tiled:
         return pick(rows)
-    picked, _ = over_tiles(
-        lambda _, rows, carry: (pick(rows), carry), rows, None, tile_count(x.shape[0], state.position)
+    sampled, _ = map_row_tiles(
+        lambda _, rows, carry: (pick(rows), carry), rows, None, num_row_tiles(x.shape[0], state.position)
     )
-    return picked
+    return sampled
 
 
 def _next_position(state: DecodeState) -> Int[Array, "B"]:
     return jnp.where(state.done, state.position, state.position + 1)  # an ended row looks no further
 
 
-def _add_token(settings: Settings, state: DecodeState, picked: Picked, partition: Partition) -> DecodeState:
+def _add_token(settings: Settings, state: DecodeState, sampled: SampledToken, partition: Partition) -> DecodeState:
     """Notes each row's next token. What it notes for rows that are done, nobody reads."""
-    token = picked.token
+    token = sampled.token
     size = state.seen.shape[1]
-    local = token - partition.index(*VOCABULARY) * size
+    local = token - partition.axis_index(*VOCAB_AXES) * size
     local = jnp.where(local >= 0, local, size)  # another device's: dropped
     done = state.done | jnp.any(token[:, None] == settings.eos, axis=1)
     return state._replace(
         token=token,
         position=_next_position(state),
         done=done,
-        running=partition.max(jnp.any(~done).astype(jnp.int32), *ROWS) > 0,
+        running=partition.pmax(jnp.any(~done).astype(jnp.int32), *BATCH_AXES) > 0,
         step=state.step + 1,
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
-        logprobs=lax.dynamic_update_slice(state.logprobs, picked.logprob[:, None], (0, state.step)),
+        logprobs=lax.dynamic_update_slice(state.logprobs, sampled.logprob[:, None], (0, state.step)),
         seen=state.seen.at[jnp.arange(token.shape[0]), local].set(True, mode="drop"),
     )
 
 
 @partial(jax.jit, static_argnums=0)
-def on_every_device(partition, arrays):
+def replicate(partition, arrays):
     """Arrays that are split over rows, whole on every device, so that every process can read them."""
-    return lax.with_sharding_constraint(arrays, partition.sharding(partition.place()))
+    return lax.with_sharding_constraint(arrays, partition.sharding(partition.array_spec()))
 
 
-def agreed(partition: Partition, number: int) -> int:
+def same_on_all_processes(partition: Partition, number: int) -> int:
     """One number (32 bits) for all processes of the mesh, where each comes with its own."""
     if partition.mesh is None or not partition.mesh.is_multi_process:
         return number
     apart = jax.sharding.NamedSharding(partition.mesh, jax.sharding.PartitionSpec(partition.mesh.axis_names))
     numbers = jax.make_array_from_callback((partition.mesh.size,), apart, lambda _: np.array([number], np.uint32))
-    return int(np.asarray(on_every_device(partition, numbers))[0])
+    return int(np.asarray(replicate(partition, numbers))[0])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -314,5 +318,5 @@ def stop_rows(partition, state_done, stopped):
     """The rows that are done, with those that the host has stopped; and whether any other is left."""
     done = state_done | stopped
     if partition.mesh is not None:
-        done = lax.with_sharding_constraint(done, partition.sharding(partition.place(ROWS)))
+        done = lax.with_sharding_constraint(done, partition.sharding(partition.array_spec(BATCH_AXES)))
     return done, ~done.all()

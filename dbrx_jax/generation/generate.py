@@ -20,30 +20,30 @@ from jaxtyping import Int
 
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation.decode import (
-    MOST_EOS,
+    MAX_EOS,
     DecodeState,
     Settings,
-    agreed,
     decode,
     empty,
     first_token,
     lower,
-    on_every_device,
     prefill_chunk,
+    replicate,
+    same_on_all_processes,
     stop_rows,
 )
 from dbrx_jax.generation.sampling import Sampling, row_keys
-from dbrx_jax.model.cache import capacity, chunks
+from dbrx_jax.model.cache import cache_capacity, prefill_chunks
 from dbrx_jax.model.causal_lm import CausalLM
-from dbrx_jax.model.graph import split
+from dbrx_jax.model.graph import split_model
 from dbrx_jax.model.inputs import check_ids
-from dbrx_jax.ops.row_tiles import TILE
-from dbrx_jax.sharding.partition import ROWS, Partition
+from dbrx_jax.ops.row_tiles import ROW_TILE
+from dbrx_jax.sharding.partition import BATCH_AXES, Partition
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 # Tokens between two looks of the host, where somebody waits for them or they are searched for strings.
 BURST = 8
-LEAST_TEMPERATURE = 1e-3  # logits divided by much less are infinite
+MIN_TEMPERATURE = 1e-3  # logits divided by much less are infinite
 _FROM_CHECKPOINT: Any = object()  # "not given", where None means something
 
 
@@ -179,28 +179,28 @@ class TokenStream(Iterator[np.ndarray]):
         self._filtered = do_sample and any(f is not None for f in (top_k, top_p, min_p))
         sampling = _sampling(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
         self._partition = model.partition
-        self._groups = self._partition.size(*ROWS)
+        self._groups = self._partition.size(*BATCH_AXES)
         if cache_dtype not in (None, "int8"):
             raise GenerationError(f"cache_dtype: expected int8 or None, got {cache_dtype!r:.40}")
         self._cache_dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         self._tiled = batch_invariant
         # Rows that only fill the batch.
-        self._filling = -len(rows) % (self._groups * (TILE if batch_invariant else 1))
+        self._filling = -len(rows) % (self._groups * (ROW_TILE if batch_invariant else 1))
         seeds, row_numbers = _seeds(seed, len(rows), self._partition)
         keys: Any = None
         if do_sample:
             keys = np.pad(np.asarray(_keys(seeds, row_numbers)), ((0, self._filling), (0, 0)))
-        padded_eos = np.array(eos + [-1] * (MOST_EOS - len(eos)), np.int32)
+        padded_eos = np.array(eos + [-1] * (MAX_EOS - len(eos)), np.int32)
         self._settings = Settings(sampling, keys, padded_eos)
         self._eos = eos
-        self._model, self._parts = model, split(model)
+        self._model, self._parts = model, split_model(model)
         self._lengths = np.zeros(len(rows), np.int32)  # new tokens of each row so far
         self._ended = np.zeros(len(rows), bool)
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
         self._rows, self._steps = rows, 0
         self._state: DecodeState | None = None
         self.timings = Timings()
-        self._positions = capacity(max(longest + max_new_tokens, cache_length or 0), self._partition)
+        self._positions = cache_capacity(max(longest + max_new_tokens, cache_length or 0), self._partition)
 
     def lowered(self) -> Iterator[tuple[str, Any]]:
         """The programs that this stream will run, by name, each traced when it is asked for and not compiled."""
@@ -212,7 +212,7 @@ class TokenStream(Iterator[np.ndarray]):
             len(self._rows) + self._filling,
             self._positions,
             self._cache_dtype,
-            sorted({length for ids in self._rows for _, length in chunks(len(ids), self._partition)}),
+            sorted({length for ids in self._rows for _, length in prefill_chunks(len(ids), self._partition)}),
         )
 
     def compile(self) -> None:
@@ -251,7 +251,7 @@ class TokenStream(Iterator[np.ndarray]):
         each = len(rows) // self._groups
         for row in range(each):
             mine = rows[row::each]  # of each group
-            plans = [list(chunks(len(ids), self._partition)) for ids in mine]
+            plans = [list(prefill_chunks(len(ids), self._partition)) for ids in mine]
             for number in range(max(map(len, plans))):
                 pieces = [plan[number] if number < len(plan) else (0, 0) for plan in plans]
                 # Each row is cut up by its own length alone: groups whose rows are at chunks of other lengths wait.
@@ -283,7 +283,7 @@ class TokenStream(Iterator[np.ndarray]):
         begin, end = self._steps, int(state.step)
         chosen = [state.tokens, state.logprobs]
         if self._groups > 1:
-            chosen = on_every_device(self._partition, chosen)
+            chosen = replicate(self._partition, chosen)
         tokens, logprobs = (np.array(np.asarray(x)[: len(self._rows), begin:end]) for x in chosen)
         stopped = np.zeros(len(tokens), bool)
         for row in np.flatnonzero(~self._ended):
@@ -373,8 +373,8 @@ def _eos_ids(model, given: Any) -> list[int]:
     if given is _FROM_CHECKPOINT:
         given = model.generation_config.eos_token_ids
     ids = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
-    if len(ids) > MOST_EOS:
-        raise GenerationError(f"eos_token_id: at most {MOST_EOS} ids, got {len(ids)}")
+    if len(ids) > MAX_EOS:
+        raise GenerationError(f"eos_token_id: at most {MAX_EOS} ids, got {len(ids)}")
     return [_token_id("eos_token_id", i) for i in ids]
 
 
@@ -393,9 +393,9 @@ def _token_id(name: str, value: Any) -> int:
 
 def _sampling(vocabulary, temperature, top_k, top_p, min_p, repetition_penalty) -> Sampling:
     _positive("temperature", temperature)
-    if temperature < LEAST_TEMPERATURE:
+    if temperature < MIN_TEMPERATURE:
         raise GenerationError(
-            f"temperature: expected at least {LEAST_TEMPERATURE}, got {temperature}; or do_sample=False"
+            f"temperature: expected at least {MIN_TEMPERATURE}, got {temperature}; or do_sample=False"
         )
     _positive("repetition_penalty", repetition_penalty)
     if top_k is not None:
@@ -422,7 +422,7 @@ def _seeds(seed: int | Sequence[int] | None, rows: int, partition: Partition) ->
     """Each row's seed, and the row numbers to fold in where all rows share one."""
     shared = seed is None or isinstance(seed, int | np.integer)
     if seed is None:
-        seed = agreed(partition, secrets.randbits(32))
+        seed = same_on_all_processes(partition, secrets.randbits(32))
     seeds = [seed] * rows if isinstance(seed, int | np.integer) else list(seed)
     if len(seeds) != rows:
         raise GenerationError(f"seed: expected one for each of {rows} rows, got {len(seeds)}")

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, UInt32
 
-from dbrx_jax.sharding.partition import ONE_DEVICE, VOCABULARY, VOCABULARY_BLOCK, Partition
+from dbrx_jax.sharding.partition import ONE_DEVICE, VOCAB_AXES, VOCAB_BLOCK, Partition
 
 
 class Sampling(NamedTuple):
@@ -27,7 +27,7 @@ class Sampling(NamedTuple):
     repetition_penalty: ArrayLike
 
 
-def choose(
+def sample_tokens(
     logits: Float[Array, "B V"],
     seen: Bool[Array, "B V"],
     keys: UInt32[Array, "B 2"] | None,
@@ -53,12 +53,12 @@ def choose(
     if filtered:
         logits = jnp.where(logits >= _threshold(logits, sampling, partition), logits, -jnp.inf)
     size = logits.shape[1]
-    first = partition.index(*VOCABULARY) * (size // VOCABULARY_BLOCK)
-    blocks = first + jnp.arange(-(-size // VOCABULARY_BLOCK))
+    first = partition.axis_index(*VOCAB_AXES) * (size // VOCAB_BLOCK)
+    blocks = first + jnp.arange(-(-size // VOCAB_BLOCK))
 
     def noise(key: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
-        draw = jax.vmap(lambda block: jax.random.gumbel(jax.random.fold_in(key, block), (VOCABULARY_BLOCK,)))
+        draw = jax.vmap(lambda block: jax.random.gumbel(jax.random.fold_in(key, block), (VOCAB_BLOCK,)))
         return draw(blocks).reshape(-1)[:size]
 
     return argmax(logits + jax.vmap(noise)(keys, positions), partition)
@@ -67,12 +67,12 @@ def choose(
 def argmax(logits: Float[Array, "B V"], partition: Partition = ONE_DEVICE) -> Int[Array, "B"]:
     """The id of each row's largest logit, the lowest among equals."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if partition.size(*VOCABULARY) == 1:
+    if partition.size(*VOCAB_AXES) == 1:
         return best
     value = jnp.take_along_axis(logits, best[:, None], axis=1)[:, 0]
-    first = partition.index(*VOCABULARY) * logits.shape[1]
-    candidate = jnp.where(value == partition.max(value, *VOCABULARY), first + best, jnp.iinfo(jnp.int32).max)
-    return -partition.max(-candidate, *VOCABULARY)
+    first = partition.axis_index(*VOCAB_AXES) * logits.shape[1]
+    candidate = jnp.where(value == partition.pmax(value, *VOCAB_AXES), first + best, jnp.iinfo(jnp.int32).max)
+    return -partition.pmax(-candidate, *VOCAB_AXES)
 
 
 def _threshold(logits: Float[Array, "B V"], sampling: Sampling, partition: Partition) -> Float[Array, "B 1"]:
@@ -83,22 +83,22 @@ def _threshold(logits: Float[Array, "B V"], sampling: Sampling, partition: Parti
     """
 
     def count(keep: Array) -> Array:
-        return partition.sum(keep.sum(axis=-1, dtype=jnp.int32), *VOCABULARY)
+        return partition.psum(keep.sum(axis=-1, dtype=jnp.int32), *VOCAB_AXES)
 
-    largest = partition.max(logits.max(axis=-1), *VOCABULARY)[:, None]
+    largest = partition.pmax(logits.max(axis=-1), *VOCAB_AXES)[:, None]
     kth = _largest_number(lambda least: count(logits >= least[:, None]) >= sampling.top_k, logits.shape[0])[:, None]
     weights = jnp.where(logits >= kth, jnp.exp(logits - largest), 0)
-    total = partition.sum(weights.sum(axis=-1), *VOCABULARY)
+    total = partition.psum(weights.sum(axis=-1), *VOCAB_AXES)
 
     def outside(least: Array) -> Array:
         """Whether what is more probable than `least` reaches top_p already, so that `least` is not needed."""
-        above = partition.sum(jnp.where(logits > least[:, None], weights, 0).sum(axis=-1), *VOCABULARY)
+        above = partition.psum(jnp.where(logits > least[:, None], weights, 0).sum(axis=-1), *VOCAB_AXES)
         return (above >= sampling.top_p * total) & jnp.less(sampling.top_p, 1)
 
     # The most probable stays whatever top_p is.
     unneeded = _largest_number(outside, logits.shape[0])[:, None]
     least = jnp.min(jnp.where(logits > unneeded, logits, jnp.inf), axis=-1)
-    least = jnp.minimum(-partition.max(-least, *VOCABULARY)[:, None], largest)
+    least = jnp.minimum(-partition.pmax(-least, *VOCAB_AXES)[:, None], largest)
     return jnp.maximum(jnp.maximum(kth, least), largest + jnp.log(sampling.min_p))
 
 

@@ -13,7 +13,7 @@ from dbrx_jax.errors import ConfigError
 from dbrx_jax.kernels.dispatch import attention_kernels
 from dbrx_jax.kernels.xla import cache_attention as xla_cache
 from dbrx_jax.kernels.xla.sequence_attention import blockwise_attention
-from dbrx_jax.ops.attention import AttentionPart, reference_attention, reference_cached_attention
+from dbrx_jax.ops.attention import PartialAttention, reference_attention, reference_cached_attention
 
 IMPLEMENTATIONS = ("reference", "xla", "flash")
 
@@ -79,11 +79,11 @@ def cached_attention(
     positions: Int[Array, "R T"],
     first_row: Int[Array, ""] | int,
     block: int,
-    stripe: tuple[Int[Array, ""] | int, int] = (0, 1),
+    context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
     platform: str = "cpu",
     scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
     implementation: str = "xla",
-) -> AttentionPart:
+) -> PartialAttention:
     """Attention of rows first_row … first_row + R of a cache: a query at position p sees positions 0 … p.
 
     Several queries of one row must follow one another. The cache is read in blocks of `block` positions, and
@@ -93,15 +93,17 @@ def cached_attention(
     the other rows have come.
 
     Args:
-      stripe: (x, X) where the cache holds every X-th position from x on; (0, 1) for all.
+      context_shard: (x, X) where the cache holds every X-th position from x on; (0, 1) for all.
       platform: on a CPU products are of float32, elsewhere of the query's dtype with float32 sums.
       scales: of the keys and the values of an int8 cache.
       implementation: as :func:`select_implementation` returns it.
     """
     if implementation == "reference":
-        return reference_cached_attention(query, key, value, positions, first_row, stripe, scales)
+        return reference_cached_attention(query, key, value, positions, first_row, context_shard, scales)
     kernels = attention_kernels(platform) if implementation == "flash" else None
     if kernels is not None and kernels.cache.supports(query, key, value):
         starts = positions[:, 0]
-        return AttentionPart(*kernels.cache.cache_attention(query, key, value, starts, first_row, stripe, scales))
-    return xla_cache.cache_attention(query, key, value, positions, first_row, block, stripe, platform, scales)
+        return PartialAttention(
+            *kernels.cache.cache_attention(query, key, value, starts, first_row, context_shard, scales)
+        )
+    return xla_cache.cache_attention(query, key, value, positions, first_row, block, context_shard, platform, scales)

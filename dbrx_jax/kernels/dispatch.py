@@ -20,37 +20,37 @@ class ExpertKernels:
     """The experts' kernels of one kind of device.
 
     Args:
-      few: module with decode_experts, for few tokens.
-      many: module with grouped_matmul.
+      decode: module with decode_experts, for few tokens.
+      grouped: module with grouped_matmul.
       gradient: of grouped_matmul for its weight: (left (P, M), right (P, C), sizes (E,)) to (E, M, C).
-      takes_gradient: whether it takes these two.
+      gradient_supported: whether it takes these two.
       interpret: what makes Pallas interpret them, on a CPU.
     """
 
-    few: ModuleType
-    many: ModuleType
+    decode: ModuleType
+    grouped: ModuleType
     gradient: Callable[..., Array]
-    takes_gradient: Callable[..., bool]
+    gradient_supported: Callable[..., bool]
     interpret: Any
 
-    def take_few(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
+    def supports_decode(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
         """Whether the kernel for few tokens takes rows x (N, D) and these weights (E, F, D)."""
-        return self.few.supports(x, w1, v1, w2, interpret=bool(self.interpret))
+        return self.decode.supports(x, w1, v1, w2, interpret=bool(self.interpret))
 
-    def take_many(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
+    def supports_grouped(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
         """The same of the grouped products, for all that a forward pass takes."""
         inner = jax.ShapeDtypeStruct((x.shape[0], w1.shape[1]), x.dtype)
         products = ((x, w1, 1), (x, v1, 1), (inner, w2, 0))
-        return all(self.many.supports(*product, interpret=bool(self.interpret)) for product in products)
+        return all(self.grouped.supports(*product, interpret=bool(self.interpret)) for product in products)
 
-    def take_gradients(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
+    def supports_gradients(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
         """The same for all that a backward pass takes; of plain weights alone."""
         if not all(isinstance(w, Array) for w in (w1, v1, w2)):
             return False
         inner = jax.ShapeDtypeStruct((x.shape[0], w1.shape[1]), x.dtype)
         products = ((x, w2, 1), (inner, w1, 0), (inner, v1, 0))
-        fit = all(self.many.supports(*product, interpret=bool(self.interpret)) for product in products)
-        return fit and self.takes_gradient(inner, x, interpret=bool(self.interpret))
+        fit = all(self.grouped.supports(*product, interpret=bool(self.interpret)) for product in products)
+        return fit and self.gradient_supported(inner, x, interpret=bool(self.interpret))
 
 
 def expert_kernels(platform: str) -> ExpertKernels | None:
@@ -62,21 +62,19 @@ def expert_kernels(platform: str) -> ExpertKernels | None:
 @functools.cache
 def _of_kind(kind: str, interpret: bool) -> ExpertKernels:
     if kind == "tpu":
-        from dbrx_jax.kernels.tpu import decode_experts as experts_tpu
-        from dbrx_jax.kernels.tpu import grouped_matmul as grouped_tpu
+        from dbrx_jax.kernels.tpu import decode_experts, grouped_matmul
 
         return ExpertKernels(
-            experts_tpu, grouped_tpu, grouped_tpu.grouped_gradient, grouped_tpu.gradient_supports, interpret
+            decode_experts, grouped_matmul, grouped_matmul.grouped_gradient, grouped_matmul.gradient_supports, interpret
         )
     from jax.experimental.pallas import mosaic_gpu
 
-    from dbrx_jax.kernels.gpu import decode_experts as experts_gpu
-    from dbrx_jax.kernels.gpu import grouped_matmul as grouped_gpu
+    from dbrx_jax.kernels.gpu import decode_experts, grouped_matmul
     from dbrx_jax.kernels.gpu.grouped_gradient import gradient_supports, grouped_gradient
 
     mosaic: Any = mosaic_gpu  # of which versions before MIN_JAX_FOR_GPU_KERNELS have no interpreter
     how = mosaic.InterpretGPUParams() if interpret else None
-    return ExpertKernels(experts_gpu, grouped_gpu, grouped_gradient, gradient_supports, how)
+    return ExpertKernels(decode_experts, grouped_matmul, grouped_gradient, gradient_supports, how)
 
 
 class AttentionKernels(NamedTuple):
@@ -90,13 +88,11 @@ def attention_kernels(platform: str) -> AttentionKernels | None:
     """Those for the platform; None where there are none."""
     kind = kernel_backend(platform)
     if kind == "tpu":
-        from dbrx_jax.kernels.tpu import cache_attention as attention_tpu
-        from dbrx_jax.kernels.tpu import sequence_attention as attention_splash
+        from dbrx_jax.kernels.tpu import cache_attention, sequence_attention
 
-        return AttentionKernels(attention_tpu, attention_splash)
+        return AttentionKernels(cache_attention, sequence_attention)
     if kind == "gpu":
-        from dbrx_jax.kernels.gpu import cache_attention as attention_gpu
-        from dbrx_jax.kernels.gpu import sequence_attention as attention_cudnn
+        from dbrx_jax.kernels.gpu import cache_attention, sequence_attention
 
-        return AttentionKernels(attention_gpu, attention_cudnn)
+        return AttentionKernels(cache_attention, sequence_attention)
     return None

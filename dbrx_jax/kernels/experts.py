@@ -44,11 +44,11 @@ def apply_experts(
         None leaves that to the platform.
     """
     weights = weights.astype(x.dtype)
-    here = (experts >= 0) & (experts < expert_weights.number)
+    here = (experts >= 0) & (experts < expert_weights.num_experts)
     if valid is not None:
         here = here & valid[:, None]
     # One past the last expert: such rows sort behind all groups and match no expert.
-    experts = jnp.where(here, experts, expert_weights.number)
+    experts = jnp.where(here, experts, expert_weights.num_experts)
     dispatch = _dispatch(x, experts, expert_weights, platform, tile)
     return _apply(x, weights, experts, expert_weights, activation, dispatch)
 
@@ -57,7 +57,7 @@ class ExpertDispatch(NamedTuple):
     """How the experts are applied."""
 
     platform: str
-    few: bool  # tokens, or many
+    small_batch: bool  # tokens, or many
     tile: int  # rows of a product of many tokens
     kernels: ExpertKernels | None  # or XLA's own products
 
@@ -68,10 +68,10 @@ def _dispatch(
     """Chosen by platform, shapes and dtype. Kernels are not for products of a given number of rows."""
     tokens = x.shape[0]
     kernels = expert_kernels(platform) if tile is None and expert_weights.stacked else None
-    if kernels is not None and kernels.take_few(x, *expert_weights):
+    if kernels is not None and kernels.supports_decode(x, *expert_weights):
         return ExpertDispatch(platform, True, 0, kernels)
     few = tile is None and tokens <= SMALL_BATCH.get(platform, SMALL_BATCH_ON_ACCELERATOR)
-    if kernels is not None and kernels.take_many(x, *expert_weights):
+    if kernels is not None and kernels.supports_grouped(x, *expert_weights):
         return ExpertDispatch(platform, False, xla.TILE_ON_ACCELERATOR, kernels)
     if tile is None:
         tile = xla.tile_rows(experts, expert_weights) if platform == "cpu" else xla.TILE_ON_ACCELERATOR
@@ -81,14 +81,14 @@ def _dispatch(
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _apply(x, weights, experts, expert_weights, activation, dispatch):
     if dispatch.kernels is not None:
-        return (stacked_experts.decode if dispatch.few else stacked_experts.grouped)(
+        return (stacked_experts.decode_experts if dispatch.small_batch else stacked_experts.grouped_experts)(
             x, weights, experts, expert_weights, activation, dispatch.kernels
         )
-    if not dispatch.few:
-        return xla.grouped(x, weights, experts, expert_weights, activation, dispatch.platform, dispatch.tile)
+    if not dispatch.small_batch:
+        return xla.grouped_experts(x, weights, experts, expert_weights, activation, dispatch.platform, dispatch.tile)
     if dispatch.platform == "cpu":
-        return xla.one_token(x, weights, experts, expert_weights, activation, dispatch.platform)
-    return xla.small_batch(x, weights, experts, expert_weights, activation, dispatch.platform)
+        return xla.one_token_experts(x, weights, experts, expert_weights, activation, dispatch.platform)
+    return xla.small_batch_experts(x, weights, experts, expert_weights, activation, dispatch.platform)
 
 
 def _forward(x, weights, experts, expert_weights, activation, dispatch):
@@ -98,11 +98,11 @@ def _forward(x, weights, experts, expert_weights, activation, dispatch):
 
 def _backward(activation, dispatch, saved, dy):
     x, _, experts, expert_weights = saved
-    if dispatch.kernels is not None and dispatch.kernels.take_gradients(x, *expert_weights):
-        dx, dweights, by_weight = stacked_experts.grouped_gradients(*saved, dy, activation, dispatch.kernels)
+    if dispatch.kernels is not None and dispatch.kernels.supports_gradients(x, *expert_weights):
+        dx, dweights, by_weight = stacked_experts.grouped_expert_gradients(*saved, dy, activation, dispatch.kernels)
     else:
         tile = dispatch.tile or xla.TILE_ON_ACCELERATOR
-        dx, dweights, by_weight = xla.grouped_gradients(*saved, dy, activation, dispatch.platform, tile)
+        dx, dweights, by_weight = xla.grouped_expert_gradients(*saved, dy, activation, dispatch.platform, tile)
     return dx, dweights, np.zeros(experts.shape, jax.dtypes.float0), by_weight
 
 

@@ -13,7 +13,7 @@ from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, group
 from dbrx_jax.quantization import QuantizedArray
 
 
-def decode(
+def decode_experts(
     x: Float[Array, "N D"],
     weights: Float[Array, "N K"],
     experts: Int[Array, "N K"],
@@ -22,15 +22,15 @@ def decode(
     kernels: ExpertKernels,
 ) -> Float[Array, "N D"]:
     """For few tokens: each chosen expert, read once, on all rows. Experts from E on are left out."""
-    chosen, count, mix = distinct(weights, experts, expert_weights.number)
+    chosen, count, combine_weights = active_experts(weights, experts, expert_weights.num_experts)
     with jax.named_scope("few_tokens"):
-        out = kernels.few.decode_experts(
-            x, chosen, count, mix, *expert_weights, activation=activation, interpret=kernels.interpret
+        out = kernels.decode.decode_experts(
+            x, chosen, count, combine_weights, *expert_weights, activation=activation, interpret=kernels.interpret
         )
     return out.astype(x.dtype)
 
 
-def distinct(
+def active_experts(
     weights: Float[Array, "N K"], experts: Int[Array, "N K"], num_experts: int
 ) -> tuple[Int[Array, "C"], Int[Array, ""], Float[Array, "C N"]]:
     """The C experts at most that some token chose, how many they are, and each one's weight for each token.
@@ -39,11 +39,11 @@ def distinct(
     """
     touched = jnp.any(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0)
     chosen = jnp.argsort(~touched, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
-    mix = jnp.where(experts == chosen[:, None, None], weights, 0).astype(jnp.float32).sum(axis=-1)
-    return chosen, touched.sum(dtype=jnp.int32), mix
+    combine_weights = jnp.where(experts == chosen[:, None, None], weights, 0).astype(jnp.float32).sum(axis=-1)
+    return chosen, touched.sum(dtype=jnp.int32), combine_weights
 
 
-def grouped(
+def grouped_experts(
     x: Float[Array, "N D"],
     weights: Float[Array, "N K"],
     experts: Int[Array, "N K"],
@@ -52,14 +52,14 @@ def grouped(
     kernels: ExpertKernels,
 ) -> Float[Array, "N D"]:
     """For many tokens: the (token, expert) pairs sorted by expert, and a grouped product with each weight."""
-    groups = group(experts, expert_weights.number, 0)
+    groups = group(experts, expert_weights.num_experts, 0)
     product = _product(kernels, groups.ends - groups.starts)
     rows = x[groups.order // experts.shape[1]]
     gate, up = product(rows, expert_weights.w1, 1), product(rows, expert_weights.v1, 1)
     return groups.total(product(ACTIVATIONS[activation](gate) * up, expert_weights.w2, 0), weights)
 
 
-def grouped_gradients(
+def grouped_expert_gradients(
     x: Float[Array, "N D"],
     weights: Float[Array, "N K"],
     experts: Int[Array, "N K"],
@@ -68,10 +68,10 @@ def grouped_gradients(
     activation: str,
     kernels: ExpertKernels,
 ) -> tuple[Float[Array, "N D"], Float[Array, "N K"], ExpertWeights]:
-    """Those of :func:`grouped` for x, weights and plain expert weights: what lies between is computed again."""
+    """Those of :func:`grouped_experts` for x, weights and plain expert weights: what lies between is computed again."""
     w1, v1, w2 = expert_weights
     assert isinstance(w1, Array)
-    groups = group(experts, expert_weights.number, 0)
+    groups = group(experts, expert_weights.num_experts, 0)
     sizes = groups.ends - groups.starts
     product = _product(kernels, sizes)
     tokens = groups.order // experts.shape[1]
@@ -99,6 +99,6 @@ def _product(kernels: ExpertKernels, sizes: Int[Array, "E"]) -> Callable[[Array,
 
     def product(rows: Array, weight: Array | QuantizedArray, contracted: int) -> Array:
         with jax.named_scope("many_tokens"):
-            return kernels.many.grouped_matmul(rows, weight, contracted, sizes, interpret=kernels.interpret)
+            return kernels.grouped.grouped_matmul(rows, weight, contracted, sizes, interpret=kernels.interpret)
 
     return product

@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention
-from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache, turned, write
+from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache, swap_layout, write_cache
 from dbrx_jax.model.parameter import Init
-from dbrx_jax.ops.attention import join_stripes
+from dbrx_jax.ops.attention import merge_partial_attention
 from dbrx_jax.ops.linear import linear, matrix
 from dbrx_jax.ops.rope import rotate
-from dbrx_jax.sharding.partition import STRIPES, Partition
+from dbrx_jax.sharding.partition import CONTEXT_AXIS, Partition
 
 
 class Attention(nnx.Module):
@@ -42,14 +42,14 @@ class Attention(nnx.Module):
         Args:
           mask: of all tokens, False for padding.
         """
-        q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
-        mine = partition.own_tokens(q)
-        first = partition.index("expert") * mine.shape[1] if partition.split else 0
+        q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
+        mine = partition.local_tokens(q)
+        first = partition.axis_index("expert") * mine.shape[1] if partition.tokens_split else 0
         platform = partition.platform
         y = sequence_attention(mine, k, v, mask, first, select_implementation(partition.attention, platform), platform)
-        return self._project_out(partition.all_tokens(y), partition)
+        return self._project_out(partition.gather_tokens(y), partition)
 
-    def extend(
+    def forward_with_cache(
         self,
         x: Float[Array, "R T D"],
         positions: Int[Array, "R T"],
@@ -63,25 +63,27 @@ class Attention(nnx.Module):
         Args:
           active: False leaves the cache as it is: there is no new token.
         """
-        q, k, v = self._project_in(partition.all_tokens(x), positions, partition)
-        stripe, platform = (partition.index(STRIPES), partition.size(STRIPES)), partition.platform
-        cache = write(turned(cache, platform), k, v, positions, first_row, stripe, active, platform)
+        q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
+        context_shard, platform = (partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)), partition.platform
+        cache = write_cache(swap_layout(cache, platform), k, v, positions, first_row, context_shard, active, platform)
         keys, values = cache.key, cache.value
         part = cached_attention(
-            q, keys, values, positions, first_row, CACHE_BLOCK, stripe, platform, cache.scales,
+            q, keys, values, positions, first_row, CACHE_BLOCK, context_shard, platform, cache.scales,
             select_implementation(partition.attention, platform),
         )  # fmt: skip
-        return self._project_out(join_stripes(part, x.dtype, partition), partition), turned(cache, platform)
+        return self._project_out(merge_partial_attention(part, x.dtype, partition), partition), swap_layout(
+            cache, platform
+        )
 
     def _project_in(self, x: Array, positions: Array, partition: Partition) -> tuple[Array, Array, Array]:
         """Query, key and value (B, T, heads, K) of all tokens: clamped first, values too, then rotated."""
-        x = partition.own(x, 2, "expert")
-        weights = [partition.whole(w) for w in (self.query, self.key, self.value)]
+        x = partition.local_shard(x, 2, "expert")
+        weights = [partition.gather_fsdp(w) for w in (self.query, self.key, self.value)]
         rows = x.reshape(-1, x.shape[-1])
         parts = [linear(rows, matrix(w, 2), 1, partition.platform).reshape(*x.shape[:2], *w.shape[:2]) for w in weights]
         if partition.size("expert") > 1:
             heads = [w.shape[0] for w in weights]
-            joined = partition.sum(jnp.concatenate(parts, axis=2), "expert")
+            joined = partition.psum(jnp.concatenate(parts, axis=2), "expert")
             parts = jnp.split(joined, [heads[0], heads[0] + heads[1]], axis=2)
         q, k, v = parts
         if self.clip is not None:
@@ -89,6 +91,6 @@ class Attention(nnx.Module):
         return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v
 
     def _project_out(self, y: Array, partition: Partition) -> Array:
-        weight, rows = partition.whole(self.out), y.reshape(-1, math.prod(y.shape[2:]))
+        weight, rows = partition.gather_fsdp(self.out), y.reshape(-1, math.prod(y.shape[2:]))
         out = linear(rows, matrix(weight, 1), 1, partition.platform).reshape(*y.shape[:2], -1)
-        return partition.turn(partition.sum(out, "tensor"))
+        return partition.scatter_tokens(partition.psum(out, "tensor"))

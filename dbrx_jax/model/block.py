@@ -16,7 +16,7 @@ from dbrx_jax.model.moe import MoE
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.norm import layer_norm
 from dbrx_jax.ops.routing import Routing
-from dbrx_jax.ops.row_tiles import TILE, over_tiles
+from dbrx_jax.ops.row_tiles import ROW_TILE, map_row_tiles
 from dbrx_jax.sharding.partition import Partition
 
 
@@ -51,7 +51,7 @@ class Block(nnx.Module):
         x = x + self.attention(self.norm_1(x), positions, mask, partition)
         return self._feed_forward(x, partition, mask, jitter_key)
 
-    def extend(
+    def forward_with_cache(
         self,
         partition: Partition,
         x: Float[Array, "R T D"],
@@ -68,11 +68,11 @@ class Block(nnx.Module):
           active: False leaves the cache as it is; None is True.
         """
         row, writes = 0 if first_row is None else first_row, True if active is None else active
-        y, cache = self.attention.extend(self.norm_1(x), positions, cache, row, partition, writes)
+        y, cache = self.attention.forward_with_cache(self.norm_1(x), positions, cache, row, partition, writes)
         x, _ = self._feed_forward(x + y, partition, valid)
         return x, cache
 
-    def extend_tiles(
+    def decode_in_row_tiles(
         self,
         partition: Partition,
         x: Float[Array, "R 1 D"],
@@ -81,11 +81,13 @@ class Block(nnx.Module):
         cache: LayerCache,
         count: Int[Array, ""],
     ) -> tuple[Float[Array, "R 1 D"], LayerCache]:
-        """Of one new token of each row, TILE rows at a time but for the experts; `count` as in :func:`over_tiles`."""
+        """One new token of each row, in tiles of ROW_TILE rows but for the experts; count as in map_row_tiles."""
 
         def attend(first_row, rows, cache):
             x, positions = rows
-            y, cache = self.attention.extend(self.norm_1(x), positions[:, None], cache, first_row, partition)
+            y, cache = self.attention.forward_with_cache(
+                self.norm_1(x), positions[:, None], cache, first_row, partition
+            )
             x = x + y
             normed = self.norm_2(x)
             routing = self.moe.route(normed, partition)
@@ -93,9 +95,9 @@ class Block(nnx.Module):
                 return (x + self.moe.mix(normed, routing, partition), normed, routing), cache
             return (x, normed, routing), cache
 
-        (x, normed, routing), cache = over_tiles(attend, (x, positions), cache, count)
+        (x, normed, routing), cache = map_row_tiles(attend, (x, positions), cache, count)
         if not self.moe.dense:
-            x = x + self.moe.mix(normed, routing, partition, valid[:, None], TILE)
+            x = x + self.moe.mix(normed, routing, partition, valid[:, None], ROW_TILE)
         return x, cache
 
     def _feed_forward(

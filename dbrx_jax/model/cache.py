@@ -2,7 +2,7 @@
 
 B rows, G key and value heads, S positions, K elements a head. On a TPU they lie as (B, S, G, K): its
 compiler would turn the whole cache round before and after each step. On a mesh a device has its rows, its
-heads, and every X-th position: position p is at place p // X on device p mod X along STRIPES. So the
+heads, and every X-th position: position p is at place p // X on device p mod X along CONTEXT_AXIS. So the
 devices share the work of attention equally, whatever the length, and long sequences fit. On each
 device S is a multiple of CACHE_BLOCK, the unit in which attention reads it.
 
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Int8
 from dbrx_jax.backend import kernel_backend
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.kernels.cache_layout import is_stored_by_head
-from dbrx_jax.sharding.partition import ROWS, STRIPES, Partition
+from dbrx_jax.sharding.partition import BATCH_AXES, CONTEXT_AXIS, Partition
 
 CACHE_BLOCK = 128  # positions
 SCALE_DTYPE = jnp.bfloat16
@@ -47,64 +47,64 @@ class LayerCache(NamedTuple):
 Cache = list[LayerCache]
 
 
-def capacity(tokens: int, partition: Partition) -> int:
+def cache_capacity(tokens: int, partition: Partition) -> int:
     """The cache's length in positions for sequences of up to `tokens`.
 
     Rounded up to an eighth of the next power of two, so that a conversation that grows is
     compiled for seldom, and at most a quarter of the cache lies idle beyond one chunk.
     """
-    unit = math.lcm(*chunk_lengths(partition), CACHE_BLOCK * partition.size(STRIPES))
+    unit = math.lcm(*prefill_chunk_lengths(partition), CACHE_BLOCK * partition.size(CONTEXT_AXIS))
     step = max(unit, (1 << (tokens - 1).bit_length()) // 8 // unit * unit)
     return -(-tokens // step) * step
 
 
-def chunk_lengths(partition: Partition) -> tuple[int, ...]:
+def prefill_chunk_lengths(partition: Partition) -> tuple[int, ...]:
     """Numbers of tokens that a chunk of a prompt can have, ascending: multiples of what they are split into."""
-    stripes = partition.size(STRIPES)
+    context_size = partition.size(CONTEXT_AXIS)
     lengths = PREFILL_CHUNKS.get(partition.platform, PREFILL_CHUNKS_ELSEWHERE)
-    return tuple(-(-tokens // stripes) * stripes for tokens in lengths)
+    return tuple(-(-tokens // context_size) * context_size for tokens in lengths)
 
 
-def chunks(tokens: int, partition: Partition) -> Iterator[tuple[int, int]]:
+def prefill_chunks(tokens: int, partition: Partition) -> Iterator[tuple[int, int]]:
     """First position and length of each chunk of a prompt, the last filled up: by nothing but the prompt's length."""
-    lengths, start = chunk_lengths(partition), 0
+    lengths, start = prefill_chunk_lengths(partition), 0
     while start < tokens:
         length = next((n for n in lengths if n >= tokens - start), lengths[-1])
         yield start, length
         start += length
 
 
-def specs(config: DbrxConfig, partition: Partition, int8: bool = False) -> Cache:
+def cache_specs(config: DbrxConfig, partition: Partition, int8: bool = False) -> Cache:
     """Where the cache lies on a mesh."""
-    axes = ("tensor", STRIPES)
+    axes = ("tensor", CONTEXT_AXIS)
     axes = axes[::-1] if partition.platform == "tpu" else axes
-    spec, scale = partition.place(ROWS, *axes, None), partition.place(ROWS, *axes)
+    spec, scale = partition.array_spec(BATCH_AXES, *axes, None), partition.array_spec(BATCH_AXES, *axes)
     layer: Any = LayerCache
     return [layer(spec, spec, *([scale, scale] if int8 else [])) for _ in range(config.n_layers)]
 
 
-def turned(cache: LayerCache, platform: str) -> LayerCache:
+def swap_layout(cache: LayerCache, platform: str) -> LayerCache:
     """From how a layer's cache lies to (B, G, S, K), and back: on a TPU another view of the same bytes."""
     return jax.tree.map(lambda x: x.swapaxes(1, 2), cache) if platform == "tpu" else cache
 
 
-def create(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, partition: Partition) -> Cache:
+def create_cache(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, partition: Partition) -> Cache:
     """This device's part of an empty cache of `rows` rows and `positions` positions."""
     shape = (
-        rows // partition.size(*ROWS),
+        rows // partition.size(*BATCH_AXES),
         config.kv_n_heads // partition.size("tensor"),
-        positions // partition.size(STRIPES),
+        positions // partition.size(CONTEXT_AXIS),
         config.head_dim,
     )
 
     def layer() -> LayerCache:
         scales = [jnp.zeros(shape[:3], SCALE_DTYPE) for _ in range(2)] if dtype == jnp.int8 else []
-        return turned(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales), partition.platform)
+        return swap_layout(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales), partition.platform)
 
     return [layer() for _ in range(config.n_layers)]
 
 
-def to_int8(x: Float[Array, "R T G K"]) -> tuple[Int8[Array, "R T G K"], Float[Array, "R T G"]]:
+def quantize_to_int8(x: Float[Array, "R T G K"]) -> tuple[Int8[Array, "R T G K"], Float[Array, "R T G"]]:
     """Whole numbers from -127 to 127, and the scales that they are to be multiplied with."""
     x = x.astype(jnp.float32)
     scale = (jnp.max(jnp.abs(x), axis=-1) / 127).astype(SCALE_DTYPE)
@@ -112,30 +112,30 @@ def to_int8(x: Float[Array, "R T G K"]) -> tuple[Int8[Array, "R T G K"], Float[A
     return jnp.clip(jnp.round(x / unit), -127, 127).astype(jnp.int8), scale
 
 
-def write(
+def write_cache(
     cache: LayerCache,
     key: Float[Array, "R T G K"],
     value: Float[Array, "R T G K"],
     positions: Int[Array, "R T"],
     first_row: Int[Array, ""] | int,
-    stripe: tuple[Int[Array, ""] | int, int] = (0, 1),
+    context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
     active: Bool[Array, ""] | bool = True,
     platform: str = "cpu",
 ) -> LayerCache:
     """The cache with the new keys and values at `positions` of rows first_row … first_row + R.
 
     The positions must lie within the cache. Several tokens of one row must follow one another, from
-    a multiple of the stripes on.
+    a multiple of the context_size on.
 
     Args:
-      stripe: (x, X): this device has every X-th position from x on.
+      context_shard: (x, X): this device has every X-th position from x on.
       active: False leaves the cache as it is.
     """
-    offset, stride = stripe
+    offset, stride = context_shard
     R, T = positions.shape
     new = LayerCache(key, value)
     if cache.key_scale is not None:
-        (key, key_scale), (value, value_scale) = to_int8(key), to_int8(value)
+        (key, key_scale), (value, value_scale) = quantize_to_int8(key), quantize_to_int8(value)
         new = LayerCache(key, value, key_scale, value_scale)
     if R == 1 and T > 1:
 
@@ -157,7 +157,7 @@ def write(
     by_kernel = platform == "tpu" and T == 1 and kernel_backend(platform) is not None
 
     def put(into: Array, new: Array) -> Array:
-        if by_head:  # a scatter of all heads of a position at once would have the whole cache turned
+        if by_head:  # a scatter of all heads of a position at once would have the whole cache swap_layout
             where = (rows[..., None], jnp.arange(heads), place[..., None])
             return into.at[where].set(new, unique_indices=True, mode="drop")
         if by_kernel and into.ndim == 4:

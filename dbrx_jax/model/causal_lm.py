@@ -17,9 +17,9 @@ from dbrx_jax.model.cache import Cache
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.linear import Weight, dequantized, linear
 from dbrx_jax.ops.routing import Routing
-from dbrx_jax.ops.row_tiles import over_tiles, tile_count
+from dbrx_jax.ops.row_tiles import map_row_tiles, num_row_tiles
 from dbrx_jax.quantization import Quantization
-from dbrx_jax.sharding.partition import ROWS, VOCABULARY, Partition, check_all_to_all, check_mesh
+from dbrx_jax.sharding.partition import BATCH_AXES, VOCAB_AXES, Partition, check_all_to_all, check_mesh
 
 
 class CausalLM(nnx.Module):
@@ -88,7 +88,7 @@ class CausalLM(nnx.Module):
           mask: False for padding.
           jitter_key: in training, the random key of the router's jitter.
         """
-        partition = self.partition.with_split(input_ids.shape[1])
+        partition = self.partition.with_tokens_split(input_ids.shape[1])
 
         states, routings = [self.embed(input_ids, partition)], []
         for i, block in enumerate(self.blocks):
@@ -100,7 +100,7 @@ class CausalLM(nnx.Module):
         states[-1] = self.norm_f(states[-1])
         return states, routings
 
-    def extend(
+    def forward_with_cache(
         self,
         input_ids: Int[Array, "R T"],
         valid: Bool[Array, "R T"],
@@ -117,60 +117,60 @@ class CausalLM(nnx.Module):
         On a mesh, this is what each device runs, on its rows; the states are of all their tokens.
         """
         T = input_ids.shape[1]
-        partition = self.partition.with_split(T)
+        partition = self.partition.with_tokens_split(T)
         # Of several groups of rows, some may have nothing to do where others have a prompt's chunk.
-        active = jnp.any(valid) if T > 1 and partition.size(*ROWS) > 1 else None
+        active = jnp.any(valid) if T > 1 and partition.size(*BATCH_AXES) > 1 else None
         x, layers = self.embed(input_ids, partition), []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
                 new = x, valid, positions, layer, first_row, active
-                x, layer = traced_once(Block.extend, block, partition, *new)
+                x, layer = traced_once(Block.forward_with_cache, block, partition, *new)
             layers.append(layer)
-        return partition.all_tokens(x), layers
+        return partition.gather_tokens(x), layers
 
-    def extend_tiles(
+    def decode_in_row_tiles(
         self, input_ids: Int[Array, "R"], valid: Bool[Array, "R"], positions: Int[Array, "R"], cache: Cache
     ) -> tuple[Float[Array, "R D"], Cache]:
-        """One new token of each row as :meth:`extend`, in products of TILE rows: no bit of a row depends on R.
+        """As :meth:`forward_with_cache` for one token of each row, with bits that do not depend on R.
 
-        R is a multiple of TILE. Rows go through attention and router tile by tile, and to the experts together.
+        R is a multiple of ROW_TILE. Rows go through attention and router tile by tile, and to the experts together.
         """
-        partition, count = self.partition, tile_count(input_ids.shape[0], positions)
+        partition, count = self.partition, num_row_tiles(input_ids.shape[0], positions)
         # In a loop of its own, or a product with a scale is joined with a later sum for some numbers of rows.
-        x, _ = over_tiles(lambda _, ids, none: (self.embed(ids[:, None], partition), none), input_ids, None, count)
+        x, _ = map_row_tiles(lambda _, ids, none: (self.embed(ids[:, None], partition), none), input_ids, None, count)
         layers = []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
                 new = x, valid, positions, layer, count
-                x, layer = traced_once(Block.extend_tiles, block, partition, *new)
+                x, layer = traced_once(Block.decode_in_row_tiles, block, partition, *new)
             layers.append(layer)
         return x[:, 0], layers
 
     def embed(self, input_ids: Int[Array, "B T"], partition: Partition) -> Float[Array, "B T D"]:
         """Embeddings of the ids, of this device's tokens; each device looks up what its part of the table has."""
-        table = partition.whole(self.embedding)
-        if partition.size(*VOCABULARY) == 1:
-            return _looked_up(table, input_ids, partition.platform)
-        local = input_ids - partition.index(*VOCABULARY) * table.shape[0]
+        table = partition.gather_fsdp(self.embedding)
+        if partition.size(*VOCAB_AXES) == 1:
+            return _embedding_rows(table, input_ids, partition.platform)
+        local = input_ids - partition.axis_index(*VOCAB_AXES) * table.shape[0]
         here = (local >= 0) & (local < table.shape[0])
-        rows = _looked_up(table, jnp.where(here, local, 0), partition.platform)
-        return partition.join(jnp.where(here[..., None], rows, 0))
+        rows = _embedding_rows(table, jnp.where(here, local, 0), partition.platform)
+        return partition.reduce_tokens(jnp.where(here[..., None], rows, 0))
 
     def logits(self, normed: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """The head on hidden states after norm_f, in float32; on a mesh, of this device's part of the vocabulary.
 
         Entries that only fill the vocabulary up are the least number: they are never chosen and weigh nothing.
         """
-        head = self.partition.whole(self.lm_head)
+        head = self.partition.gather_fsdp(self.lm_head)
         rows = normed.reshape(-1, normed.shape[-1])
         logits = linear(rows, head, 1, self.partition.platform, jnp.float32).reshape(*normed.shape[:-1], -1)
         if self.partition.pad_vocabulary(self.config.vocab_size) == self.config.vocab_size:
             return logits
-        ids = self.partition.index(*VOCABULARY) * head.shape[0] + jnp.arange(head.shape[0])
+        ids = self.partition.axis_index(*VOCAB_AXES) * head.shape[0] + jnp.arange(head.shape[0])
         return jnp.where(ids < self.config.vocab_size, logits, jnp.finfo(jnp.float32).min)
 
 
-def _looked_up(table: Weight, ids: Int[Array, "B T"], platform: str) -> Float[Array, "B T D"]:
+def _embedding_rows(table: Weight, ids: Int[Array, "B T"], platform: str) -> Float[Array, "B T D"]:
     """Rows of the embedding."""
     if platform == "cpu" and isinstance(table, Array) and table.dtype == jnp.bfloat16:
         # As integers: XLA of JAX 0.10 looks them up in a copy of the whole table in float32.

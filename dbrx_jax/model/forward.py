@@ -7,7 +7,7 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
-from dbrx_jax.sharding.partition import ROWS, VOCABULARY
+from dbrx_jax.sharding.partition import BATCH_AXES, VOCAB_AXES
 
 
 class CausalLMOutput(NamedTuple):
@@ -21,20 +21,20 @@ class CausalLMOutput(NamedTuple):
 @partial(jax.jit, static_argnums=(4, 5))
 def forward(parts, ids, mask, positions, output_hidden_states, output_router_probs):
     model = parts.merge()
-    partition = model.partition.with_split(ids.shape[1])
+    partition = model.partition.with_tokens_split(ids.shape[1])
 
     def run(parts, ids, mask, positions):
         model = parts.merge()
         states, routings = model.hidden(ids, mask, positions)
-        logits = model.logits(partition.all_tokens(states[-1]))
+        logits = model.logits(partition.gather_tokens(states[-1]))
         probs = [r.probs.reshape(*ids.shape, -1) for r in routings]
         return CausalLMOutput(logits, states if output_hidden_states else None, probs if output_router_probs else None)
 
-    rows = partition.place(ROWS, None)
-    tokens = partition.place(ROWS, "expert" if partition.split else None, None)
+    rows = partition.array_spec(BATCH_AXES, None)
+    tokens = partition.array_spec(BATCH_AXES, "expert" if partition.tokens_split else None, None)
     places = CausalLMOutput(
-        partition.place(ROWS, None, VOCABULARY),
+        partition.array_spec(BATCH_AXES, None, VOCAB_AXES),
         [tokens] * (model.config.n_layers + 1) if output_hidden_states else None,
-        [partition.place(ROWS, None, None)] * model.config.n_layers if output_router_probs else None,
+        [partition.array_spec(BATCH_AXES, None, None)] * model.config.n_layers if output_router_probs else None,
     )
-    return partition.over(run, (parts.places(), rows, rows, rows), places)(parts, ids, mask, positions)
+    return partition.shard_map(run, (parts.specs(), rows, rows, rows), places)(parts, ids, mask, positions)

@@ -12,7 +12,7 @@ from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.experts import ExpertWeights, expert_mlp
 from dbrx_jax.ops.linear import Weight, linear
 from dbrx_jax.ops.routing import Routing, route
-from dbrx_jax.sharding.partition import ROWS, Partition
+from dbrx_jax.sharding.partition import BATCH_AXES, Partition
 
 
 class Expert(nnx.Module):
@@ -60,9 +60,9 @@ class MoE(nnx.Module):
           valid: of all tokens; False for padding, which is not computed and gives 0.
           jitter_key: in training, the random key of the router's jitter where the configuration has one.
         """
-        if partition.split and partition.all_to_all and not self.dense:
+        if partition.tokens_split and partition.all_to_all and not self.dense:
             return self._sent(x, partition, valid, jitter_key)
-        x = partition.all_tokens(x)
+        x = partition.gather_tokens(x)
         routing = self.route(x, partition, jitter_key)
         return self.mix(x, routing, partition, valid), routing
 
@@ -81,13 +81,13 @@ class MoE(nnx.Module):
         """
         rows, weights = x.reshape(-1, x.shape[-1]), self._weights(partition)
         if self.dense:  # softmax over one expert gives the weight 1
-            y = expert_mlp(rows, *weights.one(0), self.activation, partition.platform)
+            y = expert_mlp(rows, *weights.expert(0), self.activation, partition.platform)
         else:
-            first = partition.index("expert") * (self.num_experts // partition.size("expert"))
+            first = partition.axis_index("expert") * (self.num_experts // partition.size("expert"))
             valid = None if valid is None else valid.reshape(-1)
             chosen = routing.experts - first
             y = apply_experts(rows, routing.weights, chosen, weights, self.activation, valid, partition.platform, tile)
-        return partition.join(y.reshape(x.shape))
+        return partition.reduce_tokens(y.reshape(x.shape))
 
     def _sent(
         self, x: Float[Array, "B T D"], partition: Partition, valid: Bool[Array, "B S"] | None, jitter_key: Array | None
@@ -98,30 +98,32 @@ class MoE(nnx.Module):
         each = self.num_experts // devices
         experts, (B, T, _) = mine.experts, x.shape
         if valid is not None:  # padding goes nowhere: its place is behind the last device's
-            experts = jnp.where(partition.own_tokens(valid).reshape(-1, 1), experts, devices * each)
+            experts = jnp.where(partition.local_tokens(valid).reshape(-1, 1), experts, devices * each)
         pairs = experts.reshape(-1)
         order = jnp.argsort(pairs, stable=True)
         rows = x.reshape(-1, x.shape[-1])[order // self.top_k]
         sizes = jnp.sum(pairs[:, None] // each == jnp.arange(devices), axis=0)
-        sizes = partition.gather(sizes[None], 0, "expert")  # (devices, devices)
+        sizes = partition.all_gather(sizes[None], 0, "expert")  # (devices, devices)
         room = devices * B * T * min(self.top_k, each)  # were all tokens to come here
-        there = partition.send_rows(rows, sizes, room)
-        expert = partition.send_rows(pairs[order] + 1, sizes, room) - 1 - partition.index("expert") * each
+        there = partition.ragged_all_to_all(rows, sizes, room)
+        expert = partition.ragged_all_to_all(pairs[order] + 1, sizes, room) - 1 - partition.axis_index("expert") * each
         local, ones = self._weights(partition), jnp.ones((room, 1), x.dtype)
-        used = jnp.arange(room) < sizes[:, partition.index("expert")].sum()
+        used = jnp.arange(room) < sizes[:, partition.axis_index("expert")].sum()
         done = apply_experts(there, ones, expert[:, None], local, self.activation, used, platform=partition.platform)
-        back = partition.send_rows(done, sizes.T, len(pairs))[jnp.argsort(order)]
+        back = partition.ragged_all_to_all(done, sizes.T, len(pairs))[jnp.argsort(order)]
         y = jnp.sum(back.reshape(-1, self.top_k, x.shape[-1]) * mine.weights[..., None].astype(x.dtype), axis=1)
-        whole = [partition.all_tokens(a.reshape(B, T, -1)).reshape(-1, a.shape[-1]) for a in mine]
-        return partition.sum(y.reshape(x.shape), "tensor"), Routing(*whole)
+        whole = [partition.gather_tokens(a.reshape(B, T, -1)).reshape(-1, a.shape[-1]) for a in mine]
+        return partition.psum(y.reshape(x.shape), "tensor"), Routing(*whole)
 
     def route(self, x: Float[Array, "B T D"], partition: Partition, jitter_key: Array | None = None) -> Routing:
         """Which experts each token goes to; on a mesh the same on every device that has the token."""
         seen = rows = x.reshape(-1, x.shape[-1])
         if jitter_key is not None and self.jitter is not None:
-            apart = (*ROWS, "expert") if partition.all_to_all else ROWS  # devices whose tokens are not the same
+            apart = (
+                (*BATCH_AXES, "expert") if partition.all_to_all else BATCH_AXES
+            )  # devices whose tokens are not the same
             if partition.size(*apart) > 1:
-                jitter_key = jax.random.fold_in(jitter_key, partition.index(*apart))
+                jitter_key = jax.random.fold_in(jitter_key, partition.axis_index(*apart))
             noise = jax.random.uniform(jitter_key, rows.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
             seen = rows * noise.astype(rows.dtype)
         return route(linear(seen, self.router[...], 1, partition.platform), self.top_k, self.norm)
@@ -130,7 +132,7 @@ class MoE(nnx.Module):
         """This device's experts."""
 
         def local(name: str) -> Weight | tuple[Weight, ...]:
-            weights = [partition.whole(getattr(e, name)) for e in self.experts]
+            weights = [partition.gather_fsdp(getattr(e, name)) for e in self.experts]
             if partition.expert_arrays(self.num_experts) == 1 and weights[0].ndim == 3:
                 return weights[0]
             return tuple(w[0] if w.ndim == 3 else w for w in weights)

@@ -49,7 +49,7 @@ class Init:
         shapes = (
             jax.ShapeDtypeStruct(shape, self.dtype) if form is None else abstract(shape, form, contracted, self.dtype)
         )
-        places = self.partition.places(shapes, axes)
+        places = self.partition.specs_of(shapes, axes)
         value: Any = shapes
         if self.key is not None:
             leaves, tree = jax.tree.flatten(self.partition.shardings(places))

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from dbrx_jax.sharding.partition import STRIPES, Partition
+from dbrx_jax.sharding.partition import CONTEXT_AXIS, Partition
 
 # Not -inf: a row that may see nothing must give some number rather than NaN.
 MASKED = -1e30
@@ -34,7 +34,7 @@ def reference_attention(
     return out.reshape(B, T, H, K)
 
 
-class AttentionPart(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention to some of the keys: what joins to the whole. A query that saw none has total and out 0."""
 
     largest: Float[Array, "R T H"]  # score, float32
@@ -42,27 +42,27 @@ class AttentionPart(NamedTuple):
     out: Float[Array, "R T H K"]  # sum of exp(score - largest) value, float32
 
 
-def reference_cached_attention(query, key, value, positions, first_row, stripe, scales) -> AttentionPart:
+def reference_cached_attention(query, key, value, positions, first_row, context_shard, scales) -> PartialAttention:
     """Attention of rows of a cache by its definition, over the whole cache; arguments as in kernels/attention.py."""
     R, T, H, K = query.shape
     rows = [lax.dynamic_slice_in_dim(x, first_row, R).astype(jnp.float32) for x in (key, value, *(scales or ()))]
     k, v = (x * scale[..., None] for x, scale in zip(rows[:2], rows[2:], strict=True)) if scales else rows
     q = query.astype(jnp.float32).reshape(R, T, key.shape[1], -1, K)
     scores = jnp.einsum("rtgik,rgsk->rtgis", q, k) / math.sqrt(K)
-    seen = jnp.arange(k.shape[2]) * stripe[1] + stripe[0] <= positions[:, :, None]
+    seen = jnp.arange(k.shape[2]) * context_shard[1] + context_shard[0] <= positions[:, :, None]
     scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
     largest = jnp.maximum(scores.max(axis=-1), MASKED)
     shares = jnp.exp(scores - largest[..., None])
     out = jnp.einsum("rtgis,rgsk->rtgik", shares, v)
-    return AttentionPart(largest.reshape(R, T, H), shares.sum(axis=-1).reshape(R, T, H), out.reshape(R, T, H, K))
+    return PartialAttention(largest.reshape(R, T, H), shares.sum(axis=-1).reshape(R, T, H), out.reshape(R, T, H, K))
 
 
-def join_stripes(part: AttentionPart, dtype: DTypeLike, partition: Partition) -> Float[Array, "R T H K"]:
-    """The attention to all keys from that to each device's stripe of the cache."""
+def merge_partial_attention(part: PartialAttention, dtype: DTypeLike, partition: Partition) -> Float[Array, "R T H K"]:
+    """The attention to all keys from that to each device's context_shard of the cache."""
     total, out = part.total, part.out
-    if partition.size(STRIPES) > 1:
-        share = jnp.exp(part.largest - partition.max(part.largest, STRIPES))
+    if partition.size(CONTEXT_AXIS) > 1:
+        share = jnp.exp(part.largest - partition.pmax(part.largest, CONTEXT_AXIS))
         both = jnp.concatenate([out, total[..., None]], axis=-1) * share[..., None]
-        both = partition.sum(both, STRIPES)
+        both = partition.psum(both, CONTEXT_AXIS)
         out, total = both[..., :-1], both[..., -1]
     return (out / total[..., None]).astype(dtype)

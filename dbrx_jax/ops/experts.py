@@ -35,11 +35,11 @@ class ExpertWeights(NamedTuple):
         return isinstance(self.w1, Array | QuantizedArray)
 
     @property
-    def number(self) -> int:
+    def num_experts(self) -> int:
         """E."""
         return self.w1.shape[0] if isinstance(self.w1, Array | QuantizedArray) else len(self.w1)
 
-    def one(self, e: int) -> tuple[Weight, Weight, Weight]:
+    def expert(self, e: int) -> tuple[Weight, Weight, Weight]:
         return self.w1[e], self.v1[e], self.w2[e]
 
 
@@ -62,7 +62,7 @@ def reference_experts(
     def expert(w1: Array, v1: Array, w2: Array) -> Array:
         return (ACTIVATIONS[activation](x @ w1.T) * (x @ v1.T)) @ w2
 
-    outputs = [expert(*map(dequantized, expert_weights.one(e))) for e in range(expert_weights.number)]
+    outputs = [expert(*map(dequantized, expert_weights.expert(e))) for e in range(expert_weights.num_experts)]
     chosen = jnp.take_along_axis(jnp.stack(outputs, axis=1), experts[:, :, None], axis=1)  # (N, K, D)
     return jnp.sum(chosen * weights[:, :, None].astype(x.dtype), axis=1)
 

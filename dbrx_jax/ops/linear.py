@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from dbrx_jax.ops.small_batch_matmul import MOST_ROWS, times_few_rows
+from dbrx_jax.ops.small_batch_matmul import MAX_ROWS, small_batch_matmul
 from dbrx_jax.quantization import QuantizedArray
 from dbrx_jax.quantization.array import halves, scaled
 
@@ -18,10 +18,10 @@ Weight = Array | QuantizedArray
 # Elements of a quantised weight that a CPU turns into floats at a time: what stays in its caches.
 BLOCK = 1 << 20
 # Fewer rows than these take a path of XLA's for CPUs that first casts the whole weight to float32.
-LEAST_ROWS = 2
+MIN_ROWS = 2
 # From more rows on than are summed, and up to these, a CPU is faster with the weight on the left, which XLA reads as
 # it lies; what is on the right it lays out anew in every call.
-MOST_ROWS_BESIDE = 64
+MAX_ROWS_BESIDE = 64
 # Rows that are transposed by themselves.
 STRIP = 16
 
@@ -41,13 +41,13 @@ def linear(
     if platform != "cpu":
         return _elsewhere(x, weight, contracted, dtype)
     rows = x.shape[0]
-    if (few := times_few_rows(x, weight, contracted)) is not None:
+    if (few := small_batch_matmul(x, weight, contracted)) is not None:
         return few.astype(dtype)
     if contracted == 1 and _goes_left(weight, x):
         return _transposed(_product(weight, x, 1).astype(dtype))
     plain = weight.dtype == jnp.float32 and not isinstance(weight, QuantizedArray)
-    if not plain and rows < LEAST_ROWS:
-        x = jnp.concatenate([x] * LEAST_ROWS)
+    if not plain and rows < MIN_ROWS:
+        x = jnp.concatenate([x] * MIN_ROWS)
     y = _in_blocks(x, weight, contracted) if isinstance(weight, QuantizedArray) else _product(x, weight, contracted)
     return y[:rows].astype(dtype)
 
@@ -76,7 +76,7 @@ def dequantized(weight: Weight) -> Array:
 
 def _goes_left(weight: Weight, x: Array) -> TypeGuard[Array]:
     """Quantised weights do not: turning them into floats takes longer than laying them out."""
-    fits = MOST_ROWS < x.shape[0] <= MOST_ROWS_BESIDE and weight.shape[0] % STRIP == 0
+    fits = MAX_ROWS < x.shape[0] <= MAX_ROWS_BESIDE and weight.shape[0] % STRIP == 0
     return fits and not isinstance(weight, QuantizedArray)
 
 

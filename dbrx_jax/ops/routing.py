@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from dbrx_jax.sharding.partition import ONE_DEVICE, ROWS, Partition
+from dbrx_jax.sharding.partition import BATCH_AXES, ONE_DEVICE, Partition
 
 
 class Routing(NamedTuple):
@@ -54,9 +54,9 @@ def load_balancing_loss(
         n, num_experts = probs.shape
         chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=1)  # (N, E)
         weight = jnp.ones(n) if valid is None else valid.astype(jnp.float32)
-        total = jnp.maximum(partition.sum(weight.sum(), *ROWS), 1.0)
-        counts.append(partition.sum(weight @ chosen, *ROWS) / total)
-        means.append(partition.sum(weight @ probs, *ROWS) / total)
+        total = jnp.maximum(partition.psum(weight.sum(), *BATCH_AXES), 1.0)
+        counts.append(partition.psum(weight @ chosen, *BATCH_AXES) / total)
+        means.append(partition.psum(weight @ probs, *BATCH_AXES) / total)
     share, mean_prob = jnp.stack(counts), jnp.stack(means)  # (L, E) each; a row of share sums to K
     num_experts, top_k = share.shape[1], layers[0].experts.shape[1]
     if pooled:

@@ -17,18 +17,18 @@ from dbrx_jax.quantization.array import halves
 # For the programs in which this is used: XLA may add in another order. NaN, infinities and quotients stay exact.
 CPU_OPTIONS = {"xla_cpu_enable_fast_math": True}
 # More are as fast as a product. Below ops.tiles.TILE, whose products must be the same in all programs.
-MOST_ROWS = 7
+MAX_ROWS = 7
 # Outputs whose sums run side by side in one loop, for one row and for several.
 SIDE_BY_SIDE = {True: (4, 2), False: (2, 1)}
 # Parts of a contraction whose products are added up in one loop.
 PARTS = (8, 7, 6, 5, 4)
 
 
-def times_few_rows(
+def small_batch_matmul(
     x: Float[Array, "N C"], weight: Array | QuantizedArray, contracted: int
 ) -> Float[Array, "N M"] | None:
     """x w^T for a weight (M, C), or x w for (C, M), in float32; None where this is no way to do it."""
-    if x.shape[0] > MOST_ROWS or (isinstance(weight, QuantizedArray) and weight.kind == "fp8"):
+    if x.shape[0] > MAX_ROWS or (isinstance(weight, QuantizedArray) and weight.kind == "fp8"):
         return None  # XLA turns float8 into floats one by one
     # In a loop over tokens XLA would turn weights into floats once, ahead of it, and keep these.
     x, weight = lax.optimization_barrier((x, weight))

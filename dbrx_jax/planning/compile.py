@@ -14,10 +14,10 @@ from dbrx_jax.generation.decode import Settings, lower
 from dbrx_jax.generation.sampling import Sampling
 from dbrx_jax.model.cache import CACHE_BLOCK
 from dbrx_jax.model.causal_lm import CausalLM
-from dbrx_jax.model.graph import split
+from dbrx_jax.model.graph import split_model
 from dbrx_jax.planning import hlo, targets
 from dbrx_jax.planning.plan import PREFILL, Setting, cache_bytes, memory, messages
-from dbrx_jax.sharding.partition import STRIPES, make_mesh
+from dbrx_jax.sharding.partition import CONTEXT_AXIS, make_mesh
 
 # Without a card XLA cannot try out how often to split a product's sum, and splits the small ones often, with
 # partial sums that a card would hold in its cache but that count as traffic here.
@@ -61,7 +61,7 @@ def _chips(setting: Setting) -> int:
 
 
 def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
-    parts = split(
+    parts = split_model(
         CausalLM(setting.config, rngs=None, dtype=setting.dtype, mesh=mesh, quantization=setting.quantization)
     )
     number, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
@@ -86,7 +86,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     sizes, text = program.memory_analysis(), program.as_text()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     total = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    local = setting.positions // setting.partition.size(STRIPES)
+    local = setting.positions // setting.partition.size(CONTEXT_AXIS)
     trips = {"cache_blocks": math.ceil(local / CACHE_BLOCK)}
     traffic = hlo.hbm_traffic(text, trips)
     found = hlo.collectives(text, trips)

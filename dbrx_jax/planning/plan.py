@@ -13,12 +13,12 @@ from typing import Any
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dbrx_jax.backend import kernel_backend
-from dbrx_jax.checkpoint.parameters import PlacedArray, placed_arrays
+from dbrx_jax.checkpoint.parameters import ArrayLayout, array_layouts
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MeshError, PlanError, QuantizationError
 from dbrx_jax.planning.targets import Target
 from dbrx_jax.quantization import Quantization
-from dbrx_jax.sharding.partition import AXES, ROWS, STRIPES, VOCABULARY, Partition, check_mesh, names_of
+from dbrx_jax.sharding.partition import AXES, BATCH_AXES, CONTEXT_AXIS, VOCAB_AXES, Partition, axis_names_of, check_mesh
 
 FLOATS = ("float32", "bfloat16")
 PRECISIONS = (*FLOATS, "int8", "int4")  # that are suggested, most bytes first
@@ -62,9 +62,9 @@ class Setting:
         return "float32" if self.precision == "float32" else "bfloat16"
 
     @property
-    def arrays(self) -> Mapping[str, PlacedArray]:
+    def arrays(self) -> Mapping[str, ArrayLayout]:
         """The model's parameters on the mesh, as loading makes them."""
-        return placed_arrays(self.config, self.partition.mesh, self.quantization, self.dtype)
+        return array_layouts(self.config, self.partition.mesh, self.quantization, self.dtype)
 
     @property
     def width(self) -> int:
@@ -74,13 +74,13 @@ class Setting:
     @property
     def rows(self) -> int:
         """Of one group of devices, those that fill the batch included."""
-        return -(-self.batch // self.partition.size(*ROWS))
+        return -(-self.batch // self.partition.size(*BATCH_AXES))
 
     @property
     def positions(self) -> int:
         """Of the cache, a multiple of what is dealt out."""
-        stripes = 128 * self.partition.size(STRIPES)
-        return -(-self.context // stripes) * stripes
+        context_size = 128 * self.partition.size(CONTEXT_AXIS)
+        return -(-self.context // context_size) * context_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def memory(setting: Setting, chunk: int = PREFILL) -> Memory:
     for name, array in setting.arrays.items():
         group = _group(name)
         groups[group] = groups.get(group, 0) + sum(_bytes(leaf, spec, partition) for _, leaf, spec in array.leaves())
-    vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
+    vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCAB_AXES)
     state = setting.rows * (vocabulary * 5 + setting.positions * 8)  # logits and seen; tokens and log-probabilities
     working = max(_working(setting, setting.rows, 1), _working(setting, 1, chunk))
     return Memory(groups, cache_bytes(setting), state, working)
@@ -113,7 +113,7 @@ def memory(setting: Setting, chunk: int = PREFILL) -> Memory:
 def cache_bytes(setting: Setting) -> int:
     """Of one device: its rows, its heads, its positions."""
     config, partition = setting.config, setting.partition
-    heads, positions = config.kv_n_heads // partition.size("tensor"), setting.positions // partition.size(STRIPES)
+    heads, positions = config.kv_n_heads // partition.size("tensor"), setting.positions // partition.size(CONTEXT_AXIS)
     each = config.head_dim + SCALE_BYTES if setting.cache_dtype == "int8" else config.head_dim * setting.width
     return config.n_layers * 2 * setting.rows * heads * positions * each
 
@@ -128,7 +128,7 @@ def _working(setting: Setting, rows: int, tokens: int) -> int:
     hidden = count * config.d_model * setting.width * (_LIVE_HIDDEN if tokens > 1 else 2)
     attention = count * heads * config.head_dim * 4 * 2
     experts = count * (sorted_rows * config.d_model + _LIVE_INNER * min(inner, 512 * inner // max(count, 1) or inner))
-    vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCABULARY)
+    vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCAB_AXES)
     gathered = 0
     if partition.size("fsdp") > 1:
         weights = [array for name, array in setting.arrays.items() if ".experts." in name][:3]  # of one expert
@@ -140,13 +140,13 @@ def _working(setting: Setting, rows: int, tokens: int) -> int:
 
 def _bytes(array: Any, spec: PartitionSpec, partition: Partition) -> int:
     """Of one device's part of an array."""
-    parts = (n // partition.size(*names_of(entry)) for n, entry in zip(array.shape, spec, strict=True))
+    parts = (n // partition.size(*axis_names_of(entry)) for n, entry in zip(array.shape, spec, strict=True))
     return math.prod(parts) * array.dtype.itemsize
 
 
 def _gathered(array: Any, spec: PartitionSpec, partition: Partition) -> int:
     """Bytes of an array on one device once what is split over `fsdp` has been gathered."""
-    split = any("fsdp" in names_of(entry) for entry in spec)
+    split = any("fsdp" in axis_names_of(entry) for entry in spec)
     return _bytes(array, spec, partition) * (partition.size("fsdp") if split else 1)
 
 
@@ -216,10 +216,10 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
     joined("experts' output", config.n_layers)
     if not split:
         add("all-reduce", "the chosen token", experts * tensor, tokens * 4, 5)
-        add("all-reduce", "whether a row is left", partition.size(*ROWS), 4, 1)
+        add("all-reduce", "whether a row is left", partition.size(*BATCH_AXES), 4, 1)
     for name, array in setting.arrays.items() if fsdp > 1 else ():
         for _, leaf, spec in array.leaves():
-            if any("fsdp" in names_of(entry) for entry in spec):
+            if any("fsdp" in axis_names_of(entry) for entry in spec):
                 add("all-gather", f"weights ({_group(name)})", fsdp, _gathered(leaf, spec, partition), 1)
     return result
 
@@ -260,7 +260,7 @@ def decode_roofline(setting: Setting) -> Roofline:
 def prefill_roofline(setting: Setting, tokens: int = PREFILL) -> Roofline:
     """One chunk of `tokens` tokens in each group of devices, at the begin of a prompt."""
     config, partition = setting.config, setting.partition
-    groups = partition.size(*ROWS)
+    groups = partition.size(*BATCH_AXES)
     read = sum(memory(setting).parameters.values())
     attention = 2 * tokens * tokens * config.n_layers * config.n_heads * config.head_dim  # half of the square
     flops = groups * (2 * tokens * config.active_parameters + attention) / setting.devices

@@ -15,7 +15,7 @@ from dbrx_jax.errors import QuantizationError
 from dbrx_jax.quantization.array import VALUE_DTYPES, QuantizedArray, abstract, pack
 from dbrx_jax.quantization.formats import Format
 
-LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # value stored
+MAX_VALUE = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # value stored
 # A group whose largest weight is below this is zeros: processors treat subnormal numbers each in its own way.
 _TINY = np.float32(2.0**-100)
 # int4 takes the scale, among these times the one that reaches the largest weight, whose squared error is least.
@@ -95,10 +95,10 @@ def _quantize(array: Any, like: QuantizedArray, on: Any) -> tuple[Any, Any]:
         x, over = x.reshape(*shape[:d], shape[d] // like.group, like.group, *shape[d + 1 :]), (d + 1,)
     largest = xp.max(xp.abs(x), axis=over, keepdims=True)
     zero = largest < _TINY
-    scale = on.round_to(xp.where(zero, np.float32(1), largest * np.float32(1 / LARGEST[kind])), like.dtype)
+    scale = on.round_to(xp.where(zero, np.float32(1), largest * np.float32(1 / MAX_VALUE[kind])), like.dtype)
     if kind == "int4":
         scale = _least_error(x, scale, over, like.dtype, on)
-    scaled = xp.clip(x * (np.float32(1) / scale), -LARGEST[kind], LARGEST[kind])
+    scaled = xp.clip(x * (np.float32(1) / scale), -MAX_VALUE[kind], MAX_VALUE[kind])
     scaled = xp.where(zero, np.float32(0), scaled)
     values = _to_fp8(scaled, on) if kind == "fp8" else xp.rint(scaled).astype(np.int8)
     values = values.reshape(shape)
@@ -110,7 +110,7 @@ def _quantize(array: Any, like: QuantizedArray, on: Any) -> tuple[Any, Any]:
 
 def _least_error(x: Any, scale: Any, over: tuple[int, ...], dtype: np.dtype, on: Any) -> Any:
     """The scale, among some smaller ones, with the least squared error."""
-    xp, top = on.xp, LARGEST["int4"]
+    xp, top = on.xp, MAX_VALUE["int4"]
     unit = np.float32(1) / scale
     fine = xp.rint(x * unit * np.float32(_STEPS)).astype(np.int32)
     best = least = None

@@ -78,7 +78,7 @@ def start(
         sys.stdout.flush()
         if _broke(error):
             _lost(sieve)
-        # Python waits for the others at its exit. Whoever catches the error has time to say it, and then this ends.
+        # Python waits for the others at its exit. Whoever catches the error has time to print it, and then this ends.
         leave = threading.Timer(LEAVE_SECONDS, os._exit, [_status(error)])
         leave.daemon = True
         leave.start()

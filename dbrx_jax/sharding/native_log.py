@@ -1,4 +1,4 @@
-"""Makes one line of what JAX's runtime has to say when another process is lost.
+"""Makes one line of what JAX's runtime prints when another process is lost.
 
 Its answer is to abort: after pages of log, in C++, where no handler in Python runs. So dbrx_jax.sharding.distributed
 runs this file as a small process of its own, which reads what native code writes to stderr,

@@ -28,14 +28,14 @@ from dbrx_jax.quantization.array import group_count
 from dbrx_jax.quantization.formats import GROUPS
 
 AXES = ("data", "fsdp", "expert", "tensor")
-ROWS = ("data", "fsdp")  # of a batch
+BATCH_AXES = ("data", "fsdp")  # of a batch
 GPU = ("gpu", "cuda")  # what JAX calls the platform
-VOCABULARY = ("expert", "tensor")
-STRIPES = "expert"  # position p of the cache is on device p modulo the axis' size
+VOCAB_AXES = ("expert", "tensor")
+CONTEXT_AXIS = "expert"  # position p of the cache is on device p modulo the axis' size
 
 # Logical axis of a parameter -> mesh axes. Each takes what an earlier dimension of the parameter left.
 RULES: Mapping[str, tuple[str, ...]] = {
-    "vocab": VOCABULARY,
+    "vocab": VOCAB_AXES,
     "experts": ("expert",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -45,16 +45,16 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "whole": (),  # norms and routers: small, and needed whole everywhere
 }
 # Vocabulary entries that share one draw of random numbers; a device holds a multiple of it.
-VOCABULARY_BLOCK = 32
+VOCAB_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """How a model lies on a mesh. Its functions on arrays are called inside :meth:`over`.
+    """How a model lies on a mesh. Its functions on arrays are called inside :meth:`shard_map`.
 
     Args:
       mesh: with axes among AXES; None is one device.
-      split: whether the tokens between two layers are split over `expert` too, along dimension 1 (the
+      tokens_split: whether the tokens between two layers are split over `expert` too, along dimension 1 (the
         ring: all-gather, compute, reduce-scatter), or are whole on each device of a row (decode).
       all_to_all: whether split tokens go to their experts' devices alone, rather than round the ring.
       attention: which implementation of attention is used, a name of :mod:`dbrx_jax.ops.attention`'s; None is
@@ -62,7 +62,7 @@ class Partition:
     """
 
     mesh: Mesh | AbstractMesh | None = None
-    split: bool = False
+    tokens_split: bool = False
     all_to_all: bool = False
     attention: str | None = None
 
@@ -82,16 +82,16 @@ class Partition:
         """
         return 1 if kernel_backend(self.platform) else experts // self.size("expert")
 
-    def with_split(self, tokens: int) -> "Partition":
+    def with_tokens_split(self, tokens: int) -> "Partition":
         """With tokens split over `expert`, where there are several and they divide."""
         experts = self.size("expert")
-        return dataclasses.replace(self, split=experts > 1 and tokens % experts == 0)
+        return dataclasses.replace(self, tokens_split=experts > 1 and tokens % experts == 0)
 
     def pad_vocabulary(self, entries: int) -> int:
         """The vocabulary's size in memory: on a mesh, a multiple that every device has equal shares of."""
         if self.mesh is None:
             return entries
-        unit = self.size(*VOCABULARY) * VOCABULARY_BLOCK
+        unit = self.size(*VOCAB_AXES) * VOCAB_BLOCK
         return -(-entries // unit) * unit
 
     # Where arrays lie.
@@ -106,7 +106,7 @@ class Partition:
             dimensions.append(tuple(mine) or None)
         return PartitionSpec(*dimensions)
 
-    def places(self, value: Any, axes: Sequence[str]) -> Any:
+    def specs_of(self, value: Any, axes: Sequence[str]) -> Any:
         """A parameter's specification; of a quantised one, a QuantizedArray of those of its values and scale.
 
         Args:
@@ -121,11 +121,11 @@ class Partition:
         scale = [entry if n > 1 else None for entry, n in zip(spec, value.scale.shape, strict=True)]
         for part, entries in ((value.values, spec), (value.scale, scale)):
             for dimension, (n, entry) in enumerate(zip(part.shape, entries, strict=True)):
-                if n % self.size(*names_of(entry)):
-                    raise _cut(value, dimension, axes[dimension], {a: self.size(a) for a in names_of(entry)})
+                if n % self.size(*axis_names_of(entry)):
+                    raise _cut(value, dimension, axes[dimension], {a: self.size(a) for a in axis_names_of(entry)})
         return dataclasses.replace(value, values=spec, scale=PartitionSpec(*scale))
 
-    def place(self, *dimensions: str | tuple[str, ...] | None) -> PartitionSpec:
+    def array_spec(self, *dimensions: str | tuple[str, ...] | None) -> PartitionSpec:
         """Of an array whose dimensions are split over these axes, without those that the mesh has not."""
         names = [(d,) if isinstance(d, str) else d or () for d in dimensions]
         return PartitionSpec(*(tuple(a for a in axes if self.size(a) > 1) or None for axes in names))
@@ -134,19 +134,19 @@ class Partition:
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
 
     def shardings(self, places: Any) -> Any:
-        """The same of a tree of specifications, such as :meth:`places` gives."""
+        """The same of a tree of specifications, such as :meth:`specs_of` gives."""
         if self.mesh is None:
             return None
         return jax.tree.map(self.sharding, places, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
-    def over(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """The function as a program that every device runs on its own part of the arguments."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def abstract(self, shapes: Any, specs: Any) -> Any:
-        """Shapes (a tree of ShapeDtypeStructs) with their places, for compiling ahead; specs as in :meth:`over`."""
+        """Shapes (a tree of ShapeDtypeStructs) with shardings, for compiling ahead of time."""
         if self.mesh is None:
             return shapes
 
@@ -156,38 +156,38 @@ class Partition:
 
         return jax.tree.map(one, specs, shapes, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
-    # What devices say to each other.
+    # Collectives.
 
-    def _real(self, axes: Sequence[str]) -> tuple[str, ...]:
+    def _axes_in_mesh(self, axes: Sequence[str]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if self.size(axis) > 1)
 
-    def index(self, *axes: str) -> Array | int:
+    def axis_index(self, *axes: str) -> Array | int:
         """This device's number along the axes, the first the slowest."""
-        real = self._real(axes)
+        real = self._axes_in_mesh(axes)
         return lax.axis_index(real) if real else 0
 
-    def sum(self, x: Array, *axes: str) -> Array:
-        real = self._real(axes)
+    def psum(self, x: Array, *axes: str) -> Array:
+        real = self._axes_in_mesh(axes)
         return lax.psum(x, real) if real else x
 
-    def max(self, x: Array, *axes: str) -> Array:
-        real = self._real(axes)
+    def pmax(self, x: Array, *axes: str) -> Array:
+        real = self._axes_in_mesh(axes)
         return lax.pmax(x, real) if real else x
 
-    def gather(self, x: Array, dimension: int, *axes: str) -> Array:
+    def all_gather(self, x: Array, dimension: int, *axes: str) -> Array:
         """The parts of all devices along the axes, joined along a dimension."""
-        real = self._real(axes)
+        real = self._axes_in_mesh(axes)
         return lax.all_gather(x, real, axis=dimension, tiled=True) if real else x
 
-    def own(self, x: Array, dimension: int, *axes: str) -> Array:
+    def local_shard(self, x: Array, dimension: int, *axes: str) -> Array:
         """This device's part of an array that all devices along the axes hold."""
         count = self.size(*axes)
         if count == 1:
             return x
         part = x.shape[dimension] // count
-        return lax.dynamic_slice_in_dim(x, self.index(*axes) * part, part, axis=dimension)
+        return lax.dynamic_slice_in_dim(x, self.axis_index(*axes) * part, part, axis=dimension)
 
-    def whole(self, parameter: Any) -> Any:
+    def gather_fsdp(self, parameter: Any) -> Any:
         """A parameter for use: what is split over `fsdp` is gathered, all else stays where it is.
 
         A quantised one stays so: its values and scales are gathered.
@@ -197,58 +197,64 @@ class Partition:
             if not axes or "fsdp" not in axes:
                 continue
             if isinstance(value, QuantizedArray):
-                scale = self.gather(value.scale, dimension, "fsdp") if value.scale_splits(dimension) else value.scale
-                values = self.gather(value.values, dimension, "fsdp")
+                scale = (
+                    self.all_gather(value.scale, dimension, "fsdp") if value.scale_splits(dimension) else value.scale
+                )
+                values = self.all_gather(value.values, dimension, "fsdp")
                 value = dataclasses.replace(value, values=values, scale=scale)
             else:
-                value = self.gather(value, dimension, "fsdp")
+                value = self.all_gather(value, dimension, "fsdp")
         return value
 
     # Tokens (B, T, …), between layers whole or split along T.
 
-    def all_tokens(self, x: Array) -> Array:
+    def gather_tokens(self, x: Array) -> Array:
         """The tokens of all devices of a row, before a layer computes on them."""
-        return self.gather(x, 1, "expert") if self.split else x
+        return self.all_gather(x, 1, "expert") if self.tokens_split else x
 
-    def own_tokens(self, x: Array) -> Array:
+    def local_tokens(self, x: Array) -> Array:
         """This device's tokens of an array that holds all."""
-        return self.own(x, 1, "expert") if self.split else x
+        return self.local_shard(x, 1, "expert") if self.tokens_split else x
 
-    def join(self, partial: Array) -> Array:
+    def reduce_tokens(self, partial: Array) -> Array:
         """Sums over `expert` and `tensor` of what each device computed for all tokens: this device's tokens."""
-        if self.split:
+        if self.tokens_split:
             # Parts as a dimension of their own: along an inner one a TPU's compiler sums all for all.
             B, T, *rest = partial.shape
             parts = partial.reshape(B, self.size("expert"), T // self.size("expert"), *rest).swapaxes(0, 1)
-            return self.sum(lax.psum_scatter(parts, "expert", scatter_dimension=0), "tensor")
-        return self.sum(partial, "expert", "tensor")
+            return self.psum(lax.psum_scatter(parts, "expert", scatter_dimension=0), "tensor")
+        return self.psum(partial, "expert", "tensor")
 
-    def turn(self, x: Array) -> Array:
+    def scatter_tokens(self, x: Array) -> Array:
         """From all tokens with a share of the last dimension (over `expert`) to this device's tokens, whole."""
-        if not self.split:
-            return self.gather(x, x.ndim - 1, "expert")
+        if not self.tokens_split:
+            return self.all_gather(x, x.ndim - 1, "expert")
         return lax.all_to_all(x, "expert", split_axis=1, concat_axis=x.ndim - 1, tiled=True)
 
-    def send_rows(self, rows: Array, sizes: Array, room: int) -> Array:
+    def ragged_all_to_all(self, rows: Array, sizes: Array, buffer_size: int) -> Array:
         """Rows (N, …) in runs, the first sizes[0] for device 0 along `expert`, and so on: the rows sent here.
 
         Args:
           sizes: (devices, devices), how many rows each device sends to each; the same everywhere.
-          room: rows of the result (room, …), in the order of their senders, with zeros behind.
+          buffer_size: rows of the result (buffer_size, …), in the order of their senders, with zeros behind.
         """
-        me = self.index("expert")
+        me = self.axis_index("expert")
         begins = jnp.cumsum(sizes, axis=1) - sizes  # of each run where it is sent from
         places = jnp.cumsum(sizes, axis=0) - sizes  # and where it arrives
         if self.platform == "cpu":  # which has no such operation
-            return self._pick_rows(lax.all_gather(rows, "expert"), begins[:, me], places[:, me], sizes[:, me], room)
-        arriving = jnp.zeros((room, *rows.shape[1:]), rows.dtype)
+            return self._ragged_all_to_all_on_cpu(
+                lax.all_gather(rows, "expert"), begins[:, me], places[:, me], sizes[:, me], buffer_size
+            )
+        arriving = jnp.zeros((buffer_size, *rows.shape[1:]), rows.dtype)
         return lax.ragged_all_to_all(
             rows, arriving, begins[me], sizes[me], places[me], sizes[:, me], axis_name="expert"
         )
 
-    def _pick_rows(self, rows: Array, begins: Array, places: Array, sizes: Array, room: int) -> Array:
+    def _ragged_all_to_all_on_cpu(
+        self, rows: Array, begins: Array, places: Array, sizes: Array, buffer_size: int
+    ) -> Array:
         """The same from the rows of all devices (devices, N, …)."""
-        place = jnp.arange(room)
+        place = jnp.arange(buffer_size)
         sender = jnp.sum(place[:, None] >= (places + sizes)[None], axis=1)
         real, sender = sender < len(sizes), jnp.minimum(sender, len(sizes) - 1)
         picked = rows[sender, jnp.where(real, begins[sender] + place - places[sender], 0)]
@@ -258,7 +264,7 @@ class Partition:
 ONE_DEVICE = Partition()
 
 
-def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axis_names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The axes in one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
@@ -333,7 +339,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     """A mesh of these sizes over the devices (all there are by default), laid out along their network.
 
     Where the devices lie in several slices (or GPUs in several hosts), `data`, else `fsdp`, goes between
-    them: the axes that say least.
+    them: the axes that communicate least.
 
     Raises:
       MeshError: the sizes do not make up the number of devices, or no axis fits the slices.
@@ -346,7 +352,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices > 1:
         between = [1, 1, 1, 1]
-        place = next((i for i in range(len(ROWS)) if shape[i] % slices == 0), None)
+        place = next((i for i in range(len(BATCH_AXES)) if shape[i] % slices == 0), None)
         if place is None:
             raise MeshError(f"mesh: data or fsdp must be a multiple of the {slices} slices, to go between them")
         between[place] = slices

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from typing import Any
 
-LARGEST_TEMPLATE = 1 << 18  # characters
-LARGEST_TEXT = 16 << 20  # characters; a million tokens are some four million
+MAX_TEMPLATE = 1 << 18  # characters
+MAX_TEXT = 16 << 20  # characters; a million tokens are some four million
 MEMORY = 1 << 30  # bytes
 SECONDS = 10
 
@@ -33,8 +33,8 @@ def render(template: str, variables: dict[str, Any]) -> str:
     Raises:
       TemplateFailure: as there.
     """
-    if len(template) > LARGEST_TEMPLATE:
-        raise TemplateFailure(f"it is longer than {LARGEST_TEMPLATE} characters")
+    if len(template) > MAX_TEMPLATE:
+        raise TemplateFailure(f"it is longer than {MAX_TEMPLATE} characters")
     job = json.dumps({"template": template, "variables": variables, "path": sys.path})
     try:
         done = subprocess.run(
@@ -76,9 +76,7 @@ def _serve() -> None:
     environment.globals["raise_exception"] = raise_exception
     try:
         text = environment.from_string(job["template"]).render(job["variables"])
-        result = (
-            {"text": text} if len(text) <= LARGEST_TEXT else {"error": f"its text is over {LARGEST_TEXT} characters"}
-        )
+        result = {"text": text} if len(text) <= MAX_TEXT else {"error": f"its text is over {MAX_TEXT} characters"}
     except MemoryError:
         result = {"error": f"it needed more than {MEMORY >> 20} MiB"}
     except Exception as error:  # whatever a stranger's program raises, it is the template that failed

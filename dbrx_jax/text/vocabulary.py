@@ -26,7 +26,7 @@ DBRX_SPECIAL_TOKENS = {
     "<|im_start|>": 100278,
     "<|im_end|>": 100279,
 }
-LARGEST_ID = 1 << 22
+MAX_ID = 1 << 22
 _UNUSED = re.compile(r"<\|\|_unused_\d+_\|\|>")  # fills the gaps between ids in converted vocabularies
 
 
@@ -158,15 +158,15 @@ def _checked(path: Path, ranks: dict[bytes, int]) -> dict[bytes, int]:
         raise TokenizerError(f"{path}: no entry for the byte 0x{missing[0]:02x}; a byte-level vocabulary has all 256")
     if len(set(ranks.values())) != len(ranks):
         raise TokenizerError(f"{path}: two entries have the same id")
-    if not 0 <= min(ranks.values()) <= max(ranks.values()) < LARGEST_ID:
-        raise TokenizerError(f"{path}: ids must lie from 0 to {LARGEST_ID - 1}")
+    if not 0 <= min(ranks.values()) <= max(ranks.values()) < MAX_ID:
+        raise TokenizerError(f"{path}: ids must lie from 0 to {MAX_ID - 1}")
     return ranks
 
 
 def _id(path: Path, text: str, number: Any) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < LARGEST_ID:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_ID:
         raise TokenizerError(
-            f"{path}: the id of {text!r:.60} must be a whole number below {LARGEST_ID}, got {number!r:.60}"
+            f"{path}: the id of {text!r:.60} must be a whole number below {MAX_ID}, got {number!r:.60}"
         )
     return number
 

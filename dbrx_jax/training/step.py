@@ -11,10 +11,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from dbrx_jax.model.causal_lm import CausalLM
-from dbrx_jax.model.graph import parameter_places
+from dbrx_jax.model.graph import parameter_partition_specs
 from dbrx_jax.ops.log_probability import log_probability
 from dbrx_jax.ops.routing import load_balancing_loss
-from dbrx_jax.sharding.partition import ROWS
+from dbrx_jax.sharding.partition import BATCH_AXES
 
 
 class Losses(NamedTuple):
@@ -38,10 +38,10 @@ def losses(
     inputs, targets, weight = tokens[:, :-1], tokens[:, 1:], target_mask[:, 1:].astype(jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     states, routings = model.hidden(inputs, jnp.ones(inputs.shape, bool), positions, jitter_key)
-    partition = model.partition.with_split(inputs.shape[1])
-    learnt = -log_probability(model.logits(partition.all_tokens(states[-1])), targets, partition)
-    total = partition.sum(weight.sum(), *ROWS)
-    cross_entropy = partition.sum(jnp.sum(learnt * weight), *ROWS) / jnp.maximum(total, 1)
+    partition = model.partition.with_tokens_split(inputs.shape[1])
+    learnt = -log_probability(model.logits(partition.gather_tokens(states[-1])), targets, partition)
+    total = partition.psum(weight.sum(), *BATCH_AXES)
+    cross_entropy = partition.psum(jnp.sum(learnt * weight), *BATCH_AXES) / jnp.maximum(total, 1)
     balance = load_balancing_loss(routings, partition=partition)
     return Losses(cross_entropy + model.config.moe_loss_weight * balance, cross_entropy, balance)
 
@@ -57,14 +57,14 @@ def make_step(
 
     def step(params, optimizer_state, tokens, target_mask, key=None):
         partition = nnx.merge(graph, params).partition
-        rows, same = partition.place(ROWS, None), partition.place()
-        inside = (parameter_places(params, partition), rows, rows, same)
+        rows, same = partition.array_spec(BATCH_AXES, None), partition.array_spec()
+        inside = (parameter_partition_specs(params, partition), rows, rows, same)
 
         def run(params, tokens, target_mask, key):
             return losses(nnx.merge(graph, params), tokens, target_mask, key)
 
         def loss(params):
-            result = partition.over(run, inside, Losses(same, same, same))(params, tokens, target_mask, key)
+            result = partition.shard_map(run, inside, Losses(same, same, same))(params, tokens, target_mask, key)
             return result.total, result
 
         gradients, result = jax.grad(loss, has_aux=True)(params)

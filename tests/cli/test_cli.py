@@ -1,5 +1,6 @@
 """The commands as processes: what they print, where, and how they exit."""
 
+import io
 import json
 import os
 import pty
@@ -8,10 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+import dbrx_convert.cli
+import dbrx_jax.cli.main
+import dbrx_jax.runtime
 from dbrx_jax.cli.chat import Conversation, converse
 from tests.conftest import GOLDEN
 
@@ -27,6 +33,21 @@ def command(name, *arguments, stdin="", env=None):
         timeout=300,
         env={**os.environ, **(env or {})},
     )
+
+
+def in_process(name, *arguments):
+    """As `command`, without a process of its own: for mistakes that are found before anything is computed."""
+    main = {"dbrx-jax": dbrx_jax.cli.main.main, "dbrx-convert": dbrx_convert.cli.main}[name]
+    out, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        # Settings of the process that the command changes.
+        patch.setattr(dbrx_jax.runtime, "enable_compilation_cache", lambda print_status: None)
+        patch.setattr(dbrx_jax.cli.main, "set_process_defaults", lambda: None)
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(arguments, ended.value.code, out.getvalue(), errors.getvalue())
 
 
 def fails(done, *words):
@@ -100,38 +121,38 @@ class TestGenerate:
         assert a == b != c
 
     def test_mistakes(self, checkpoint, tmp_path):
-        fails(command("dbrx-jax", "generate", checkpoint), "give either --prompt TEXT or --file")
-        fails(command("dbrx-jax", "generate", "/nowhere", "--prompt", "x"), "/nowhere: there is no such folder")
+        fails(in_process("dbrx-jax", "generate", checkpoint), "give either --prompt TEXT or --file")
+        fails(in_process("dbrx-jax", "generate", "/nowhere", "--prompt", "x"), "/nowhere: there is no such folder")
         bad = tmp_path / "bad.jsonl"
         bad.write_text('"x"\n{"prompt": 5}\n')
-        fails(command("dbrx-jax", "generate", checkpoint, "--file", bad), "bad.jsonl, line 2: expected a text")
+        fails(in_process("dbrx-jax", "generate", checkpoint, "--file", bad), "bad.jsonl, line 2: expected a text")
         bad.write_text('"x"\n"' + "long " * 200 + '"\n')
-        done = command(
+        done = in_process(
             "dbrx-jax", "generate", checkpoint, "--file", bad, "--output", tmp_path / "o", "--max-new-tokens", 20
         )
         assert done.returncode == 2
         assert "prompt 2: with 20 new tokens it is" in done.stderr.splitlines()[-1]
         assert not (tmp_path / "o").exists()
-        done = command("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--top-p", "0.5")
+        done = in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--top-p", "0.5")
         assert done.returncode == 2
         assert "give --temperature above 0" in done.stderr.splitlines()[-1]
         bad.write_text("{\n")
-        fails(command("dbrx-jax", "generate", checkpoint, "--file", bad), "bad.jsonl, line 1: not JSON")
-        done = command("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--max-new-tokens", 999)
+        fails(in_process("dbrx-jax", "generate", checkpoint, "--file", bad), "bad.jsonl, line 1: not JSON")
+        done = in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--max-new-tokens", 999)
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith(
             "dbrx-jax: max_new_tokens: 999 after a prompt of 1 tokens is beyond"
         )
-        assert command("dbrx-jax", "generate", "--frob").returncode == 2
+        assert in_process("dbrx-jax", "generate", "--frob").returncode == 2
 
 
 class TestConvert:
     def test_mistakes(self, tmp_path, fused_copy):
-        fails(command("dbrx-convert", "to-orbax", "/nowhere", tmp_path / "o"), "/nowhere: there is no such folder")
+        fails(in_process("dbrx-convert", "to-orbax", "/nowhere", tmp_path / "o"), "/nowhere: there is no such folder")
         (fused_copy / "model-00001-of-00013.safetensors").unlink()
-        fails(command("dbrx-convert", "to-orbax", fused_copy, tmp_path / "o"), "there is no such file")
+        fails(in_process("dbrx-convert", "to-orbax", fused_copy, tmp_path / "o"), "there is no such file")
         assert not (tmp_path / "o").exists()
-        assert command("dbrx-convert").returncode == 2
+        assert in_process("dbrx-convert").returncode == 2
 
     def test_there_and_back_and_verified(self, checkpoint, tmp_path):
         done = command("dbrx-convert", "to-hf", checkpoint, tmp_path / "hf", "--max-shard-size", "100KB")
@@ -144,10 +165,12 @@ class TestConvert:
         other = command("dbrx-convert", "verify", checkpoint, GOLDEN / "unnormalised_mqa", "--json")
         assert other.returncode == 1
         assert {d["kind"] for d in json.loads(other.stdout)} == {"shape", "missing"}
-        fails(command("dbrx-convert", "verify", checkpoint), "has no SHA-256 digests; convert with --sha256")
-        fails(command("dbrx-convert", "verify", checkpoint, checkpoint, "--logits"), "give two checkpoints and --text")
-        fails(command("dbrx-convert", "to-hf", checkpoint, tmp_path / "x", "--max-shard-size", "big"), "such as 5GB")
-        fails(command("dbrx-convert", "inspect", tmp_path / "nothing"), "there is no such folder")
+        fails(in_process("dbrx-convert", "verify", checkpoint), "has no SHA-256 digests; convert with --sha256")
+        fails(
+            in_process("dbrx-convert", "verify", checkpoint, checkpoint, "--logits"), "give two checkpoints and --text"
+        )
+        fails(in_process("dbrx-convert", "to-hf", checkpoint, tmp_path / "x", "--max-shard-size", "big"), "such as 5GB")
+        fails(in_process("dbrx-convert", "inspect", tmp_path / "nothing"), "there is no such folder")
 
     def test_values_that_are_not_finite_are_warned_of(self, tmp_path):
         from safetensors.numpy import load_file, save_file

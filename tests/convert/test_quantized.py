@@ -17,7 +17,7 @@ from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.checkpoint.folder import shape_of
 from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.orbax import MANIFEST, PARAMS, STATE
-from dbrx_jax.checkpoint.parameters import flatten, parameter_specs, parameters_of, placed_arrays
+from dbrx_jax.checkpoint.parameters import array_layouts, flatten, parameter_specs, parameters_of
 from dbrx_jax.checkpoint.raw_arrays import METADATA
 from dbrx_jax.demo import source_folder
 from dbrx_jax.errors import CheckpointError, DbrxError, QuantizationError
@@ -77,7 +77,7 @@ def test_what_is_stored(text, converted):
 @pytest.mark.parametrize("text", ["int4", "int8"])
 def test_sizes_are_the_arithmetic(text, converted):
     """On the disk and in memory."""
-    arrays = placed_arrays(open_folder(DEMO).config, None, Quantization.parse(text), np.dtype(ml_dtypes.bfloat16))
+    arrays = array_layouts(open_folder(DEMO).config, None, Quantization.parse(text), np.dtype(ml_dtypes.bfloat16))
     expected = sum(leaf.size * leaf.dtype.itemsize for a in arrays.values() for _, leaf, _ in a.leaves())
     state = converted(text) / PARAMS / STATE
     on_disk = sum(f.stat().st_size for f in state.rglob("*") if f.is_file() and f.name[0].isdigit())

@@ -128,10 +128,10 @@ def test_two_at_once_do_not_disturb_each_other(source, tmp_path):
     command = [CONVERT, "to-orbax", source, tmp_path / "out"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     codes = [p.wait() for p in processes]
-    said = [p.stderr.read().splitlines()[-1] for p in processes]
-    assert codes.count(0) == 1, said
+    printed = [p.stderr.read().splitlines()[-1] for p in processes]
+    assert codes.count(0) == 1, printed
     assert all(
-        "another conversion is at work" in s or "exists already" in s for s, c in zip(said, codes, strict=True) if c
+        "another conversion is at work" in s or "exists already" in s for s, c in zip(printed, codes, strict=True) if c
     )
     assert list(compare(open_folder(tmp_path / "out"), open_folder(source))) == []
 

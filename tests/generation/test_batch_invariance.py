@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dbrx_jax.api import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.ops.row_tiles import TILE, over_tiles, tile_count
+from dbrx_jax.ops.row_tiles import ROW_TILE, map_row_tiles, num_row_tiles
 from dbrx_jax.quantization import Quantization
 
 CONFIG = DbrxConfig(
@@ -105,7 +105,7 @@ def test_more_new_tokens_and_a_longer_cache_change_nothing():
 
 @SLOW
 @settings(max_examples=6)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=TILE), st.booleans())
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=ROW_TILE), st.booleans())
 def test_any_company(numbers, left):
     """All of one compiled shape, so that many can be tried."""
     model = make("float32")
@@ -127,9 +127,14 @@ def test_it_says_what_it_says_without():
 
 
 def test_over_tiles_gives_each_row_its_own():
-    rows = jnp.arange(3 * TILE, dtype=jnp.float32)
-    double, calls = over_tiles(
-        lambda first, x, calls: (2 * x + first, calls + 1), rows, jnp.int32(0), tile_count(3 * TILE, jnp.zeros(4, int))
+    rows = jnp.arange(3 * ROW_TILE, dtype=jnp.float32)
+    double, calls = map_row_tiles(
+        lambda first, x, calls: (2 * x + first, calls + 1),
+        rows,
+        jnp.int32(0),
+        num_row_tiles(3 * ROW_TILE, jnp.zeros(4, int)),
     )
-    np.testing.assert_array_equal(double, 2 * np.arange(3 * TILE) + np.repeat([0, TILE, 2 * TILE], TILE))
+    np.testing.assert_array_equal(
+        double, 2 * np.arange(3 * ROW_TILE) + np.repeat([0, ROW_TILE, 2 * ROW_TILE], ROW_TILE)
+    )
     assert calls == 3

@@ -12,7 +12,7 @@ from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.errors import ConfigError, GenerationError
 from dbrx_jax.generation.generate import BURST, TokenStream
 from dbrx_jax.generation_config import GenerationConfig
-from dbrx_jax.model.cache import PREFILL_CHUNKS, chunks
+from dbrx_jax.model.cache import PREFILL_CHUNKS, prefill_chunks
 from dbrx_jax.sharding.partition import ONE_DEVICE
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 from tests.conftest import GOLDEN
@@ -52,8 +52,8 @@ def test_right_padding_and_ragged_padding_give_the_same(model, prompts):
 def test_prompts_longer_than_a_chunk(models, monkeypatch):
     """Against the full forward, token by token: one of a long and a short chunk, one that fits a long one."""
     monkeypatch.setitem(PREFILL_CHUNKS, "cpu", (64, 128))
-    assert list(chunks(137, ONE_DEVICE)) == [(0, 128), (128, 64)]
-    assert list(chunks(65, ONE_DEVICE)) == [(0, 128)]
+    assert list(prefill_chunks(137, ONE_DEVICE)) == [(0, 128), (128, 64)]
+    assert list(prefill_chunks(65, ONE_DEVICE)) == [(0, 128)]
     model = models("fused")
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 137))
     mask = np.ones_like(ids)

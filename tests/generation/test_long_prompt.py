@@ -9,8 +9,8 @@ from flax import nnx
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation.decode import empty, prefill_chunk
-from dbrx_jax.model.cache import capacity, chunks
-from dbrx_jax.model.graph import split
+from dbrx_jax.model.cache import cache_capacity, prefill_chunks
+from dbrx_jax.model.graph import split_model
 from dbrx_jax.ops.attention import reference_attention
 from dbrx_jax.ops.experts import reference_experts
 
@@ -63,9 +63,9 @@ def test_the_last_logits_of_32768_tokens_are_the_reference_s():
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, TOKENS))
     want = np.asarray(reference_last_logits(model, ids))
     assert want.std() > 0.5
-    parts, partition = split(model), model.partition
-    cache, logits = empty(CONFIG, partition, 1, capacity(TOKENS, partition), np.dtype("float32"))
-    for start, length in chunks(TOKENS, partition):
+    parts, partition = split_model(model), model.partition
+    cache, logits = empty(CONFIG, partition, 1, cache_capacity(TOKENS, partition), np.dtype("float32"))
+    for start, length in prefill_chunks(TOKENS, partition):
         at = np.array([[0, start, length]], np.int32)
         cache, logits = prefill_chunk(parts, cache, logits, ids[:, start : start + length], at)
     np.testing.assert_allclose(logits, want, rtol=0, atol=1e-4)

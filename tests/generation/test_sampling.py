@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbrx_jax.generation.sampling import Sampling, choose, row_keys
+from dbrx_jax.generation.sampling import Sampling, row_keys, sample_tokens
 
 V = 23
 
@@ -42,7 +42,7 @@ def kept(logits, temperature, top_k, top_p, min_p):
     return np.isfinite(scores)
 
 
-draw = jax.jit(jax.vmap(choose, in_axes=(None, None, 0, None, None, None)), static_argnums=5)
+draw = jax.jit(jax.vmap(sample_tokens, in_axes=(None, None, 0, None, None, None)), static_argnums=5)
 
 
 def draws(logits, settings, count=400, seen=None, filtered=True):
@@ -81,7 +81,7 @@ def test_draws_follow_the_distribution():
 def test_greedy_takes_the_lowest_of_equals():
     logits = np.zeros((2, V), np.float32)
     logits[1, [4, 9]] = 3
-    out = choose(logits, np.zeros((2, V), bool), None, np.array([0, 0]), sampling(), False)
+    out = sample_tokens(logits, np.zeros((2, V), bool), None, np.array([0, 0]), sampling(), False)
     np.testing.assert_array_equal(out, [0, 4])
 
 
@@ -92,7 +92,7 @@ def test_repetition_penalty(penalty):
     for seen in ([0], [0, 2], [1, 3], [0, 1, 2, 3], []):
         mask = np.isin(np.arange(4), seen)[None]
         want = np.where(mask, np.where(logits > 0, logits / penalty, logits * penalty), logits)
-        out = choose(logits, mask, None, np.array([0]), sampling(repetition_penalty=penalty), False)
+        out = sample_tokens(logits, mask, None, np.array([0]), sampling(repetition_penalty=penalty), False)
         assert out[0] == want.argmax(), seen
 
 
@@ -101,10 +101,12 @@ def test_a_draw_depends_on_key_and_position_alone():
     logits[2] = logits[0]
     keys = row_keys(np.array([5, 6, 5], np.uint32), None)
     seen, at = np.zeros((3, V), bool), np.array([11, 11, 11])
-    together = choose(logits, seen, keys, at, sampling(), False)
+    together = sample_tokens(logits, seen, keys, at, sampling(), False)
     assert together[0] == together[2]
-    assert choose(logits[:1], seen[:1], keys[:1], at[:1], sampling(), False)[0] == together[0]
-    spread = {int(choose(logits[:1], seen[:1], keys[:1], np.array([p]), sampling(), False)[0]) for p in range(40)}
+    assert sample_tokens(logits[:1], seen[:1], keys[:1], at[:1], sampling(), False)[0] == together[0]
+    spread = {
+        int(sample_tokens(logits[:1], seen[:1], keys[:1], np.array([p]), sampling(), False)[0]) for p in range(40)
+    }
     assert len(spread) > 5
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.errors import ConfigError
+from dbrx_jax.kernels import attention
 from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention
 from dbrx_jax.kernels.xla.sequence_attention import blockwise_attention
-from dbrx_jax.model.cache import LayerCache, to_int8, write
-from dbrx_jax.ops import attention
-from dbrx_jax.ops.attention import join_stripes, reference_attention
+from dbrx_jax.model.cache import LayerCache, quantize_to_int8, write_cache
+from dbrx_jax.ops.attention import merge_partial_attention, reference_attention
 from dbrx_jax.ops.norm import layer_norm
 from dbrx_jax.ops.rope import rotate
 from dbrx_jax.sharding.partition import ONE_DEVICE
@@ -30,7 +30,9 @@ def random(seed, *shape):
 
 @functools.partial(jax.jit, static_argnums=5)
 def cached(query, key, value, positions, first_row, block):
-    return join_stripes(cached_attention(query, key, value, positions, first_row, block), query.dtype, ONE_DEVICE)
+    return merge_partial_attention(
+        cached_attention(query, key, value, positions, first_row, block), query.dtype, ONE_DEVICE
+    )
 
 
 @settings(max_examples=12)
@@ -61,13 +63,13 @@ def test_cached_bits_do_not_depend_on_the_caches_length_or_the_other_rows():
 def test_an_int8_cache_is_near():
     q, k, v = random(0, 2, 1, H, K), random(1, 2, 32, G, K), random(2, 2, 32, G, K)
     positions = np.array([[5], [31]])
-    (k8, k_scale), (v8, v_scale) = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
+    (k8, k_scale), (v8, v_scale) = quantize_to_int8(jnp.asarray(k)), quantize_to_int8(jnp.asarray(v))
     assert np.abs(k8).max() == 127
     # Rounded to a whole number, and the scale to eight bits.
     np.testing.assert_allclose(np.float32(k8) * np.float32(k_scale)[..., None], k, atol=np.abs(k).max() * 1.5 / 127)
     turned = [jnp.swapaxes(a, 1, 2) for a in (k8, v8, k_scale, v_scale)]
     part = cached_attention(q, *turned[:2], positions, 0, 8, scales=tuple(turned[2:]))
-    out = join_stripes(part, q.dtype, ONE_DEVICE)
+    out = merge_partial_attention(part, q.dtype, ONE_DEVICE)
     exact = [np.float32(a) * np.float32(s)[..., None] for a, s in ((k8, k_scale), (v8, v_scale))]
     mask = np.arange(32) <= positions[:, :, None]
     np.testing.assert_allclose(out, reference_attention(q, *exact, mask), rtol=1e-5, atol=1e-5)
@@ -83,20 +85,20 @@ def test_what_is_written_is_there_however_the_cache_lies(int8, tokens, monkeypat
     empty = [jnp.full((3, G, 6, K), 9, jnp.int8 if int8 else jnp.float32)] * 2
     empty += [jnp.full((3, G, 6), 9, jnp.bfloat16)] * (2 * int8)
     want = [np.array(x) for x in empty]
-    (key, key_scale), (value, value_scale) = map(to_int8, new)
+    (key, key_scale), (value, value_scale) = map(quantize_to_int8, new)
     for into, x in zip(want, (key, value, key_scale, value_scale) if int8 else new, strict=True):
         for r, t in np.ndindex(2, tokens):
             if positions[r, t] % 2 == 1:
                 into[1 + r, :, positions[r, t] // 2] = x[r, t]
     for platform in ("cpu", "tpu"):
-        got = write(LayerCache(*empty), *new, positions, 1, (1, 2), platform=platform)
+        got = write_cache(LayerCache(*empty), *new, positions, 1, (1, 2), platform=platform)
         for a, b in zip((x for x in got if x is not None), want, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def cached_part(implementation, q, k, v, positions, stripe, scales):
-    return cached_attention(q, k, v, positions, 1, 4, stripe, scales=scales, implementation=implementation)
+def cached_part(implementation, q, k, v, positions, context_shard, scales):
+    return cached_attention(q, k, v, positions, 1, 4, context_shard, scales=scales, implementation=implementation)
 
 
 @settings(max_examples=10)
@@ -108,7 +110,7 @@ def test_the_definition_through_a_cache_is_the_same(seed, stride, new, int8, dat
     q, k, v = random(seed, len(start), new, H, K), random(seed + 1, 4, G, S, K), random(seed + 2, 4, G, S, K)
     scales = None
     if int8:
-        (k, k_scale), (v, v_scale) = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
+        (k, k_scale), (v, v_scale) = quantize_to_int8(jnp.asarray(k)), quantize_to_int8(jnp.asarray(v))
         scales = k_scale, v_scale
     positions = np.array(start)[:, None] + np.arange(new)
     parts = [cached_part(name, q, k, v, positions, (offset, stride), scales) for name in ("reference", "xla")]

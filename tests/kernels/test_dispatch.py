@@ -31,11 +31,11 @@ def test_cards_that_are_compiled_for_are_hopper(monkeypatch):
 
 
 def test_older_jax_and_cpus_have_none(monkeypatch):
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
     assert backend.kernel_backend("cuda") is None
     assert backend.kernel_backend("tpu") == "tpu"
     assert backend.kernel_backend("cpu") is None
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     assert backend.kernel_backend("cuda") == "gpu"
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dbrx_jax.kernels.attention import cached_attention
-from dbrx_jax.kernels.gpu import cache_attention as attention_gpu
-from dbrx_jax.model.cache import to_int8
+from dbrx_jax.kernels.gpu import cache_attention as gpu_cache_attention
+from dbrx_jax.model.cache import quantize_to_int8
 from dbrx_jax.ops.attention import reference_attention
 
 H, G, K = 6, 2, 128  # query heads, key-value heads, elements
@@ -25,21 +25,23 @@ def random(seed, *shape):
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch):
     """A card full of warp groups takes long to interpret."""
-    monkeypatch.setattr(attention_gpu, "WARP_GROUPS", 6)
+    monkeypatch.setattr(gpu_cache_attention, "WARP_GROUPS", 6)
 
 
 def filled_cache(seed, rows, positions, dtype):
     """Keys, values and, of an int8 cache, scales."""
     k, v = (jnp.asarray(random(seed + i, rows, G, positions, K)) for i in (1, 2))
     if dtype == "int8":
-        (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+        (k, k_scale), (v, v_scale) = quantize_to_int8(k), quantize_to_int8(v)
         return k, v, (k_scale, v_scale)
     return k.astype(dtype), v.astype(dtype), None
 
 
-def kernel(query, key, value, starts, first_row, stripe, scales):
+def kernel(query, key, value, starts, first_row, context_shard, scales):
     interpret = plgpu.InterpretGPUParams()
-    run = functools.partial(attention_gpu.cache_attention, stripe=stripe, scales=scales, interpret=interpret)
+    run = functools.partial(
+        gpu_cache_attention.cache_attention, context_shard=context_shard, scales=scales, interpret=interpret
+    )
     return jax.jit(run)(query, key, value, jnp.asarray(starts), first_row)
 
 
@@ -53,12 +55,14 @@ def assert_same_parts(got, want, tolerance=1e-2):
         assert np.abs(x - true).max() <= tolerance * np.abs(true).max()
 
 
-def check(cache_dtype, starts, tokens, positions, stripe, first_row, seed, heads=H):
+def check(cache_dtype, starts, tokens, positions, context_shard, first_row, seed, heads=H):
     query = jnp.asarray(random(seed, len(starts), tokens, heads, K), jnp.bfloat16)
     key, value, scales = filled_cache(seed, len(starts) + 2, positions, cache_dtype)
     places = np.asarray(starts)[:, None] + np.arange(tokens)
-    want = cached_attention(query, key, value, places, first_row, 0, stripe, scales=scales, implementation="reference")
-    assert_same_parts(kernel(query, key, value, starts, first_row, stripe, scales), want)
+    want = cached_attention(
+        query, key, value, places, first_row, 0, context_shard, scales=scales, implementation="reference"
+    )
+    assert_same_parts(kernel(query, key, value, starts, first_row, context_shard, scales), want)
 
 
 @settings(max_examples=4)
@@ -66,7 +70,7 @@ def check(cache_dtype, starts, tokens, positions, stripe, first_row, seed, heads
 def test_decoding_matches_the_definition(cache_dtype, stride, seed, data):
     positions = data.draw(st.sampled_from([64, 448]))
     offset = data.draw(st.integers(0, stride - 1))
-    # Position 0, the last one, and some that see nothing of a stripe that begins later.
+    # Position 0, the last one, and some that see nothing of a context_shard that begins later.
     ends = st.sampled_from([0, positions * stride - 1]) | st.integers(0, positions * stride - 1)
     starts = data.draw(st.lists(ends, min_size=1, max_size=3))
     check(cache_dtype, starts, 1, positions, (offset, stride), data.draw(st.integers(0, 2)), seed)
@@ -123,10 +127,10 @@ def test_large_scores_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    ("starts", "tokens", "stripe", "dtype"),
+    ("starts", "tokens", "context_shard", "dtype"),
     [([5, 300], 1, (0, 1), "bfloat16"), ([1, 900], 1, (2, 3), "int8"), ([70], 128, (0, 1), "bfloat16")],
 )
-def test_bytes_are_what_the_copies_move(monkeypatch, starts, tokens, stripe, dtype):
+def test_bytes_are_what_the_copies_move(monkeypatch, starts, tokens, context_shard, dtype):
     moved = {"in": 0, "out": 0}
 
     def counted(copy, way, which):
@@ -141,9 +145,9 @@ def test_bytes_are_what_the_copies_move(monkeypatch, starts, tokens, stripe, dty
         monkeypatch.setattr(plgpu, name, counted(getattr(plgpu, name), way, which))
     query = jnp.asarray(random(0, len(starts), tokens, H, K), jnp.bfloat16)
     key, value, scales = filled_cache(0, len(starts), 384, dtype)
-    jax.block_until_ready(kernel(query, key, value, starts, 0, stripe, scales))
+    jax.block_until_ready(kernel(query, key, value, starts, 0, context_shard, scales))
     jax.effects_barrier()
-    assert attention_gpu.hbm_bytes(query, key, np.array(starts), stripe) == (moved["in"], moved["out"])
+    assert gpu_cache_attention.hbm_bytes(query, key, np.array(starts), context_shard) == (moved["in"], moved["out"])
 
 
 @pytest.mark.parametrize("changed", [{"K": 64}, {"positions": 100}, {"tokens": 100}, {"cache": "float32"}])
@@ -151,11 +155,11 @@ def test_what_does_not_fit_is_not_supported(changed):
     sizes = {"K": K, "positions": 256, "tokens": 128, "cache": "bfloat16"} | changed
     query = jax.ShapeDtypeStruct((1, sizes["tokens"], H, sizes["K"]), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, G, sizes["positions"], sizes["K"]), sizes["cache"])
-    assert not attention_gpu.supports(query, key, key)
+    assert not gpu_cache_attention.supports(query, key, key)
 
 
 def test_what_fits_is_supported():
     for dtype in (jnp.bfloat16, jnp.int8):
         key = jax.ShapeDtypeStruct((1, G, 256, K), dtype)
         for tokens in (1, 128):
-            assert attention_gpu.supports(jax.ShapeDtypeStruct((1, tokens, H, K), jnp.bfloat16), key, key)
+            assert gpu_cache_attention.supports(jax.ShapeDtypeStruct((1, tokens, H, K), jnp.bfloat16), key, key)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbrx_jax.kernels.gpu import sequence_attention as attention_cudnn
+from dbrx_jax.kernels.gpu import sequence_attention as gpu_sequence_attention
 from dbrx_jax.ops.attention import reference_attention
 
 H, G, K = 6, 2, 24  # query heads, key-value heads, elements
@@ -20,7 +20,7 @@ def random(seed, *shape):
 
 
 def fast(query, key, value, valid):
-    return attention_cudnn.sequence_attention(query, key, value, valid, jnp.int32(0), interpret=True)
+    return gpu_sequence_attention.sequence_attention(query, key, value, valid, jnp.int32(0), interpret=True)
 
 
 def plain(query, key, value, valid):
@@ -81,7 +81,7 @@ def test_what_lies_behind_a_rows_length_spoils_nothing(monkeypatch):
         beyond = jnp.arange(query.shape[1])[:, None, None] >= query_seq_lengths[:, None, None, None]
         return attend(query, key, value, beyond)
 
-    monkeypatch.setattr(attention_cudnn.jax.nn, "dot_product_attention", careless)
+    monkeypatch.setattr(gpu_sequence_attention.jax.nn, "dot_product_attention", careless)
     *arrays, grad = drawn(0, 2, 9)
     valid = np.stack([np.arange(9) % 3 > 0, np.arange(9) < 0])
     results = (with_gradients.__wrapped__(function, valid, arrays, grad) for function in (fast, plain))
@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_not_supported(changed):
     def supported(K=128, tokens=128, queries=None, dtype="bfloat16"):
         query = jax.ShapeDtypeStruct((1, queries or tokens, H, K), dtype)
         key = jax.ShapeDtypeStruct((1, tokens, G, K), dtype)
-        return attention_cudnn.supports(query, key, key)
+        return gpu_sequence_attention.supports(query, key, key)
 
     assert supported()
     assert not supported(**changed)

@@ -8,7 +8,7 @@ import pytest
 from dbrx_jax import backend
 from dbrx_jax.kernels import dispatch
 from dbrx_jax.kernels.experts import apply_experts
-from dbrx_jax.kernels.stacked_experts import distinct
+from dbrx_jax.kernels.stacked_experts import active_experts
 from dbrx_jax.ops.experts import ExpertWeights, reference_experts
 
 E, F, D, K = 4, 256, 128, 2
@@ -37,7 +37,7 @@ def test_values_and_gradients(kernels, tokens):
     x, weights, experts, expert_weights = problem(tokens)
     valid = np.arange(tokens) % 7 != 3
     dy = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
-    assert kernels.take_gradients(x, *expert_weights)
+    assert kernels.supports_gradients(x, *expert_weights)
 
     def by_kernels(x, weights, expert_weights):
         y = apply_experts(x, weights, experts, expert_weights, "silu", valid)
@@ -59,10 +59,10 @@ def test_values_and_gradients(kernels, tokens):
 def test_distinct_experts_come_once_each_with_their_weights():
     experts = np.array([[3, 0], [0, 4], [4, 4]])  # 4 is an expert elsewhere
     weights = np.array([[0.5, 0.25], [0.125, 1.0], [1.0, 1.0]], np.float32)
-    chosen, count, mix = distinct(weights, experts, 4)
+    chosen, count, combine_weights = active_experts(weights, experts, 4)
     assert int(count) == 2
     assert sorted(np.asarray(chosen[:2]).tolist()) == [0, 3]
-    by_expert = dict(zip(np.asarray(chosen).tolist(), np.asarray(mix).tolist(), strict=True))
+    by_expert = dict(zip(np.asarray(chosen).tolist(), np.asarray(combine_weights).tolist(), strict=True))
     assert by_expert[0] == [0.25, 0.125, 0.0]
     assert by_expert[3] == [0.5, 0.0, 0.0]
-    assert not np.any(np.asarray(mix)[2:])
+    assert not np.any(np.asarray(combine_weights)[2:])

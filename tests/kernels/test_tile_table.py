@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.tiles import cases, search
 from dbrx_jax.kernels.tile_table import TABLE, name_of, table
-from dbrx_jax.kernels.tpu import decode_experts as experts_tpu
+from dbrx_jax.kernels.tpu import decode_experts as tpu_decode_experts
 
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
@@ -37,11 +37,11 @@ def test_kernels_take_what_the_table_says_if_it_fits(monkeypatch):
     case = next(cases("tpu"))
     (slot,), (x, w1, *_) = case.slots, case.arguments
     other = next(t for t in slot.candidates if t != slot.rule)
-    monkeypatch.setattr(experts_tpu, "table", lambda: {slot.name: list(other)})
-    assert experts_tpu.default_tiles(x, w1) == other
-    monkeypatch.setattr(experts_tpu, "table", lambda: {slot.name: [7]})
-    assert experts_tpu.default_tiles(x, w1) in slot.candidates
-    assert experts_tpu.default_tiles(x, w1) != experts_tpu.DecodeTiles(7)
+    monkeypatch.setattr(tpu_decode_experts, "table", lambda: {slot.name: list(other)})
+    assert tpu_decode_experts.default_tiles(x, w1) == other
+    monkeypatch.setattr(tpu_decode_experts, "table", lambda: {slot.name: [7]})
+    assert tpu_decode_experts.default_tiles(x, w1) in slot.candidates
+    assert tpu_decode_experts.default_tiles(x, w1) != tpu_decode_experts.DecodeTiles(7)
 
 
 def test_names_round_rows_up():

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from dbrx_jax.kernels.attention import cached_attention
-from dbrx_jax.kernels.tpu import cache_attention as attention_tpu
-from dbrx_jax.kernels.tpu import sequence_attention as attention_splash
-from dbrx_jax.model.cache import to_int8
+from dbrx_jax.kernels.tpu import cache_attention as tpu_cache_attention
+from dbrx_jax.kernels.tpu import sequence_attention as tpu_sequence_attention
+from dbrx_jax.model.cache import quantize_to_int8
 from dbrx_jax.ops.attention import reference_attention
 
 pytestmark = pytest.mark.slow  # the lane of the newest JAX runs it too
@@ -30,14 +30,16 @@ def filled_cache(seed, rows, positions, dtype, heads=G):
     """Keys, values and, of an int8 cache, scales."""
     k, v = (jnp.asarray(random(seed + i, rows, heads, positions, K)) for i in (1, 2))
     if dtype == "int8":
-        (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+        (k, k_scale), (v, v_scale) = quantize_to_int8(k), quantize_to_int8(v)
         return k, v, (k_scale, v_scale)
     return k.astype(dtype), v.astype(dtype), None
 
 
-def kernel(query, key, value, starts, first_row, stripe, scales):
+def kernel(query, key, value, starts, first_row, context_shard, scales):
     with pltpu.force_tpu_interpret_mode():
-        run = jax.jit(functools.partial(attention_tpu.cache_attention, stripe=stripe, scales=scales))
+        run = jax.jit(
+            functools.partial(tpu_cache_attention.cache_attention, context_shard=context_shard, scales=scales)
+        )
         return run(query, key, value, jnp.asarray(starts), first_row)
 
 
@@ -51,12 +53,14 @@ def assert_same_parts(got, want, tolerance):
         assert np.abs(x - true).max() <= tolerance * np.abs(true).max()
 
 
-def check(dtype, cache_dtype, starts, tokens, positions, stripe, first_row=1, seed=0, heads=G):
+def check(dtype, cache_dtype, starts, tokens, positions, context_shard, first_row=1, seed=0, heads=G):
     query = jnp.asarray(random(seed, len(starts), tokens, H // G * heads, K), dtype)
     key, value, scales = filled_cache(seed, len(starts) + 2, positions, cache_dtype, heads)
     places = np.asarray(starts)[:, None] + np.arange(tokens)
-    want = cached_attention(query, key, value, places, first_row, 0, stripe, scales=scales, implementation="reference")
-    got = kernel(query, key, value, starts, first_row, stripe, scales)
+    want = cached_attention(
+        query, key, value, places, first_row, 0, context_shard, scales=scales, implementation="reference"
+    )
+    got = kernel(query, key, value, starts, first_row, context_shard, scales)
     assert_same_parts(got, want, 1e-5 if dtype == cache_dtype == "float32" else 1e-2)
 
 
@@ -65,7 +69,7 @@ def check(dtype, cache_dtype, starts, tokens, positions, stripe, first_row=1, se
 def test_decoding_matches_the_definition(cache_dtype, stride, seed, data):
     positions = data.draw(st.sampled_from([128, 384]))
     offset = data.draw(st.integers(0, stride - 1))
-    # Position 0, the last one, and some that see nothing of a stripe that begins later.
+    # Position 0, the last one, and some that see nothing of a context_shard that begins later.
     ends = st.sampled_from([0, positions * stride - 1]) | st.integers(0, positions * stride - 1)
     starts = data.draw(st.lists(ends, min_size=1, max_size=3))
     dtype = "float32" if cache_dtype == "float32" else "bfloat16"
@@ -118,7 +122,7 @@ def fetched(spec, grid, prefetched, dtype):
 
 
 @pytest.mark.parametrize(
-    ("starts", "tokens", "stripe", "dtype"),
+    ("starts", "tokens", "context_shard", "dtype"),
     [
         ([5, 1000, 300], 1, (0, 1), "bfloat16"),
         ([7, 2000], 1, (3, 4), "int8"),
@@ -126,7 +130,7 @@ def fetched(spec, grid, prefetched, dtype):
         ([640], 256, (1, 3), "int8"),
     ],
 )
-def test_bytes_are_what_the_grid_fetches(monkeypatch, starts, tokens, stripe, dtype):
+def test_bytes_are_what_the_grid_fetches(monkeypatch, starts, tokens, context_shard, dtype):
     query = jnp.zeros((len(starts), tokens, H, K), jnp.bfloat16)
     key, value, scales = filled_cache(0, len(starts), 1024, dtype)
     bytes_ = []
@@ -141,10 +145,10 @@ def test_bytes_are_what_the_grid_fetches(monkeypatch, starts, tokens, stripe, dt
 
         return run
 
-    monkeypatch.setattr(attention_tpu.pl, "pallas_call", pallas_call)
-    monkeypatch.setattr(attention_tpu, "in_hbm", lambda x: x)  # which is for programs that are compiled
-    attention_tpu.cache_attention(query, key, value, jnp.asarray(starts), 0, stripe, scales)
-    assert attention_tpu.hbm_bytes(query, key, np.array(starts), stripe) == tuple(bytes_)
+    monkeypatch.setattr(tpu_cache_attention.pl, "pallas_call", pallas_call)
+    monkeypatch.setattr(tpu_cache_attention, "in_hbm", lambda x: x)  # which is for programs that are compiled
+    tpu_cache_attention.cache_attention(query, key, value, jnp.asarray(starts), 0, context_shard, scales)
+    assert tpu_cache_attention.hbm_bytes(query, key, np.array(starts), context_shard) == tuple(bytes_)
 
 
 @pytest.mark.parametrize("changed", [{"K": 64}, {"positions": 100}, {"tokens": 100}, {"cache": "float32"}])
@@ -152,18 +156,18 @@ def test_what_does_not_fit_is_not_supported(changed):
     sizes = {"K": K, "positions": 256, "tokens": 128, "cache": "bfloat16"} | changed
     query = jax.ShapeDtypeStruct((1, sizes["tokens"], H, sizes["K"]), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, G, sizes["positions"], sizes["K"]), sizes["cache"])
-    assert not attention_tpu.supports(query, key, key)
+    assert not tpu_cache_attention.supports(query, key, key)
 
 
 def test_what_fits_is_supported():
     key = jax.ShapeDtypeStruct((1, G, 256, K), jnp.int8)
     for tokens in (1, 128):
-        assert attention_tpu.supports(jax.ShapeDtypeStruct((1, tokens, H, K), jnp.bfloat16), key, key)
+        assert tpu_cache_attention.supports(jax.ShapeDtypeStruct((1, tokens, H, K), jnp.bfloat16), key, key)
 
 
 def test_sequences_match_the_definition_with_their_gradients(monkeypatch):
     """Left and right padding, a length that is no multiple of anything, and queries of one device of three."""
-    monkeypatch.setattr(attention_splash, "BLOCK", 128)
+    monkeypatch.setattr(tpu_sequence_attention, "BLOCK", 128)
     for tokens, length, first, left, right in ((200, 200, 0, 3, 7), (128, 384, 256, 140, 5)):
         query, grad = (jnp.asarray(random(i, 1, tokens, H, K)) for i in (0, 3))
         key, value = (jnp.asarray(random(i, 1, length, G, K)) for i in (1, 2))
@@ -172,7 +176,7 @@ def test_sequences_match_the_definition_with_their_gradients(monkeypatch):
         sees = mask.any(axis=-1)[..., None, None]
 
         def fast(q, k, v, valid=valid, first=first, sees=sees):
-            out = attention_splash.sequence_attention(q, k, v, valid[None], jnp.int32(first), interpret=True)
+            out = tpu_sequence_attention.sequence_attention(q, k, v, valid[None], jnp.int32(first), interpret=True)
             return jnp.where(sees, out, 0)
 
         def plain(q, k, v, mask=mask, sees=sees):

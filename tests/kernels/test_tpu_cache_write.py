@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from dbrx_jax.kernels.tpu.cache_write import write_positions
-from dbrx_jax.model.cache import LayerCache, turned, write
+from dbrx_jax.model.cache import LayerCache, swap_layout, write_cache
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -24,16 +24,18 @@ def test_only_what_is_within_is_written(dtype):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_layers_cache_is_written_as_by_the_scatter(int8):
-    """Eight heads, stripe 1 of 2, rows from 2 on: by the platform's name the kernel does it."""
+    """Eight heads, context_shard 1 of 2, rows from 2 on: by the platform's name the kernel does it."""
     rng = np.random.default_rng(1)
     shape, scales = (6, 8, 16, 128), [jnp.zeros((6, 8, 16), jnp.bfloat16)] * 2 if int8 else []
     cache = LayerCache(*[jnp.zeros(shape, "int8" if int8 else "float32")] * 2, *scales)
     key, value = (jnp.asarray(rng.normal(size=(3, 1, 8, 128)), jnp.float32) for _ in range(2))
     positions = jnp.array([[3], [4], [31]])
-    want = write(cache, key, value, positions, 2, (1, 2))
+    want = write_cache(cache, key, value, positions, 2, (1, 2))
     with pltpu.force_tpu_interpret_mode():
-        lying = turned(cache, "tpu")
-        found = turned(write(turned(lying, "tpu"), key, value, positions, 2, (1, 2), platform="tpu"), "tpu")
-    for a, b in zip(turned(found, "tpu"), want, strict=True):
+        lying = swap_layout(cache, "tpu")
+        found = swap_layout(
+            write_cache(swap_layout(lying, "tpu"), key, value, positions, 2, (1, 2), platform="tpu"), "tpu"
+        )
+    for a, b in zip(swap_layout(found, "tpu"), want, strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.asarray(want.key).any(axis=(1, 3)).sum() == 2

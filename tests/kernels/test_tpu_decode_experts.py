@@ -21,7 +21,7 @@ from dbrx_jax.kernels.tpu.decode_experts import (
     tile_candidates,
     vmem_bytes,
 )
-from dbrx_jax.kernels.tpu.packed_weights import Form
+from dbrx_jax.kernels.tpu.packed_weights import WeightFormat
 from dbrx_jax.ops.experts import ACTIVATIONS
 from tests.kernels.weights import QUICKLY, floats, shape_of, stored_bytes, weight_of
 
@@ -47,14 +47,14 @@ def rows_of(count, d=256, dtype=jnp.float32, seed=1):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((count, d)), dtype)
 
 
-def reference(x, chosen, count, mix, w1, v1, w2, activation):
-    x, mix = np.asarray(x.astype(jnp.float32)), np.asarray(mix)
+def reference(x, chosen, count, combine_weights, w1, v1, w2, activation):
+    x, combine_weights = np.asarray(x.astype(jnp.float32)), np.asarray(combine_weights)
     y = np.zeros(x.shape, np.float32)
     for c in range(count):
         gate, up, down = (floats(w)[chosen[c]] for w in (w1, v1, w2))
-        own = mix[c] != 0
+        own = combine_weights[c] != 0
         inner = np.asarray(ACTIVATIONS[activation](x[own] @ gate.T)) * (x[own] @ up.T)
-        y[own] += mix[c][own, None] * (inner @ down)
+        y[own] += combine_weights[c][own, None] * (inner @ down)
     return y
 
 
@@ -63,9 +63,9 @@ def assert_close(got, want, dtype):
     assert np.abs(np.asarray(got).astype(np.float32) - want).max() / scale < BOUNDS[dtype]
 
 
-def run(x, chosen, count, mix, experts, activation="silu", tiles=None):
+def run(x, chosen, count, combine_weights, experts, activation="silu", tiles=None):
     chosen, count = jnp.asarray(chosen), jnp.int32(count)
-    y = decode(x, chosen, count, mix, *experts, activation=activation, tiles=tiles, interpret=True)
+    y = decode(x, chosen, count, combine_weights, *experts, activation=activation, tiles=tiles, interpret=True)
     assert y.shape == x.shape
     assert y.dtype == jnp.float32
     return y
@@ -77,10 +77,10 @@ def run(x, chosen, count, mix, experts, activation="silu", tiles=None):
 )
 def test_the_sum_over_chosen_experts(form, dtype):
     experts, x = weights(form, dtype), rows_of(5, dtype=dtype)
-    mix = jnp.asarray([[0.5, 0, 0.25, 0, 1], [0, 0.75, 0.5, 0, 0], [9, 9, 9, 9, 9]], jnp.float32)
+    combine_weights = jnp.asarray([[0.5, 0, 0.25, 0, 1], [0, 0.75, 0.5, 0, 0], [9, 9, 9, 9, 9]], jnp.float32)
     assert supports(x, *experts)
-    y = run(x, [2, 0, 7], 2, mix, experts, tiles=DecodeTiles(128))
-    assert_close(y, reference(x, [2, 0], 2, mix, *experts, "silu"), dtype)
+    y = run(x, [2, 0, 7], 2, combine_weights, experts, tiles=DecodeTiles(128))
+    assert_close(y, reference(x, [2, 0], 2, combine_weights, *experts, "silu"), dtype)
     assert not np.asarray(y)[3].any()
 
 
@@ -93,11 +93,11 @@ def test_any_routing(data):
     x = rows_of(data.draw(st.sampled_from((1, 7, 16, 33))), 512)
     chosen = data.draw(st.permutations(range(count_of)))
     count = data.draw(st.integers(0, count_of))
-    mix = np.random.default_rng(data.draw(st.integers(0, 99))).random((count_of, len(x)))
-    mix = jnp.asarray(mix * (mix > 0.5), jnp.float32)
+    combine_weights = np.random.default_rng(data.draw(st.integers(0, 99))).random((count_of, len(x)))
+    combine_weights = jnp.asarray(combine_weights * (combine_weights > 0.5), jnp.float32)
     activation = data.draw(st.sampled_from(sorted(ACTIVATIONS)))
-    y = run(x, chosen, count, mix, experts, activation)
-    assert_close(y, reference(x, chosen, count, mix, *experts, activation), jnp.float32)
+    y = run(x, chosen, count, combine_weights, experts, activation)
+    assert_close(y, reference(x, chosen, count, combine_weights, *experts, activation), jnp.float32)
 
 
 @pytest.mark.parametrize("form", ["plain", "int8", "int4-64"])
@@ -109,12 +109,12 @@ def test_no_expert_gives_zeros(form):
 
 @pytest.mark.parametrize(("form", "value"), [("plain", np.inf), ("int8", np.nan), ("int4-128", np.inf)])
 def test_a_row_that_is_no_number_stays_alone(form, value):
-    experts, mix = weights(form), jnp.asarray([[1, 0, 2], [1, 0, 0]], jnp.float32)
+    experts, combine_weights = weights(form), jnp.asarray([[1, 0, 2], [1, 0, 0]], jnp.float32)
     x = rows_of(3)
-    clean = run(x, [1, 2], 2, mix, experts)
-    y = np.asarray(run(x.at[1].set(value), [1, 2], 2, mix, experts))
+    clean = run(x, [1, 2], 2, combine_weights, experts)
+    y = np.asarray(run(x.at[1].set(value), [1, 2], 2, combine_weights, experts))
     np.testing.assert_array_equal(y, clean)
-    y = np.asarray(run(x.at[0].set(value), [1, 2], 2, mix, experts))
+    y = np.asarray(run(x.at[0].set(value), [1, 2], 2, combine_weights, experts))
     assert not np.isfinite(y[0]).any()
     np.testing.assert_array_equal(y[2], clean[2])
 
@@ -137,9 +137,9 @@ def moved(specs, arrays, grid, scalars):
 @pytest.mark.parametrize("tile", [128, 384])
 def test_bytes_are_those_of_the_grid(form, count, places, tile):
     experts, x, tiles = weights(form, jnp.bfloat16), rows_of(32, dtype=jnp.bfloat16), DecodeTiles(tile)
-    chosen, mix = jnp.asarray([2, 0, 1][:places]), jnp.ones((places, 32))
-    operands = decode_operands(x, mix, *experts, tiles)
-    grid = decode_grid(operands, jnp.asarray([count]), tiles, Form.of(experts[0]))
+    chosen, combine_weights = jnp.asarray([2, 0, 1][:places]), jnp.ones((places, 32))
+    operands = decode_operands(x, combine_weights, *experts, tiles)
+    grid = decode_grid(operands, jnp.asarray([count]), tiles, WeightFormat.of(experts[0]))
     specs = [*grid.in_specs, grid.out_specs]
     arrays = [*(o for o in operands if o is not None), jnp.zeros(x.shape, jnp.float32)]
     size = moved(specs, arrays, tuple(map(int, grid.grid)), (chosen, jnp.asarray([count])))

@@ -20,7 +20,7 @@ from dbrx_jax.kernels.tpu.grouped_matmul import (
     tile_candidates,
     vmem_bytes,
 )
-from dbrx_jax.kernels.tpu.packed_weights import Form
+from dbrx_jax.kernels.tpu.packed_weights import WeightFormat
 from tests.kernels.test_tpu_decode_experts import BOUNDS, FORMS, assert_close, moved, rows_of
 from tests.kernels.weights import QUICKLY, floats, shape_of, weight_of
 
@@ -122,7 +122,7 @@ def test_bytes_are_those_of_the_grid(sizes, form, contracted):
     for tiles in (GroupedTiles(128, 128), GroupedTiles(256, 384)):
         operands = grouped_operands(rows, weight, contracted, tiles)
         steps = jax.jit(grouped_steps, static_argnums=(1, 2))(jnp.asarray(sizes), 512, tiles.rows)
-        grid = grouped_grid(operands, contracted, steps, tiles, Form.of(weight))
+        grid = grouped_grid(operands, contracted, steps, tiles, WeightFormat.of(weight))
         specs, arrays = [*grid.in_specs, grid.out_specs], [*operands, jnp.zeros((512, 384), jnp.bfloat16)]
         size = moved(specs, arrays, tuple(map(int, grid.grid)), steps[:-1])
         assert grouped_bytes(rows, weight, contracted, sizes, tiles) == size

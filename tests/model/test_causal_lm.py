@@ -14,12 +14,12 @@ from dbrx_jax import DbrxConfig, DbrxForCausalLM
 from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_of
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation.generate import TokenStream
-from dbrx_jax.model.cache import CACHE_BLOCK, capacity, chunk_lengths, create
+from dbrx_jax.model.cache import CACHE_BLOCK, cache_capacity, create_cache, prefill_chunk_lengths
 from dbrx_jax.model.moe import MoE
 from dbrx_jax.ops.experts import reference_experts
 from dbrx_jax.sharding.partition import ONE_DEVICE
 
-CHUNK = chunk_lengths(ONE_DEVICE)[0]
+CHUNK = prefill_chunk_lengths(ONE_DEVICE)[0]
 TINY = DbrxConfig(
     d_model=48,
     n_heads=6,
@@ -106,8 +106,8 @@ def test_incremental_decoding_gives_the_full_forwards_logits(variant):
     total, first = CHUNK + 6, CHUNK - 5
     ids = np.random.default_rng(0).integers(0, 101, total)
     want = np.asarray(model(ids[None]))[0]
-    cache = create(model.config, 3, capacity(total, ONE_DEVICE), jnp.float32, ONE_DEVICE)
-    extend = jax.jit(lambda ids, valid, at, cache: model.extend(ids, valid, at, cache, 1))
+    cache = create_cache(model.config, 3, cache_capacity(total, ONE_DEVICE), jnp.float32, ONE_DEVICE)
+    extend = jax.jit(lambda ids, valid, at, cache: model.forward_with_cache(ids, valid, at, cache, 1))
     head = jax.jit(lambda x: model.logits(model.norm_f(x)))
     chunk = np.pad(ids[:first], (0, 5))[None]  # the last five fill the shape
     valid, at = np.arange(CHUNK)[None] < first, np.arange(CHUNK)[None]
@@ -121,14 +121,14 @@ def test_incremental_decoding_gives_the_full_forwards_logits(variant):
 
 
 def test_capacity():
-    longest = chunk_lengths(ONE_DEVICE)[-1]
+    longest = prefill_chunk_lengths(ONE_DEVICE)[-1]
     assert CHUNK % CACHE_BLOCK == longest % CHUNK == 0
     for tokens in (1, 127, 128, 129, 1000, 4097, 20000, 32768):
-        positions = capacity(tokens, ONE_DEVICE)
+        positions = cache_capacity(tokens, ONE_DEVICE)
         assert positions >= tokens
         assert positions % longest == 0
         assert positions <= max(tokens * 1.25, tokens + longest)
-    assert len({capacity(t, ONE_DEVICE) for t in range(1, 32769)}) < 64
+    assert len({cache_capacity(t, ONE_DEVICE) for t in range(1, 32769)}) < 64
 
 
 def test_bfloat16_runs_in_bfloat16():

@@ -7,12 +7,12 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM, backend
-from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_of, placed_arrays
+from dbrx_jax.checkpoint.parameters import array_layouts, parameter_specs, parameters_of
 from dbrx_jax.kernels import dispatch
-from dbrx_jax.kernels.gpu import cache_attention as attention_gpu
-from dbrx_jax.kernels.tpu import cache_attention as attention_tpu
-from dbrx_jax.kernels.tpu import decode_experts as experts_tpu
-from dbrx_jax.kernels.tpu import sequence_attention as attention_splash
+from dbrx_jax.kernels.gpu import cache_attention as gpu_cache_attention
+from dbrx_jax.kernels.tpu import cache_attention as tpu_cache_attention
+from dbrx_jax.kernels.tpu import decode_experts as tpu_decode_experts
+from dbrx_jax.kernels.tpu import sequence_attention as tpu_sequence_attention
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding.partition import make_mesh, parse_axes
 from tests.conftest import GOLDEN
@@ -34,7 +34,7 @@ SMALL = DbrxConfig(
 
 
 def forget():
-    for cached in (placed_arrays, parameter_specs):
+    for cached in (array_layouts, parameter_specs):
         cached.cache_clear()
     jax.clear_caches()
 
@@ -59,7 +59,7 @@ def interpret_as_xla(monkeypatch):
     """
     call = pl.pallas_call
     monkeypatch.setattr(pl, "pallas_call", lambda *a, **b: call(*a, **b | {"interpret": True}))
-    for module in (experts_tpu, attention_tpu):
+    for module in (tpu_decode_experts, tpu_cache_attention):
         monkeypatch.setattr(module, "in_hbm", lambda x: x)  # which is for programs that are compiled
 
 
@@ -106,14 +106,14 @@ def test_kernels_generate_as_the_plain_experts(stacked, kind, axes, quantization
     want, tokens = np.asarray(plain(ids)), plain.generate(ids, max_new_tokens=3, eos_token_id=None)
     stacked(kind)
     kernels, traced = dispatch.expert_kernels("cpu"), []
-    for module, name in ((kernels.few, "decode_experts"), (kernels.many, "grouped_matmul")):
+    for module, name in ((kernels.decode, "decode_experts"), (kernels.grouped, "grouped_matmul")):
         assert module.__name__.endswith(kind)
         whole = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=whole, n=name, **b: (traced.append(n), f(*a, **b))[1])
-    cache = attention_tpu if kind == "tpu" else attention_gpu
+    cache = tpu_cache_attention if kind == "tpu" else gpu_cache_attention
     attend = cache.cache_attention
     # Which is tried by itself: its batches are more than this interpreter can.
-    monkeypatch.setattr(attention_splash, "supports", lambda *a: False)
+    monkeypatch.setattr(tpu_sequence_attention, "supports", lambda *a: False)
     monkeypatch.setattr(cache, "cache_attention", lambda *a, **b: (traced.append("attention"), attend(*a, **b))[1])
     if kind == "tpu":
         interpret_as_xla(monkeypatch)

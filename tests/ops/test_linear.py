@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dbrx_jax.ops import linear as module
 from dbrx_jax.ops.experts import ACTIVATIONS
-from dbrx_jax.ops.linear import MOST_ROWS_BESIDE, dequantized, gated, linear, matrix
-from dbrx_jax.ops.row_tiles import TILE
-from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS, MOST_ROWS, times_few_rows
+from dbrx_jax.ops.linear import MAX_ROWS_BESIDE, dequantized, gated, linear, matrix
+from dbrx_jax.ops.row_tiles import ROW_TILE
+from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS, MAX_ROWS, small_batch_matmul
 from dbrx_jax.quantization import Format, quantize
 
 FORMATS = (None, "int8", "fp8", "int4", "int4-32")
@@ -50,7 +50,7 @@ def test_matches_the_plain_product(form, rows, shape, contracted, platform, bloc
 @settings(max_examples=30)
 @given(
     st.sampled_from([None, "bfloat16", "int8"]),
-    st.integers(MOST_ROWS + 1, MOST_ROWS_BESIDE + 1),
+    st.integers(MAX_ROWS + 1, MAX_ROWS_BESIDE + 1),
     st.integers(1, 9),
     st.integers(1, 70),
     st.sampled_from(sorted(ACTIVATIONS)),
@@ -127,14 +127,14 @@ def test_a_plain_weight_is_not_copied(rows):
 
 
 @pytest.mark.parametrize("form", [None, "int8", "int4", "int4-32"])
-@pytest.mark.parametrize(("rows", "contracted"), [(1, 0), (1, 1), (2, 1), (MOST_ROWS, 1)])
+@pytest.mark.parametrize(("rows", "contracted"), [(1, 0), (1, 1), (2, 1), (MAX_ROWS, 1)])
 def test_few_rows_in_programs_that_add_in_any_order(form, rows, contracted):
     """As decoding on a CPU is compiled; what is not finite stays so, in its own row."""
     w = weight(form, (160, 96), (contracted - 2,))
     x = np.random.default_rng(1).normal(size=(rows, w.shape[contracted])).astype(np.float32)
     plain = np.asarray(dequantized(w), np.float64)
     plain = plain.T if contracted else plain
-    product = jax.jit(lambda x, w: times_few_rows(x, w, contracted), compiler_options=CPU_OPTIONS)
+    product = jax.jit(lambda x, w: small_batch_matmul(x, w, contracted), compiler_options=CPU_OPTIONS)
     y = product(x, w)
     np.testing.assert_allclose(y, x @ plain, rtol=1e-5, atol=1e-5)
     for bad in (np.inf, np.nan):
@@ -150,12 +150,12 @@ def test_few_rows_in_programs_that_add_in_any_order(form, rows, contracted):
 
 def test_what_few_rows_leaves_to_others():
     x = jnp.ones((1, 96))
-    assert times_few_rows(jnp.ones((MOST_ROWS + 1, 96)), weight(None, (64, 96), (-1,)), 1) is None
-    assert MOST_ROWS < TILE  # whose products are the same in all programs
-    assert times_few_rows(x, weight("fp8", (64, 96), (-1,)), 1) is None
-    assert times_few_rows(x, weight(None, (63, 96), (-1,)), 1) is None
-    assert times_few_rows(jnp.ones((1, 67)), weight(None, (67, 96), (-2,)), 0) is None
-    assert times_few_rows(jnp.ones((2, 64)), weight(None, (64, 96), (-2,)), 0) is None
+    assert small_batch_matmul(jnp.ones((MAX_ROWS + 1, 96)), weight(None, (64, 96), (-1,)), 1) is None
+    assert MAX_ROWS < ROW_TILE  # whose products are the same in all programs
+    assert small_batch_matmul(x, weight("fp8", (64, 96), (-1,)), 1) is None
+    assert small_batch_matmul(x, weight(None, (63, 96), (-1,)), 1) is None
+    assert small_batch_matmul(jnp.ones((1, 67)), weight(None, (67, 96), (-2,)), 0) is None
+    assert small_batch_matmul(jnp.ones((2, 64)), weight(None, (64, 96), (-2,)), 0) is None
 
 
 @pytest.mark.parametrize("form", [None, "int8"])

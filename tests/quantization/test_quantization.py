@@ -14,18 +14,18 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM, DbrxTokenizer
 from dbrx_jax.checkpoint.parameters import (
+    array_layouts,
     parameter_specs,
     parameters_of,
-    placed_arrays,
 )
 from dbrx_jax.demo import source_folder
 from dbrx_jax.errors import MeshError, QuantizationError
 from dbrx_jax.model.causal_lm import CausalLM
-from dbrx_jax.model.graph import split
+from dbrx_jax.model.graph import split_model
 from dbrx_jax.quantization import Format, Quantization, QuantizedArray, quantize
 from dbrx_jax.quantization.array import abstract, group_count, pack, unpack
 from dbrx_jax.quantization.formats import FORMATS, PRESETS, part_of
-from dbrx_jax.quantization.quantize import LARGEST
+from dbrx_jax.quantization.quantize import MAX_VALUE
 from dbrx_jax.sharding.partition import AXES
 from tests.sharding.test_mesh import SMALL, mesh_of
 
@@ -135,7 +135,7 @@ class TestQuantize:
         elif a.kind == "fp8":
             assert (error <= np.maximum(np.abs(w) / 16, scale / 1024) * 1.0001).all()
         else:  # clipped by 32 percent at most, but no group is worse for it
-            assert np.abs(a.integers()).max() <= LARGEST["int4"]
+            assert np.abs(a.integers()).max() <= MAX_VALUE["int4"]
             assert (error <= scale * 0.5001 + np.abs(w) * 0.33).all()
 
     def test_int4_clips_where_that_is_better(self):
@@ -203,7 +203,7 @@ class TestModel:
     def test_parameters_are_quantised_and_split_and_merge(self, text):
         q = Quantization.parse(text)
         model = DbrxForCausalLM(TINY, rngs=nnx.Rngs(0), quantization=q)
-        merged = jax.jit(lambda parts: parts)(split(model)).merge()
+        merged = jax.jit(lambda parts: parts)(split_model(model)).merge()
         assert (merged.quantization, merged.dtype) == (q, np.float32)
         plain = parameters_of(DbrxForCausalLM(TINY, rngs=nnx.Rngs(0)))
         specs = parameter_specs(TINY)
@@ -219,19 +219,19 @@ class TestModel:
         given = parameters_of(DbrxForCausalLM(TINY, rngs=nnx.Rngs(0), quantization=q))
         model = DbrxForCausalLM.from_parameters(TINY, given, mesh, quantization=q)
         same_bits(given, parameters_of(model))
-        parts, partition = split(model), model.partition
-        same_bits(parts.arrays, partition.over(lambda p: p, (parts.places(),), parts.places())(parts).arrays)
+        parts, partition = split_model(model), model.partition
+        same_bits(parts.arrays, partition.shard_map(lambda p: p, (parts.specs(),), parts.specs())(parts).arrays)
         leaf = model.blocks[0].moe.experts[0].w2
-        value, spec = leaf.get_value(), partition.places(leaf.get_value(), leaf.get_metadata("axes"))
+        value, spec = leaf.get_value(), partition.specs_of(leaf.get_value(), leaf.get_metadata("axes"))
         assert value.values.addressable_shards[0].data.size * len(value.values.sharding.device_set) == (
             value.values.size * partition.size("data")
         )
 
         def gathered(value):
-            return partition.whole(_Holder(value, leaf)).dequantize()
+            return partition.gather_fsdp(_Holder(value, leaf)).dequantize()
 
         places = PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec.values))
-        whole = partition.over(gathered, (spec,), places)(value)
+        whole = partition.shard_map(gathered, (spec,), places)(value)
         same_bits(whole, value.dequantize())
 
     def test_a_group_is_not_cut_by_a_mesh(self):
@@ -239,13 +239,13 @@ class TestModel:
         with pytest.raises(
             MeshError, match="tensor=8 does not divide ffn 10752 in its 84 groups of 128; int4-32, int4-64"
         ):
-            placed_arrays(DBRX, mesh, Quantization.parse("int4"))
-        arrays = placed_arrays(DBRX, mesh, Quantization.parse("int4-64"))
+            array_layouts(DBRX, mesh, Quantization.parse("int4"))
+        arrays = array_layouts(DBRX, mesh, Quantization.parse("int4-64"))
         assert arrays["blocks.0.moe.experts.0.w2"].value.scale.shape == (168, 6144)
 
     def test_bytes_of_132b(self):
         def nbytes(text):
-            arrays = placed_arrays(DBRX, None, Quantization.parse(text), jnp.bfloat16)
+            arrays = array_layouts(DBRX, None, Quantization.parse(text), jnp.bfloat16)
             return sum(leaf.size * leaf.dtype.itemsize for a in arrays.values() for _, leaf, _ in a.leaves())
 
         assert nbytes(None) == 2 * DBRX.total_parameters

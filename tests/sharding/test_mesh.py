@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
 from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_from_state, parameters_of
 from dbrx_jax.errors import MeshError
-from dbrx_jax.model.graph import parameter_places
+from dbrx_jax.model.graph import parameter_partition_specs
 from dbrx_jax.sharding.partition import AXES, Partition, make_mesh, parse_axes
 from dbrx_jax.sharding.recipes import find_axes, find_mesh, find_recipe, recipe_names
 from dbrx_jax.training.step import Losses, losses
@@ -79,10 +79,10 @@ def gradients(config, parameters, mesh, tokens, all_to_all=False):
     model = DbrxForCausalLM.from_parameters(config, parameters, mesh, all_to_all=all_to_all)
     graph, params = nnx.split(model)
     partition = model.partition
-    rows, same = partition.place(("data", "fsdp"), None), partition.place()
-    run = partition.over(
+    rows, same = partition.array_spec(("data", "fsdp"), None), partition.array_spec()
+    run = partition.shard_map(
         lambda p, t, m: losses(nnx.merge(graph, p), t, m),
-        (parameter_places(params, partition), rows, rows),
+        (parameter_partition_specs(params, partition), rows, rows),
         Losses(same, same, same),
     )
     mask = (np.arange(tokens.size).reshape(tokens.shape) % 5 != 3).astype(np.float32)
@@ -183,7 +183,7 @@ def test_gradients_on_any_mesh(axes, length, skew, seed):
 
 @pytest.mark.slow
 def test_a_prompt_of_several_chunks_and_padded_rows():
-    """Three rows over two groups, one of them longer than a chunk: the cache is dealt out in stripes."""
+    """Three rows over two groups, one of them longer than a chunk: the cache is dealt out in context_size."""
     parameters = small_parameters(0)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (3, 150))
     mask = np.arange(150) >= np.array([[0], [140], [30]])

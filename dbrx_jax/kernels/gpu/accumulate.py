@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dbrx_jax.kernels.gpu.packed_weights import Words, planes, split_scales
+from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, split_scales, unpack
 
 
 class Block(NamedTuple):
@@ -29,7 +29,7 @@ class Block(NamedTuple):
       interpret: whether this runs in Pallas' interpreter.
     """
 
-    weight: Words
+    weight: PackedWeights
     tiles: Any
     rows: int
     channel: Array
@@ -56,7 +56,7 @@ class Block(NamedTuple):
         """A tile's planes, channels first: in registers, or where it lies if it is plain."""
         if self.weight.contracted == 0:
             ref = ref.transpose((1, 0))
-        return (ref,) if self.weight.kind == "plain" else planes(ref[...], self.weight.kind)
+        return (ref,) if self.weight.kind == "plain" else unpack(ref[...], self.weight.kind)
 
     def multiply(self, acc: Any, plane: Any, rows: Any) -> None:
         """Adds a plane (channels, depth) times rows (N, depth), transposed, to sums (channels, N)."""
@@ -71,7 +71,7 @@ class Block(NamedTuple):
             plgpu.wgmma(acc, plane, rows.transpose((1, 0)))
 
 
-def sums_of(block: Block, bits: list, scales: list, x: Any) -> tuple[Array, ...]:
+def accumulate_tile(block: Block, bits: list, scales: list, x: Any) -> tuple[Array, ...]:
     """Sums (channels, rows) of each weight and output, in that order, in float32.
 
     Args:

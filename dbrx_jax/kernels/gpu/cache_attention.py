@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     heads: int  # of keys and values
     elements: int
     parts: int  # that a tile's live blocks are split into
-    stride: int  # of the stripe
+    stride: int  # of the context_shard
     scaled: bool
     buffers: int
     successive: bool  # whether a tile's queries are at successive positions, rather than at one
@@ -65,14 +65,14 @@ def cache_attention(
     value: Float[Array, "B G S K"],
     starts: Int[Array, "R"],
     first_row: Int[Array, ""] | int,
-    stripe: tuple[Int[Array, ""] | int, int] = (0, 1),
+    context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
     scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
     """Attention of queries at positions starts[r] … starts[r] + T - 1 of row first_row + r to positions up to theirs.
 
     Args:
-      stripe: (x, X) where the cache holds every X-th position from x on.
+      context_shard: (x, X) where the cache holds every X-th position from x on.
       scales: of the keys and the values of an int8 cache.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
 
@@ -80,14 +80,14 @@ def cache_attention(
       Largest score and sum of exp(score - largest), (R, T, H), and the values' sum with these weights, (R, T, H, K).
     """
     R, T, H, K = query.shape
-    shape = _shape(query, key, stripe[1])
+    shape = _shape(query, key, context_shard[1])
     group = H // shape.heads
     q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
     if T > 1:
         q = q.swapaxes(1, 2)
     else:
         q = jnp.pad(q.reshape(R, shape.heads, group, K), ((0, 0), (0, 0), (0, shape.rows - group), (0, 0)))
-    at = jnp.concatenate([jnp.stack([jnp.int32(first_row), jnp.int32(stripe[0])]), starts.astype(jnp.int32)])
+    at = jnp.concatenate([jnp.stack([jnp.int32(first_row), jnp.int32(context_shard[0])]), starts.astype(jnp.int32)])
     out, stats = _run(shape, R, interpret)(at, q, key, value, *(scales or ()))
     largest, total, out = _joined(stats[..., 0, :], stats[..., 1, :], out)
     if T > 1:
@@ -96,13 +96,13 @@ def cache_attention(
     return largest.reshape(R, 1, H), total.reshape(R, 1, H), out.reshape(R, 1, H, K)
 
 
-def hbm_bytes(query: Any, key: Any, starts: np.ndarray, stripe: tuple[int, int] = (0, 1)) -> tuple[int, int]:
+def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int, int] = (0, 1)) -> tuple[int, int]:
     """Bytes that one call of the kernel reads and writes, for queries (R, T, H, K) and a cache (B, G, S, K).
 
     Only the kernel's: putting queries in order and joining parts is not counted. In a chunk, what several heads and
     tiles read of the cache is counted for each, though most of it comes from the chip's second cache.
     """
-    shape, (offset, stride) = _shape(query, key, stripe[1]), stripe
+    shape, (offset, stride) = _shape(query, key, context_shard[1]), context_shard
     lasts = starts[:, None] + (np.arange(shape.tiles) + 1) * shape.rows - 1 if shape.successive else starts[:, None]
     blocks = -(-((lasts - offset + stride) // stride) // BLOCK)
     position = shape.elements * key.dtype.itemsize + 2 * shape.scaled
@@ -121,7 +121,7 @@ def _joined(largest: Array, total: Array, out: Array) -> tuple[Array, Array, Arr
 
 
 def _run(shape: Shape, rows: int, interpret: Any) -> Any:
-    """The kernel as a function of (first row, stripe, starts), queries, keys, values and scales."""
+    """The kernel as a function of (first row, context_shard, starts), queries, keys, values and scales."""
     swizzled = plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE)
     K, ring, block = shape.elements, shape.buffers, (BLOCK, shape.elements)
     scratch: dict[str, Any] = {
@@ -248,7 +248,7 @@ def _add_block(shape: Shape, copies: _Copies, scratch: dict[str, Any], first: Ar
     """The running maximum, normaliser and output with block i.
 
     Args:
-      first: position of the tile's first query, less the stripe's.
+      first: position of the tile's first query, less the context_shard's.
     """
     largest, total, out = carry
     wide, layout = (ROWS, BLOCK), plgpu.Layout.WGMMA

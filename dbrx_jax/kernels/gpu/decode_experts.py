@@ -22,14 +22,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
-from dbrx_jax.kernels.gpu.accumulate import Block, sums_of
-from dbrx_jax.kernels.gpu.packed_weights import Words, activations, fits, words
+from dbrx_jax.kernels.gpu.accumulate import Block, accumulate_tile
+from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, activations, fits, pack
 from dbrx_jax.kernels.tile_table import name_of, table
 from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
 
-MOST_TOKENS = 64
-LEAST_TOKENS = 8  # columns of a wgmma
+MAX_TOKENS = 64
+MIN_TOKENS = 8  # columns of a wgmma
 MULTIPROCESSORS = 132  # of the SXM cards
 
 
@@ -54,13 +54,13 @@ def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False
 
     On a GPU rows are bfloat16; float32 rows and plain weights are for interpreting alone.
     """
-    if not 1 <= x.shape[0] <= MOST_TOKENS or not (x.dtype == jnp.bfloat16 or interpret):
+    if not 1 <= x.shape[0] <= MAX_TOKENS or not (x.dtype == jnp.bfloat16 or interpret):
         return False
     sides = ((w1, 1), (v1, 1), (w2, 0))
     if not all(fits(w, c) for w, c in sides) or w1.dtype != v1.dtype or x.dtype != w1.dtype or x.dtype != w2.dtype:
         return False
-    up, other, down = (jax.eval_shape(partial(words, contracted=c), w) for w, c in sides)
-    tokens = x.shape[0] + -x.shape[0] % LEAST_TOKENS
+    up, other, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in sides)
+    tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
     alike = (up.kind, up.group, up.bits.shape) == (other.kind, other.group, other.bits.shape)
     return alike and bool(candidate_tiles((up, other), tokens, 1)) and bool(candidate_tiles((down,), tokens, 1))
 
@@ -69,7 +69,7 @@ def decode_experts(
     x: Float[Array, "N D"],
     chosen: Int[Array, "C"],
     count: Int[Array, ""],
-    mix: Float[Array, "C N"],
+    combine_weights: Float[Array, "C N"],
     w1: Weight,
     v1: Weight,
     w2: Weight,
@@ -77,12 +77,12 @@ def decode_experts(
     tiles: tuple[DecodeTiles, DecodeTiles] | None = None,
     interpret: Any = None,
 ) -> Float[Array, "N D"]:
-    """The float32 sum over c < count of mix[c] times expert chosen[c], a gated MLP, on all rows.
+    """The float32 sum over c < count of combine_weights[c] times expert chosen[c], a gated MLP, on all rows.
 
-    A row whose mix is 0 gets exactly 0 from an expert, whatever it holds. From `count` on no weight is read.
+    A row with a weight of 0 gets exactly 0 from an expert, whatever it holds. From `count` on no weight is read.
 
     Args:
-      x: up to MOST_TOKENS rows that :func:`supports` takes.
+      x: up to MAX_TOKENS rows that :func:`supports` takes.
       chosen: experts, each once; what stands from `count` on does not matter.
       w1, v1, w2: stacked, (E, F, D) each.
       activation: of ops.experts.ACTIVATIONS.
@@ -90,10 +90,10 @@ def decode_experts(
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
     rows = x.shape[0]
-    filled = jnp.pad(x, ((0, -rows % LEAST_TOKENS), (0, 0)))
+    filled = jnp.pad(x, ((0, -rows % MIN_TOKENS), (0, 0)))
     here = jnp.arange(chosen.shape[0]) < count
     chosen = jnp.where(here, chosen, 0)
-    up, down = (words(w1, 1), words(v1, 1)), (words(w2, 0),)
+    up, down = (pack(w1, 1), pack(v1, 1)), (pack(w2, 0),)
     if tiles is None:
         tokens, places = filled.shape[0], chosen.shape[0]
         tiles = default_tiles(up, tokens, places), default_tiles(down, tokens, places)
@@ -102,25 +102,25 @@ def decode_experts(
     (y,) = products(activations(inner, down[0]), down, chosen, count, tiles[1], interpret)
     y = y[:, :rows]
     # Chosen, not multiplied by 0: other rows may hold anything, and what is past the count was never written.
-    used = here[:, None] & (mix != 0)
-    return jnp.sum(jnp.where(used[:, :, None], y * mix[:, :, None], 0), axis=0)
+    used = here[:, None] & (combine_weights != 0)
+    return jnp.sum(jnp.where(used[:, :, None], y * combine_weights[:, :, None], 0), axis=0)
 
 
-def default_tiles(weights: tuple[Words, ...], tokens: int, experts: int) -> DecodeTiles:
+def default_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> DecodeTiles:
     """The table's, else tiles that fill the multiprocessors, for weights of one shape that are read together."""
     candidates = candidate_tiles(weights, tokens, experts)
     found = table().get(tiles_name(weights, tokens, experts))
     return DecodeTiles(*found) if found is not None and DecodeTiles(*found) in candidates else candidates[0]
 
 
-def tiles_name(weights: tuple[Words, ...], tokens: int, experts: int) -> str:
+def tiles_name(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> str:
     """Of products in the table of tile sizes."""
     w = weights[0]
     kernel = f"experts_gpu {len(weights)} of {experts}"
     return name_of(kernel, w.kind, w.group, (w.channels, w.depth), tokens)
 
 
-def candidate_tiles(weights: tuple[Words, ...], tokens: int, experts: int) -> list[DecodeTiles]:
+def candidate_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> list[DecodeTiles]:
     """What is worth timing, the default first: tiles of this shape with splits that leave no multiprocessor idle."""
     weight, found = weights[0], []
     for channels, depth in ((64, 64), (64, 32), (64, 128), (128, 64)):
@@ -142,7 +142,7 @@ _BLOCKS_EACH = 3
 
 def products(
     x: Array,
-    weights: tuple[Words, ...],
+    weights: tuple[PackedWeights, ...],
     chosen: Array,
     count: Array,
     tiles: DecodeTiles,
@@ -180,7 +180,7 @@ def _partial_sums(x, weights, chosen, count, tiles, interpret) -> Array:
             planes_ref = x_ref.at[c if x_ref.shape[0] > 1 else 0]
             block = Block(weight, tiles, tokens, m, 0, s * steps, steps, bool(interpret))
             block_scales = [r.at[expert] for r in scale_refs]
-            totals = sums_of(block, [r.at[expert] for r in bits], block_scales, planes_ref)
+            totals = accumulate_tile(block, [r.at[expert] for r in bits], block_scales, planes_ref)
             for i, total in enumerate(totals):
                 out_tile[i] = total
             plgpu.commit_smem()
@@ -233,8 +233,8 @@ def decode_bytes(
     tiles: tuple[DecodeTiles, DecodeTiles] | None = None,
 ) -> Traffic:
     """What :func:`decode_experts` copies for `count` experts; arrays or shapes of them."""
-    tokens = x.shape[0] + -x.shape[0] % LEAST_TOKENS
-    up, down = (jax.eval_shape(partial(words, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
+    tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
+    up, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
     if tiles is None:
         places = chosen.shape[0]
         tiles = default_tiles((up, up), tokens, places), default_tiles((down,), tokens, places)

@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 from jaxtyping import Float, Int
 
-from dbrx_jax.kernels.gpu.accumulate import Block, by_channel, sums_of
-from dbrx_jax.kernels.gpu.packed_weights import Words, activations, fits, split_scales, words
+from dbrx_jax.kernels.gpu.accumulate import Block, accumulate_tile, by_channel
+from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, activations, fits, pack, split_scales
 from dbrx_jax.kernels.tile_table import name_of, table
 from dbrx_jax.ops.linear import Weight
 
@@ -68,7 +68,7 @@ def _work(sizes: Array, rows: int, tile: int) -> _Work:
     return _Work(*(a.astype(jnp.int32) for a in (group, block, start, end)))
 
 
-def _quantized(rows: Array, weight: Words, sizes: Array, tiles: GroupedTiles, interpret: Any) -> Array:
+def _quantized(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTiles, interpret: Any) -> Array:
     """(P', M) in bfloat16, P' filled up to whole tiles; rows of no group are undefined."""
     filled = jnp.pad(rows, ((0, -rows.shape[0] % tiles.rows), (0, 0)))
     x = activations(filled, weight)
@@ -86,7 +86,7 @@ def _quantized(rows: Array, weight: Words, sizes: Array, tiles: GroupedTiles, in
             group, tile = group_ref[pair], tile_ref[pair]
             block = Block(weight, tiles, tiles.rows, channel, tile, 0, weight.depth // tiles.depth, bool(interpret))
             scale = scale_ref.at[group]
-            totals = sums_of(block, [bits_ref.at[group]], [] if weight.group is None else [scale], x_ref)
+            totals = accumulate_tile(block, [bits_ref.at[group]], [] if weight.group is None else [scale], x_ref)
             if weight.group is None:
                 totals = _scaled(block, totals, scale)
             packed = plgpu.layout_cast(_packed(totals), plgpu.Layout.WGMMA_TRANSPOSED)
@@ -107,7 +107,7 @@ def _quantized(rows: Array, weight: Words, sizes: Array, tiles: GroupedTiles, in
     return out if weight.outputs == 1 else lax.bitcast_convert_type(out, jnp.bfloat16).reshape(out.shape[0], -1)
 
 
-def _channel_scales(weight: Words) -> Array:
+def _channel_scales(weight: PackedWeights) -> Array:
     """(E, words of channels): each channel's scale, or two neighbours in a uint32."""
     flat = weight.scale.reshape(weight.scale.shape[0], -1, weight.outputs)
     return flat[:, :, 0] if weight.outputs == 1 else lax.bitcast_convert_type(flat, jnp.uint32)
@@ -162,7 +162,7 @@ def supports(rows: Any, weight: Weight, contracted: int, interpret: bool = False
     """Whether :func:`grouped_matmul` takes these shapes and dtypes (arrays or shapes of them)."""
     if rows.dtype != weight.dtype or not (rows.dtype == jnp.bfloat16 or interpret) or not fits(weight, contracted):
         return False
-    return bool(_candidates(jax.eval_shape(partial(words, contracted=contracted), weight)))
+    return bool(_candidates(jax.eval_shape(partial(pack, contracted=contracted), weight)))
 
 
 def grouped_matmul(
@@ -182,7 +182,7 @@ def grouped_matmul(
       tiles: PlainTiles for a plain weight, GroupedTiles for another; :func:`default_tiles` by default.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
-    taken = words(weight, contracted)
+    taken = pack(weight, contracted)
     tiles = tiles or default_tiles(rows, weight, contracted)
     product: Callable[..., Array] = _plain if taken.kind == "plain" else _quantized
     y = product(rows, taken, sizes, tiles, interpret)[: rows.shape[0]]
@@ -198,24 +198,24 @@ def default_tiles(rows: Any, weight: Weight, contracted: int) -> GroupedTiles | 
 
 def tiles_name(rows: Any, weight: Weight, contracted: int) -> str:
     """Of a product in the table of tile sizes: by an expert's share of the rows."""
-    w = jax.eval_shape(partial(words, contracted=contracted), weight)
+    w = jax.eval_shape(partial(pack, contracted=contracted), weight)
     share = math.ceil(rows.shape[0] / weight.shape[0])
     return name_of(f"grouped_gpu {contracted}", w.kind, w.group, (w.channels, w.depth), share)
 
 
 def candidate_tiles(weight: Weight, contracted: int) -> list[GroupedTiles] | list[PlainTiles]:
     """What is worth timing for a weight that :func:`supports` takes, the default first."""
-    return _candidates(jax.eval_shape(partial(words, contracted=contracted), weight))
+    return _candidates(jax.eval_shape(partial(pack, contracted=contracted), weight))
 
 
-def _candidates(weight: Words) -> list[GroupedTiles] | list[PlainTiles]:
+def _candidates(weight: PackedWeights) -> list[GroupedTiles] | list[PlainTiles]:
     if weight.kind == "plain":
         return [t for t in itertools.starmap(PlainTiles, _PLAIN) if _cuts(weight, t)]
     tried = _GROUPED if weight.group is None else _BY_GROUP if weight.outputs == 1 else _BY_GROUP_OF_TWO
     return [t for t in itertools.starmap(GroupedTiles, tried) if _cuts(weight, t)]
 
 
-def _cuts(weight: Words, t: GroupedTiles | PlainTiles) -> bool:
+def _cuts(weight: PackedWeights, t: GroupedTiles | PlainTiles) -> bool:
     """Whether tiles fit a weight and the shared memory."""
     step = 2 * t.depth * (t.channels + weight.inputs * t.rows)
     shared = t.steps * step + 2 * t.rows * t.channels * weight.outputs
@@ -232,7 +232,7 @@ _BY_GROUP = ((64, 64, 64, 2), (64, 64, 64, 3), (128, 64, 64, 2), (64, 64, 32, 4)
 _BY_GROUP_OF_TWO = ((64, 64, 64, 2), (64, 64, 64, 3), (64, 64, 32, 4))
 
 
-def _plain(rows: Array, weight: Words, sizes: Array, tiles: PlainTiles, interpret: Any) -> Array:
+def _plain(rows: Array, weight: PackedWeights, sizes: Array, tiles: PlainTiles, interpret: Any) -> Array:
     """jax's kernel; rows of no group are undefined."""
     filled = jnp.pad(rows, ((0, -rows.shape[0] % tiles.rows), (0, 0)))
     mosaic: Any = plgpu  # of which versions of jax before 0.11 have no interpreter
@@ -254,7 +254,7 @@ def grouped_bytes(
     rows: Any, weight: Weight, contracted: int, sizes: Sequence[int], tiles: GroupedTiles | PlainTiles | None = None
 ) -> tuple[int, int]:
     """Bytes that :func:`grouped_matmul`'s kernel copies in, most of them from the cache, and out, for these sizes."""
-    taken = jax.eval_shape(partial(words, contracted=contracted), weight)
+    taken = jax.eval_shape(partial(pack, contracted=contracted), weight)
     tiles = tiles or default_tiles(rows, weight, contracted)
     if taken.kind == "plain":  # every place that there could be a pair in is computed
         pairs = -(-rows.shape[0] // tiles.rows) + len(sizes) - 1

@@ -32,7 +32,7 @@ FACTORS: dict[str, tuple[float, ...]] = {
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Words:
+class PackedWeights:
     """Stacked weights (E, F, D) as a kernel reads them.
 
     Attributes:
@@ -64,35 +64,35 @@ class Words:
 
     @property
     def channels(self) -> int:
-        """Words of output channels."""
+        """PackedWeights of output channels."""
         return self.bits.shape[2 - self.contracted]
 
     @property
     def depth(self) -> int:
-        """Words along the contraction."""
+        """PackedWeights along the contraction."""
         return self.bits.shape[1 + self.contracted]
 
     @property
     def period(self) -> int:
-        """Words along the contraction after which scales begin a new uint32; 1 without groups."""
+        """PackedWeights along the contraction after which scales begin a new uint32; 1 without groups."""
         if self.group is None:
             return 1
         return self.group * (2 if self.contracted == 1 else 1)
 
 
-def words(weight: Weight, contracted: int) -> Words:
+def pack(weight: Weight, contracted: int) -> PackedWeights:
     """A stacked weight (E, M, C), contracted 1, or (E, C, M), contracted 0, without copying it (XLA's bitcast)."""
     if not isinstance(weight, QuantizedArray):
-        return Words(weight, "plain", contracted)
+        return PackedWeights(weight, "plain", contracted)
     bits = _pairs(weight.values, jnp.int16)
     if weight.group is None:
-        return Words(bits, weight.kind, contracted, weight.scale)
+        return PackedWeights(bits, weight.kind, contracted, weight.scale)
     each = 4 if contracted == 1 else 2  # weights along the contraction in a word of int4
-    return Words(bits, weight.kind, contracted, None, _pairs(weight.scale, jnp.uint32), weight.group // each)
+    return PackedWeights(bits, weight.kind, contracted, None, _pairs(weight.scale, jnp.uint32), weight.group // each)
 
 
 def fits(weight: Weight, contracted: int) -> bool:
-    """Whether :func:`words` can take it apart: pairs in bytes and scales, groups that the matrix unit sums alone."""
+    """Whether :func:`pack` can take it apart: pairs in bytes and scales, groups that the matrix unit sums alone."""
     if not isinstance(weight, QuantizedArray):
         return weight.dtype in (jnp.bfloat16, jnp.float32)
     if weight.scale.dtype != jnp.bfloat16 or weight.values.shape[-1] % 2:
@@ -103,7 +103,7 @@ def fits(weight: Weight, contracted: int) -> bool:
     return weight.scale.shape[-1] % 2 == 0 and weight.group // each in (16, 32, 64)
 
 
-def activations(rows: Array, weight: Words) -> Array:
+def activations(rows: Array, weight: PackedWeights) -> Array:
     """Rows (..., N, C) as planes (..., inputs, N, C / inputs), each with its factor."""
     planes = weight.inputs
     cut = jnp.moveaxis(rows.reshape(*rows.shape[:-1], -1, planes), -1, -3)
@@ -111,7 +111,7 @@ def activations(rows: Array, weight: Words) -> Array:
     return cut * factors[:, None, None] if weight.kind == "int4" else cut
 
 
-def planes(word: Array, kind: str) -> tuple[Array, ...]:
+def unpack(word: Array, kind: str) -> tuple[Array, ...]:
     """In a kernel: the bfloat16 planes of int16 words, to be multiplied by :data:`FACTORS`."""
     if kind == "fp8":
         upper = lax.shift_right_logical(word & 0x7F00, jnp.int16(4))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-LEAST_TOKENS = 64  # fewer are not worth a kernel
+MIN_TOKENS = 64  # fewer are not worth a kernel
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
@@ -17,7 +17,7 @@ def supports(query: Array, key: Array, value: Array) -> bool:
     T, K, S = query.shape[1], query.shape[3], key.shape[1]
     one_dtype = query.dtype == key.dtype == value.dtype == jnp.bfloat16
     # On several devices each has a part of the queries, which begin at any key: not causal as cuDNN means it.
-    return one_dtype and LEAST_TOKENS <= T == S and K <= 128 and K % 8 == 0
+    return one_dtype and MIN_TOKENS <= T == S and K <= 128 and K % 8 == 0
 
 
 def sequence_attention(

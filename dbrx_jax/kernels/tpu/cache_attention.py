@@ -44,14 +44,14 @@ def block_of(positions: int) -> int:
     return math.gcd(positions, BLOCK)
 
 
-def hbm_bytes(query: Any, key: Any, starts: np.ndarray, stripe: tuple[int, int] = (0, 1)) -> tuple[int, int]:
+def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int, int] = (0, 1)) -> tuple[int, int]:
     """Bytes that one call of the kernel reads and writes, for queries (R, T, H, K) and a cache (B, G, S, K).
 
     Only the kernel's: putting queries and results in order around it is not counted.
     """
     R, T, H, K = query.shape
     G, S = key.shape[1:3]
-    tile, block, (offset, stride) = tile_of(T), block_of(S), stripe
+    tile, block, (offset, stride) = tile_of(T), block_of(S), context_shard
     ends = starts[:, None] + (np.arange(T // tile) + 1) * tile - 1  # of each tile of queries
     blocks = np.maximum(ends - offset, 0) // (block * stride) + 1
     fetched = blocks.sum() - (blocks[:, :-1] == 1).sum()  # after a tile of one block, the next finds it there
@@ -131,13 +131,13 @@ def cache_attention(
     value: Float[Array, "B G S K"],
     starts: Int[Array, "R"],
     first_row: Int[Array, ""] | int,
-    stripe: tuple[Int[Array, ""] | int, int] = (0, 1),
+    context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
     scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Attention of queries at positions starts[r] … starts[r] + T - 1 of row first_row + r to positions up to theirs.
 
     Args:
-      stripe: (x, X) where the cache holds every X-th position from x on.
+      context_shard: (x, X) where the cache holds every X-th position from x on.
       scales: of the keys and the values of an int8 cache.
 
     Returns:
@@ -146,11 +146,11 @@ def cache_attention(
     R, T, H, K = query.shape
     G, S = key.shape[1:3]
     tile, block = tile_of(T), block_of(S)
-    tiles, rows, stride = T // tile, H // G * tile, stripe[1]
+    tiles, rows, stride = T // tile, H // G * tile, context_shard[1]
     q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
     q = q.reshape(R, tiles, tile, H, K).swapaxes(2, 3).reshape(R, tiles, G, rows, K)
     starts = starts.astype(jnp.int32)
-    cache_at = jnp.stack([jnp.asarray(first_row, jnp.int32), jnp.asarray(stripe[0], jnp.int32)])
+    cache_at = jnp.stack([jnp.asarray(first_row, jnp.int32), jnp.asarray(context_shard[0], jnp.int32)])
     blocks = _last_block(jnp.max(starts) + T - 1, cache_at[1], stride, block) + 1
 
     def q_index(r, i, j, starts, cache_at):

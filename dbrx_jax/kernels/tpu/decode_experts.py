@@ -17,12 +17,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.tile_table import table
-from dbrx_jax.kernels.tpu.accumulate import add_out, into
+from dbrx_jax.kernels.tpu.accumulate import accumulate_down, accumulate_gate_up
 from dbrx_jax.kernels.tpu.packed_weights import (
     CHUNK,
     LANES,
-    MOST_VMEM,
-    Form,
+    MAX_VMEM,
+    WeightFormat,
     in_hbm,
     iota,
     scale_bytes,
@@ -35,7 +35,7 @@ from dbrx_jax.quantization import QuantizedArray
 
 # Rows are filled up to the sublanes of a packed bfloat16 register.
 ROWS = 16
-MOST_ROWS = 256
+MAX_ROWS = 256
 # Of one step's three tiles: its reading takes some µs, ten times what a step costs by itself.
 STEP_BYTES = 5 << 20
 
@@ -51,23 +51,23 @@ def supports(x: Float[Array, "N D"], w1: Weight, v1: Weight, w2: Weight, interpr
 
     All three weights (E, F, D) are stored in the same way; arrays or shapes of them.
     """
-    form, d = Form.of(w1), x.shape[1]
-    if any(Form.of(w) != form or w.shape != w1.shape for w in (v1, w2)) or x.shape[0] > MOST_ROWS:
+    weight_format, d = WeightFormat.of(w1), x.shape[1]
+    if any(WeightFormat.of(w) != weight_format or w.shape != w1.shape for w in (v1, w2)) or x.shape[0] > MAX_ROWS:
         return False
-    if x.dtype not in (jnp.bfloat16, jnp.float32) or d % (2 * LANES if form.packed else LANES):
+    if x.dtype not in (jnp.bfloat16, jnp.float32) or d % (2 * LANES if weight_format.packed else LANES):
         return False
-    if form.group is not None and (LANES % form.group or w1.shape[1] % form.group):
+    if weight_format.group is not None and (LANES % weight_format.group or w1.shape[1] % weight_format.group):
         return False
     return bool(tile_candidates(x, w1))
 
 
 def tile_candidates(x: Float[Array, "N D"], w1: Weight) -> list[DecodeTiles]:
     """The tiles that are legal for x and weights like w1 (E, F, D) and fit into VMEM, smallest first."""
-    form, width = Form.of(w1), w1.shape[1]
+    weight_format, width = WeightFormat.of(w1), w1.shape[1]
     # Whole registers: 16 rows of bfloat16, 32 of bytes, of which int4 has half as many in w2; lanes, for scales of w1.
-    step = LANES if form.group else 32 // stored(w1).dtype.itemsize * (2 if form.packed else 1)
+    step = LANES if weight_format.group else 32 // stored(w1).dtype.itemsize * (2 if weight_format.packed else 1)
     tiles = [DecodeTiles(rows) for rows in [*range(step, width, step), width] if width % rows == 0 == width % 64]
-    return [t for t in tiles if vmem_bytes(x, w1, t) <= MOST_VMEM]
+    return [t for t in tiles if vmem_bytes(x, w1, t) <= MAX_VMEM]
 
 
 def default_tiles(x: Float[Array, "N D"], w1: Weight) -> DecodeTiles:
@@ -88,7 +88,7 @@ def decode_experts(
     x: Float[Array, "N D"],
     chosen: Int[Array, "C"],
     count: Int[Array, ""],
-    mix: Float[Array, "C N"],
+    combine_weights: Float[Array, "C N"],
     w1: Weight,
     v1: Weight,
     w2: Weight,
@@ -96,30 +96,28 @@ def decode_experts(
     tiles: DecodeTiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "N D"]:
-    """The sum over c < count of mix[c, n] (act(x w1^T) * (x v1^T)) w2 for expert chosen[c], in float32.
+    """The sum over c < count of combine_weights[c, n] (act(x w1^T) * (x v1^T)) w2 for expert chosen[c], in float32.
 
     Args:
       x: bfloat16 or float32, up to 256 rows.
       chosen: numbers of different experts; those from `count` on do not matter, and no weight is read for them.
-      mix: float32; a row whose number is 0 gets exactly 0 from that expert, even where it is infinite or NaN.
+      combine_weights: float32; a row with 0 gets exactly 0 from that expert, even if that is infinite or NaN.
       w1, v1, w2: (E, F, D), arrays of x's dtype or quantised, as :func:`supports` takes them.
       activation: a name of ACTIVATIONS.
       interpret: runs it on a CPU, slowly.
     """
     rows = x.shape[0]
     filled = -rows % ROWS
-    x, mix = jnp.pad(x, ((0, filled), (0, 0))), jnp.pad(mix, ((0, 0), (0, filled)))
+    x, combine_weights = jnp.pad(x, ((0, filled), (0, 0))), jnp.pad(combine_weights, ((0, 0), (0, filled)))
     tiles = tiles or default_tiles(x, w1)
     chosen, count = chosen.astype(jnp.int32), jnp.reshape(count, 1).astype(jnp.int32)
-    operands = decode_operands(x, mix, w1, v1, w2, tiles)
+    operands = decode_operands(x, combine_weights, w1, v1, w2, tiles)
     given = operands._replace(**{name: in_hbm(getattr(operands, name)) for name in ("w1", "v1", "w2")})
     y = pl.pallas_call(
-        partial(_kernel, activation=activation, form=Form.of(w1)),
+        partial(_kernel, activation=activation, weight_format=WeightFormat.of(w1)),
         out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32),
-        grid_spec=decode_grid(operands, count, tiles, Form.of(w1)),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MOST_VMEM
-        ),
+        grid_spec=decode_grid(operands, count, tiles, WeightFormat.of(w1)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MAX_VMEM),
         interpret=interpret,
         name="decode_experts",
     )(chosen, count, *(o for o in given if o is not None))
@@ -131,14 +129,14 @@ class DecodeOperands(NamedTuple):
 
     Args:
       x: (N, D), or (D / 256, N, 256) for int4.
-      mix: (N, C).
+      combine_weights: (N, C).
       w1, v1, w2: values (E, F, D), or as bytes with two int4.
       s1, t1: of w1 and v1: (E, F / tile, 1, tile) per channel, (E, F, D / group) in groups.
       s2: of w2: (E, 1, D) or (E, F / group, D).
     """
 
     x: Any
-    mix: Any
+    combine_weights: Any
     w1: Any
     v1: Any
     w2: Any
@@ -147,30 +145,32 @@ class DecodeOperands(NamedTuple):
     s2: Any = None
 
 
-def decode_operands(x: Array, mix: Array, w1: Weight, v1: Weight, w2: Weight, tiles: DecodeTiles) -> DecodeOperands:
+def decode_operands(
+    x: Array, combine_weights: Array, w1: Weight, v1: Weight, w2: Weight, tiles: DecodeTiles
+) -> DecodeOperands:
     """Brings small things into the kernel's arrangement; weights stay as they lie."""
-    form = Form.of(w1)
-    if form.packed:
+    weight_format = WeightFormat.of(w1)
+    if weight_format.packed:
         # Of each 256 the even ones first, as 128 bytes of w1 and v1 give them.
         x = x.reshape(x.shape[0], -1, LANES, 2).transpose(1, 0, 3, 2).reshape(-1, x.shape[0], 2 * LANES)
     values = stored(w1), stored(v1), stored(w2)
     scales = [w.scale for w in (w1, v1, w2) if isinstance(w, QuantizedArray)]
     if not scales:
-        return DecodeOperands(x, mix.T, *values)
+        return DecodeOperands(x, combine_weights.T, *values)
     s1, t1, s2 = scales
-    if form.group is None:
+    if weight_format.group is None:
         s1, t1 = (s.reshape(s.shape[0], -1, 1, tiles.rows) for s in (s1, t1))
     else:
         s1, t1 = s1.swapaxes(1, 2), t1.swapaxes(1, 2)
-    return DecodeOperands(x, mix.T, *values, s1, t1, s2)
+    return DecodeOperands(x, combine_weights.T, *values, s1, t1, s2)
 
 
 def decode_grid(
-    operands: DecodeOperands, count: Int[Array, "1"], tiles: DecodeTiles, form: Form
+    operands: DecodeOperands, count: Int[Array, "1"], tiles: DecodeTiles, weight_format: WeightFormat
 ) -> pltpu.PrefetchScalarGridSpec:
     """The grid (experts chosen, tiles of F) and which block of each operand a step reads, from (chosen, count)."""
     width, d = operands.w1.shape[1], operands.w2.shape[2]
-    rows = operands.mix.shape[0]
+    rows = operands.combine_weights.shape[0]
 
     def at(c, chosen, count):
         return jnp.where(count[0] > 0, chosen[c], 0)
@@ -187,21 +187,21 @@ def decode_grid(
     def all_of(array):
         return pl.BlockSpec(array.shape, lambda c, t, chosen, count: (0,) * array.ndim)
 
-    halves = 2 if form.packed else 1
+    halves = 2 if weight_format.packed else 1
     specs = [
         all_of(operands.x),
-        all_of(operands.mix),
+        all_of(operands.combine_weights),
         *[pl.BlockSpec((None, tiles.rows, d // halves), tile)] * 2,
         pl.BlockSpec((None, tiles.rows // halves, d), tile),
     ]
     scratch = [pltpu.VMEM((rows, tiles.rows), jnp.float32)] * 2
-    if form.scaled:
-        if form.group is None:
+    if weight_format.scaled:
+        if weight_format.group is None:
             into = pl.BlockSpec((None, None, 1, tiles.rows), lambda *step: (*tile(*step), 0))
         else:
-            into = pl.BlockSpec((None, d // form.group, tiles.rows), columns)
-            scratch += [pltpu.VMEM((d // form.group, tiles.rows), jnp.float32)] * 2
-            scratch += [pltpu.VMEM((width // form.group, d), jnp.float32)]
+            into = pl.BlockSpec((None, d // weight_format.group, tiles.rows), columns)
+            scratch += [pltpu.VMEM((d // weight_format.group, tiles.rows), jnp.float32)] * 2
+            scratch += [pltpu.VMEM((width // weight_format.group, d), jnp.float32)]
         specs += [into, into, pl.BlockSpec((None, *operands.s2.shape[1:]), whole)]
     # At least one step, which sets the sums to 0.
     return pltpu.PrefetchScalarGridSpec(
@@ -213,10 +213,10 @@ def decode_grid(
     )
 
 
-def _kernel(chosen, count, x, mix, *refs, activation: str, form: Form):
+def _kernel(chosen, count, x, combine_weights, *refs, activation: str, weight_format: WeightFormat):
     """One step: adds expert chosen[c]'s output of one tile of F to y, which is in VMEM all the time."""
     (w1, v1, w2), refs = refs[:3], refs[3:]
-    (s1, t1, s2), refs = (refs[:3], refs[3:]) if form.scaled else ((None,) * 3, refs)
+    (s1, t1, s2), refs = (refs[:3], refs[3:]) if weight_format.scaled else ((None,) * 3, refs)
     y, gate, up, *rows_of_scales = refs
     c, t = pl.program_id(0), pl.program_id(1)
 
@@ -226,16 +226,16 @@ def _kernel(chosen, count, x, mix, *refs, activation: str, form: Form):
 
     @pl.when(c < count[0])
     def _():
-        if form.group is not None:
+        if weight_format.group is not None:
             _keep_scales(s1, t1, s2, rows_of_scales, t)
             s1_, t1_, s2_ = rows_of_scales
         else:
             s1_, t1_, s2_ = s1, t1, s2
-        into(x, (w1, v1), (s1_, t1_), (gate, up), form)
+        accumulate_gate_up(x, (w1, v1), (s1_, t1_), (gate, up), weight_format)
         inner = ACTIVATIONS[activation](gate[...]) * up[...]
-        own = jnp.sum(jnp.where(iota(mix.shape, 1) == c, mix[...], 0), axis=1, keepdims=True)
+        own = jnp.sum(jnp.where(iota(combine_weights.shape, 1) == c, combine_weights[...], 0), axis=1, keepdims=True)
         inner = jnp.where(own != 0, inner * own, 0).astype(x.dtype)
-        add_out(y, inner, w2, s2_, t, form)
+        accumulate_down(y, inner, w2, s2_, t, weight_format)
 
 
 def _keep_scales(s1, t1, s2, kept, t) -> None:
@@ -255,11 +255,15 @@ def _tile_bytes(w1: Weight, tiles: DecodeTiles) -> int:
 
 def vmem_bytes(x: Float[Array, "N D"], w1: Weight, tiles: DecodeTiles) -> int:
     """Of VMEM that a kernel takes: two buffers of each block, and what a step makes on the way."""
-    form, (_, width, d) = Form.of(w1), w1.shape
-    rows, groups = x.shape[0] + -x.shape[0] % ROWS, form.groups(2 * LANES)
+    weight_format, (_, width, d) = WeightFormat.of(w1), w1.shape
+    rows, groups = x.shape[0] + -x.shape[0] % ROWS, weight_format.groups(2 * LANES)
     item = x.dtype.itemsize
     buffers = 2 * (3 * _tile_bytes(w1, tiles) + rows * d * (4 + item))
-    scales = 0 if form.group is None else (width + 2 * tiles.rows) * d // form.group * (4 + 2 * scale_bytes(w1))
+    scales = (
+        0
+        if weight_format.group is None
+        else (width + 2 * tiles.rows) * d // weight_format.group * (4 + 2 * scale_bytes(w1))
+    )
     # Of one product: both factors, and its parts.
     turn = tiles.rows * CHUNK * (item + 4) + groups * rows * (CHUNK * 8 + tiles.rows * (8 + item))
     return buffers + scales + turn + 2 * rows * tiles.rows * 4
@@ -270,12 +274,12 @@ def decode_bytes(x: Float[Array, "N D"], w1: Weight, places: int, count: int, ti
 
     The three weights of each of those once; without any, the first tiles of one. Of x and w1 only shapes matter.
     """
-    tiles, form = tiles or default_tiles(x, w1), Form.of(w1)
+    tiles, weight_format = tiles or default_tiles(x, w1), WeightFormat.of(w1)
     (_, width, d), rows = w1.shape, x.shape[0] + -x.shape[0] % ROWS
     small = rows * (d * x.dtype.itemsize + 4 * places + 4 * d)
     item = scale_bytes(w1)
     # w2's scales come whole, all else in tiles of F.
-    of_w2 = item * d * (1 if form.group is None else width // form.group)
-    of_others = 2 * item * width * (1 if form.group is None else d // form.group)
+    of_w2 = item * d * (1 if weight_format.group is None else width // weight_format.group)
+    of_others = 2 * item * width * (1 if weight_format.group is None else d // weight_format.group)
     tiled = 3 * width // tiles.rows * _tile_bytes(w1, tiles) + of_others
     return small + (count * (tiled + of_w2) if count else tiled * tiles.rows // width + of_w2)

@@ -24,9 +24,9 @@ from dbrx_jax.kernels.tile_table import table
 from dbrx_jax.kernels.tpu.packed_weights import (
     CHUNK,
     LANES,
-    MOST_VMEM,
+    MAX_VMEM,
     NIBBLE,
-    Form,
+    WeightFormat,
     even_odd,
     iota,
     product,
@@ -54,14 +54,14 @@ def supports(rows: Float[Array, "P C"], weight: Weight, contracted: int, interpr
 
     A quantised weight has to be quantised for this contraction, in groups that divide 128 if in any.
     """
-    form, c = Form.of(weight), weight.shape[2 if contracted else 1]
+    weight_format, c = WeightFormat.of(weight), weight.shape[2 if contracted else 1]
     if rows.dtype not in (jnp.bfloat16, jnp.float32) or rows.shape[1] != c or c % 64:
         return False
     if isinstance(weight, QuantizedArray) and weight.contracted != ((-1,) if contracted else (-2,)):
         return False
-    if form.packed and contracted and c % (2 * LANES):
+    if weight_format.packed and contracted and c % (2 * LANES):
         return False
-    if form.group is not None and (LANES % form.group or c % form.group):
+    if weight_format.group is not None and (LANES % weight_format.group or c % weight_format.group):
         return False
     return bool(tile_candidates(rows, weight, contracted))
 
@@ -71,7 +71,7 @@ def tile_candidates(rows: Float[Array, "P C"], weight: Weight, contracted: int) 
     m = weight.shape[1 if contracted else 2]
     columns = [n for n in range(LANES, m, LANES) if m % n == 0] + [m]
     tiles = [GroupedTiles(r, n) for r in ROW_TILES for n in columns]
-    return [t for t in tiles if vmem_bytes(rows, weight, contracted, t) <= MOST_VMEM]
+    return [t for t in tiles if vmem_bytes(rows, weight, contracted, t) <= MAX_VMEM]
 
 
 def default_tiles(rows: Float[Array, "P C"], weight: Weight, contracted: int) -> GroupedTiles:
@@ -115,14 +115,14 @@ def grouped_matmul(
     tiles = tiles or default_tiles(rows, weight, contracted)
     rows = jnp.pad(rows, ((0, -count % tiles.rows), (0, 0)))
     steps = grouped_steps(sizes.astype(jnp.int32), rows.shape[0], tiles.rows)
-    form = Form.of(weight)
+    weight_format = WeightFormat.of(weight)
     operands = grouped_operands(rows, weight, contracted, tiles)
-    spec = grouped_grid(operands, contracted, steps, tiles, form)
+    spec = grouped_grid(operands, contracted, steps, tiles, weight_format)
     y = pl.pallas_call(
-        partial(_kernel, contracted=contracted, form=form),
+        partial(_kernel, contracted=contracted, weight_format=weight_format),
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], weight.shape[1 if contracted else 2]), rows.dtype),
         grid_spec=spec,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MOST_VMEM),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MAX_VMEM),
         interpret=interpret,
         name="grouped_matmul",
     )(*steps[:-1], *operands)
@@ -195,11 +195,11 @@ def grouped_operands(rows: Array, weight: Weight, contracted: int, tiles: Groupe
     """Rows, values and scales in the kernel's arrangement; a weight stays as it lies."""
     if not isinstance(weight, QuantizedArray):
         return [rows, weight]
-    form, scale = Form.of(weight), weight.scale
-    if contracted and form.packed:
+    weight_format, scale = WeightFormat.of(weight), weight.scale
+    if contracted and weight_format.packed:
         # Of each 256 the even ones first, as 128 bytes of the weight give them.
         rows = rows.reshape(rows.shape[0], -1, LANES, 2).swapaxes(2, 3).reshape(rows.shape)
-    if form.group is None:
+    if weight_format.group is None:
         scale = scale.reshape(scale.shape[0], -1, 1, tiles.columns)
     elif contracted:
         scale = scale.swapaxes(1, 2)
@@ -207,7 +207,7 @@ def grouped_operands(rows: Array, weight: Weight, contracted: int, tiles: Groupe
 
 
 def grouped_grid(
-    operands: list[Any], contracted: int, steps: GroupedSteps, tiles: GroupedTiles, form: Form
+    operands: list[Any], contracted: int, steps: GroupedSteps, tiles: GroupedTiles, weight_format: WeightFormat
 ) -> pltpu.PrefetchScalarGridSpec:
     """The grid (tiles of columns, steps), and which block of each operand a step reads."""
     rows, values = operands[:2]
@@ -222,10 +222,10 @@ def grouped_grid(
         pl.BlockSpec((None, *shape), weight_block),
     ]
     scratch = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)]
-    if form.scaled and form.group is None:
+    if weight_format.scaled and weight_format.group is None:
         specs.append(pl.BlockSpec((None, None, 1, tiles.columns), lambda n, i, g, t, expert, *_: (expert[i], n, 0, 0)))
-    elif form.scaled:
-        groups = c // form.group
+    elif weight_format.scaled:
+        groups = c // weight_format.group
         specs.append(pl.BlockSpec((None, groups, tiles.columns), lambda n, i, g, t, expert, *_: (expert[i], 0, n)))
         scratch += [] if contracted else [pltpu.VMEM((groups, tiles.columns), jnp.float32)]
     return pltpu.PrefetchScalarGridSpec(
@@ -237,9 +237,9 @@ def grouped_grid(
     )
 
 
-def _kernel(group, tile, expert, source, starts, ends, rows, w, *refs, contracted: int, form: Form):
+def _kernel(group, tile, expert, source, starts, ends, rows, w, *refs, contracted: int, weight_format: WeightFormat):
     """One step: the rows of one tile that are one group's, and 0 in those that are no group's."""
-    s, refs = (refs[0], refs[1:]) if form.scaled else (None, refs)
+    s, refs = (refs[0], refs[1:]) if weight_format.scaled else (None, refs)
     y, sums, scales = refs[0], refs[1], refs[2:]
     i = pl.program_id(1)
     own_group = group[i]
@@ -252,33 +252,33 @@ def _kernel(group, tile, expert, source, starts, ends, rows, w, *refs, contracte
     def _():
         if scales:  # single rows of it are read, which takes 32 bits an element
             scales[0][...] = s[...].astype(jnp.float32)
-        _sum(sums, rows, w, scales[0] if scales else s, contracted, form)
+        _sum(sums, rows, w, scales[0] if scales else s, contracted, weight_format)
         total = sums[...]
-        if form.scaled and form.group is None:
+        if weight_format.scaled and weight_format.group is None:
             total = total * s[...].astype(jnp.float32)
         row = tile[i] * y.shape[0] + iota(y.shape, 0)
         own = (row >= starts[own_group]) & (row < ends[own_group])
         y[...] = jnp.where(own, total.astype(y.dtype), y[...])
 
 
-def _sum(sums, rows, w, s, contracted: int, form: Form) -> None:
+def _sum(sums, rows, w, s, contracted: int, weight_format: WeightFormat) -> None:
     """Puts rows w^T (contracted 1) or rows w (0) into `sums`, chunk after chunk of the contraction."""
     c = rows.shape[1]
-    size = chunk_size(c, contracted, form)
+    size = chunk_size(c, contracted, weight_format)
     sums[...] = jnp.zeros_like(sums)
 
     def add(k, carry):
         x = rows[:, pl.ds(pl.multiple_of(k * size, size), size)]
-        held = size // 2 if form.packed else size
+        held = size // 2 if weight_format.packed else size
         part = pl.ds(pl.multiple_of(k * held, held), held)
         if contracted:
-            floats = even_odd(w[:, part], x.dtype) if form.packed else w[:, part].astype(x.dtype)
-            if form.group is not None:
-                floats = (floats * _across(s, k, size, form.group)).astype(x.dtype)
+            floats = even_odd(w[:, part], x.dtype) if weight_format.packed else w[:, part].astype(x.dtype)
+            if weight_format.group is not None:
+                floats = (floats * _across(s, k, size, weight_format.group)).astype(x.dtype)
         else:
-            floats = (pltpu.bitcast(w[part], jnp.int4) if form.packed else w[part]).astype(x.dtype)
-            if form.group is not None:
-                floats = _down(floats, s, k, form.group)
+            floats = (pltpu.bitcast(w[part], jnp.int4) if weight_format.packed else w[part]).astype(x.dtype)
+            if weight_format.group is not None:
+                floats = _down(floats, s, k, weight_format.group)
         sums[...] += product(x, floats, contracted)
         return carry
 
@@ -286,13 +286,13 @@ def _sum(sums, rows, w, s, contracted: int, form: Form) -> None:
         add(0, 0)
     else:
         lax.fori_loop(0, c // size, add, 0)
-    if form.packed and contracted and form.group is None:
+    if weight_format.packed and contracted and weight_format.group is None:
         sums[...] = sums[...] / NIBBLE
 
 
-def chunk_size(c: int, contracted: int, form: Form) -> int:
+def chunk_size(c: int, contracted: int, weight_format: WeightFormat) -> int:
     """How much of a contraction one product takes: in whole registers of lanes, where it is cut at all."""
-    if form.packed and contracted:
+    if weight_format.packed and contracted:
         return 2 * LANES
     return next((n for n in range(min(CHUNK, c) // LANES * LANES, 0, -LANES) if c % n == 0), c)
 
@@ -319,13 +319,15 @@ def _down(w: Array, scales, k, group: int) -> Array:
 
 def vmem_bytes(rows: Float[Array, "P C"], weight: Weight, contracted: int, tiles: GroupedTiles) -> int:
     """Of VMEM that a kernel takes: two buffers of each block, and what a step makes on the way."""
-    form, c, item = Form.of(weight), rows.shape[1], rows.dtype.itemsize
+    weight_format, c, item = WeightFormat.of(weight), rows.shape[1], rows.dtype.itemsize
     values = stored(weight)
     of_weight = tiles.columns * values.shape[2 if contracted else 1] * values.dtype.itemsize
-    scales = 0 if form.group is None else (c // form.group) * tiles.columns * (4 + 2 * scale_bytes(weight))
+    scales = (
+        0 if weight_format.group is None else (c // weight_format.group) * tiles.columns * (4 + 2 * scale_bytes(weight))
+    )
     blocks = tiles.rows * c * item + of_weight + tiles.rows * tiles.columns * item
     # Of a chunk: in float32 and in the rows' dtype; and the sums, and their product before it is added.
-    chunk = chunk_size(c, contracted, form) * (tiles.columns * (4 + item) + tiles.rows * item)
+    chunk = chunk_size(c, contracted, weight_format) * (tiles.columns * (4 + item) + tiles.rows * item)
     return 2 * blocks + scales + chunk + 2 * tiles.rows * tiles.columns * 4
 
 

@@ -13,14 +13,14 @@ from dbrx_jax.quantization import QuantizedArray
 LANES = 128
 # Of the 128 MiB of a v5e or v6e, and the 64 MiB of a v5p core. The compiler's own limit, 16 MiB, would be spent on the
 # two buffers of the tiles.
-MOST_VMEM = 48 << 20
+MAX_VMEM = 48 << 20
 # Of a contraction or of a result's columns, in one product.
 CHUNK = 1024
 # Nibbles are left in the upper half of a byte, as 16 times their value.
 NIBBLE = 16
 
 
-class Form(NamedTuple):
+class WeightFormat(NamedTuple):
     """How a kernel reads a weight.
 
     Args:
@@ -34,7 +34,7 @@ class Form(NamedTuple):
     group: int | None
 
     @classmethod
-    def of(cls, weight: Weight) -> "Form":
+    def of(cls, weight: Weight) -> "WeightFormat":
         if isinstance(weight, QuantizedArray):
             return cls(weight.kind == "int4", True, weight.group)
         return cls(False, False, None)

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from dbrx_jax.backend import GPU_PLATFORMS
-from dbrx_jax.ops.attention import MASKED, AttentionPart
+from dbrx_jax.ops.attention import MASKED, PartialAttention
 
 # Positions that the queries of a prompt's chunk attend to together, but on a CPU: as many scores as the matrix
 # units like.
@@ -22,10 +22,10 @@ def cache_attention(
     positions: Int[Array, "R T"],
     first_row: Int[Array, ""] | int,
     block: int,
-    stripe: tuple[Int[Array, ""] | int, int],
+    context_shard: tuple[Int[Array, ""] | int, int],
     platform: str,
     scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None,
-) -> AttentionPart:
+) -> PartialAttention:
     """Computes :func:`dbrx_jax.kernels.attention.cached_attention`, whose arguments these are."""
     R, T, H, K = query.shape
     G, S = key.shape[1:3]
@@ -34,7 +34,7 @@ def cache_attention(
     elif platform != "cpu" and T > 1:
         block = math.gcd(S, PROMPT_BLOCK)
     dtype = jnp.float32 if platform == "cpu" else query.dtype
-    offset, stride = stripe
+    offset, stride = context_shard
     q = query.reshape(R, T, G, H // G, K).transpose(0, 2, 3, 1, 4)  # (R, G, H/G, T, K)
     q = (q.astype(jnp.float32) / math.sqrt(K)).astype(dtype)
 
@@ -64,7 +64,7 @@ def cache_attention(
     with jax.named_scope("cache_blocks"):
         blocks = jnp.max(positions) // (block * stride) + 1
         largest, total, out = add(0, initial) if block == S else lax.fori_loop(0, blocks, add, initial)
-    return AttentionPart(
+    return PartialAttention(
         largest.transpose(0, 3, 1, 2).reshape(R, T, H),
         total.transpose(0, 3, 1, 2).reshape(R, T, H),
         out.transpose(0, 3, 1, 2, 4).reshape(R, T, H, K),

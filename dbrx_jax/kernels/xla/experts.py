@@ -23,17 +23,17 @@ SKIP_TOKENS = 16
 def tile_rows(experts: Array, expert_weights: ExpertWeights) -> int:
     """Rows of a matrix product on a CPU."""
     most = MAX_TILE_QUANTIZED if isinstance(expert_weights.w1[0], QuantizedArray) else MAX_TILE
-    rows = experts.size / expert_weights.number  # that an expert has on average
+    rows = experts.size / expert_weights.num_experts  # that an expert has on average
     return min(1 << math.ceil(math.log2(max(MIN_TILE, 1.5 * rows))), most)
 
 
-def one_token(x, weights, experts, expert_weights, activation, platform):
+def one_token_experts(x, weights, experts, expert_weights, activation, platform):
     """One token's experts, one after the other, by a branch for each: no other weight is read."""
 
     def branch(own: tuple[Weight, Weight, Weight]) -> Callable[[Array], Array]:
         return lambda x: expert_mlp(x, *own, activation, platform)
 
-    branches = [branch(expert_weights.one(e)) for e in range(expert_weights.number)]
+    branches = [branch(expert_weights.expert(e)) for e in range(expert_weights.num_experts)]
     branches.append(jnp.zeros_like)  # of an expert that is elsewhere
 
     def add(k, y):
@@ -42,32 +42,32 @@ def one_token(x, weights, experts, expert_weights, activation, platform):
     return lax.fori_loop(0, experts.shape[1], add, jnp.zeros_like(x))
 
 
-def small_batch(x, weights, experts, expert_weights, activation, platform):
+def small_batch_experts(x, weights, experts, expert_weights, activation, platform):
     """Each chosen expert once, on all rows; the weights of the other experts are never read."""
     y = jnp.zeros_like(x)
-    for e in range(expert_weights.number):
+    for e in range(expert_weights.num_experts):
 
         def add(y, e=e):
             mine = experts == e  # (N, K)
             # Others' rows are taken out before, not multiplied by 0 after: an infinity of theirs would give NaN.
             rows = jnp.where(mine.any(axis=1, keepdims=True), x, 0)
             weight = jnp.sum(jnp.where(mine, weights, 0), axis=1, keepdims=True)
-            return y + weight * expert_mlp(rows, *expert_weights.one(e), activation, platform)
+            return y + weight * expert_mlp(rows, *expert_weights.expert(e), activation, platform)
 
         y = lax.cond((experts == e).any(), add, lambda y: y, y) if x.shape[0] <= SKIP_TOKENS else add(y)
     return y
 
 
-def grouped(x, weights, experts, expert_weights, activation, platform, tile_rows):
+def grouped_experts(x, weights, experts, expert_weights, activation, platform, tile_rows):
     """Sorts the pairs by expert, and puts each expert's outputs in its rows' places, `tile_rows` at a time."""
-    groups = group(experts, expert_weights.number, tile_rows)
+    groups = group(experts, expert_weights.num_experts, tile_rows)
     y = x[groups.order // experts.shape[1]]
-    for e in range(expert_weights.number):
+    for e in range(expert_weights.num_experts):
 
         def add(i, y, e=e):
             start, _, own = groups.tile(e, i)
             rows = lax.dynamic_slice(y, (start, 0), (tile_rows, y.shape[1]))
-            return _write(y, start, own, expert_mlp(rows, *expert_weights.one(e), activation, platform))
+            return _write(y, start, own, expert_mlp(rows, *expert_weights.expert(e), activation, platform))
 
         y = lax.fori_loop(0, groups.tiles(e), add, y)
     return groups.total(y, weights)
@@ -79,15 +79,15 @@ def _write(y: Array, start: Array, own: Array, rows: Array) -> Array:
     return lax.dynamic_update_slice(y, jnp.where(own, rows, old), (start, 0))
 
 
-def grouped_gradients(x, weights, experts, expert_weights, dy, activation, platform, tile_rows):
+def grouped_expert_gradients(x, weights, experts, expert_weights, dy, activation, platform, tile_rows):
     """Tile by tile again: recomputes each expert's rows and sums its weights' gradients in float32."""
-    groups = group(experts, expert_weights.number, tile_rows)
+    groups = group(experts, expert_weights.num_experts, tile_rows)
     top_k = experts.shape[1]
     places = groups.order.shape[0]
     dx, dweights = jnp.zeros((places, x.shape[1]), x.dtype), jnp.zeros((places, 1), weights.dtype)
     gradients = []
-    for e in range(expert_weights.number):
-        own_weights = expert_weights.one(e)
+    for e in range(expert_weights.num_experts):
+        own_weights = expert_weights.expert(e)
 
         def add(i, carry, e=e, own_weights=own_weights):
             dx, dweights, sums = carry

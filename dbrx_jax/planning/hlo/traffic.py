@@ -33,7 +33,7 @@ def hbm_traffic(text: str, trips: Mapping[str, int] | None = None) -> Traffic:
     Every executed instruction reads its operands and writes its results once, where those are in HBM. Of what
     is only sliced or gathered from, the slice counts; of an update in place, the update. Of a conditional the
     largest branch counts. A custom call (a kernel) reads all of its operands and writes all of its results once:
-    what it estimates of itself is not asked for. (Of ours tests say that it is so, but for the one that writes
+    what it estimates of itself is not asked for. (Of ours tests show that it is so, but for the one that writes
     positions into a cache in place, of which those count.) A collective reads its operand and writes its result once.
 
     Args:

@@ -1,0 +1,89 @@
+"""The package works from a checkout and from elsewhere, after `pip install .` and after `pip install -e .`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("dbrx_jax", "convert", "configs", "benchmarks", "notebooks", "pyproject.toml", "README.md", "LICENSE")
+MODULES = [path for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+BENCHMARKS = sorted({*(path.stem for path in MODULES), "gpu"} - {"__main__"})
+LOAD = """
+import sys
+import dbrx_convert.to_hf
+from dbrx_jax import DbrxConfig, DbrxForCausalLM
+from dbrx_jax.sharding.recipes import recipe_names
+assert DbrxConfig.from_name("9b").d_model == 2048 and "v5e-64" in recipe_names()
+for folder in sys.argv[1:]:
+    model = DbrxForCausalLM.from_pretrained(folder, dtype="float32")
+    print(model.generate([[1, 2, 3]], max_new_tokens=2, do_sample=False, eos_token_id=None)[0].tolist())
+"""
+
+
+class Installed:
+    """A fresh virtual environment with the package, and its dependencies from this one."""
+
+    def __init__(self, folder: Path, editable: bool):
+        self.clone = folder / "clone"
+        for name in COPIED:
+            source, target = ROOT / name, self.clone / name
+            ignore = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(source, target, ignore=ignore) if source.is_dir() else shutil.copy(source, target)
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir()
+        self.bin = folder / "venv" / "bin"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "-q", "--no-deps"]
+        subprocess.run([*pip, *(["-e"] if editable else []), self.clone], check=True)
+
+    def run(self, folder: Path, *command: str) -> str:
+        """Runs a command of the environment in a folder; returns its standard output."""
+        # The .pth file by which this environment may find the package has no effect in a folder of PYTHONPATH.
+        env = os.environ | {"PYTHONPATH": sysconfig.get_paths()["purelib"], "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
+        program, *arguments = command
+        done = subprocess.run([self.bin / program, *arguments], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def installed(request, tmp_path_factory):
+    return Installed(tmp_path_factory.mktemp(request.param), request.param == "editable")
+
+
+@pytest.fixture(params=["clone", "elsewhere"])
+def folder(request, installed):
+    return getattr(installed, request.param)
+
+
+@pytest.mark.slow
+def test_it_imports_loads_and_generates(installed, folder, tmp_path):
+    source, orbax = ROOT / "tests" / "golden" / "fused", tmp_path / "orbax"
+    installed.run(folder, "dbrx-convert", "to-orbax", str(source), str(orbax))
+    from_hugging_face, from_orbax = installed.run(folder, "python", "-c", LOAD, str(source), str(orbax)).splitlines()
+    assert from_hugging_face == from_orbax
+    assert len(json.loads(from_orbax)) == 5
+    plan = json.loads(installed.run(folder, "dbrx-jax", "plan", "132b-instruct", "--on", "v5e-64", "--json"))
+    assert plan["axes"] == {"expert": 16, "tensor": 4}
+    assert installed.run(folder, "dbrx-jax", "generate", "--prompt", "A list is", "--max-new-tokens", "2")
+
+
+@pytest.mark.slow
+def test_every_benchmark_says_what_it_does(installed):
+    assert "decode" in installed.run(installed.clone, "python", "-m", "benchmarks", "--help")
+    for name in BENCHMARKS:
+        text = installed.run(installed.clone, "python", "-m", f"benchmarks.{name}", "--help")
+        assert "usage" in text.lower(), name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(installed, folder):
+    notebook = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert "BROKEN" in installed.run(folder, "python", "-c", "\n".join(cells))
