@@ -20,7 +20,7 @@ Values = Callable[[str, int], Iterator[np.ndarray]]  # of a tensor by its name a
 
 
 def cache_folder() -> Path:
-    """Where checkpoints are kept from run to run by default."""
+    """Default folder of the checkpoints that are kept from run to run."""
     return user_cache_folder() / "benchmarks"
 
 

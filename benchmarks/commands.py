@@ -67,9 +67,9 @@ class Throughput(Options):
     batch: int = 4
     """Users who may be served together."""
     users: int = 16
-    """How many come."""
+    """Number of users."""
     shrink: int = 8
-    """What the announcement's lengths are divided by."""
+    """Divisor of the announcement's lengths."""
     rounds: int = 2
 
     def _lengths(self) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def alternate(engines: Sequence[N], measure: Callable[[N, int], Figures], rounds
 
 
 def summary(rounds: Sequence[Mapping[str, Figures]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Of each engine's figures the median, the least and the largest; likewise of the ratios, as "ratio".
+    """Median, least and largest of each engine's figures, and of their ratios under "ratio".
 
     A ratio says how many times better ours is, and is taken within a round.
     """
@@ -54,7 +54,7 @@ def summary(rounds: Sequence[Mapping[str, Figures]]) -> dict[str, dict[str, dict
 
 
 def better(figure: str, mine: float, other: float) -> float:
-    """How many times better `mine` is than `other`."""
+    """The ratio by which `mine` is better than `other`."""
     return mine / other if figure.endswith("_per_second") else other / mine
 
 

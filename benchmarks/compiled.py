@@ -1,4 +1,4 @@
-"""What the real compilers make of 132B: memory, HBM traffic and collectives of each device.
+"""Compiles 132B with the real compilers: memory, HBM traffic and collectives of each device.
 
     python -m benchmarks.compiled [CASE ...]
 

@@ -51,11 +51,11 @@ class Convert:
     folder: Path
     """A folder on the disk to be measured; what is made in it is removed."""
     layers: int = 1
-    """Of the checkpoint."""
+    """Layers of the checkpoint."""
     experts: int = 16
-    """Of each layer."""
+    """Experts of each layer."""
     rounds: int = 2
-    """How often each is measured."""
+    """Measurements of each."""
     output: Path = RESULTS / "convert.json"
     """JSON to write."""
 

@@ -1,4 +1,4 @@
-"""What `batch_invariant` costs: decoding `bench` with it and without, in turn.
+"""Cost of `batch_invariant`: decodes `bench` with it and without, in turn.
 
     python -m benchmarks.invariance
 

@@ -1,4 +1,4 @@
-"""What the real compilers make of each kernel at 132B's shapes: registers, spills, temporaries, time to compile.
+"""Compiles each kernel at 132B's shapes: registers, spills, temporaries and compile time.
 
     python -m benchmarks.kernels [h200|v5e|v6e ...]
 
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """Of a kind of device, at 132B's sizes; those of JAX's own, splash attention and cuDNN, are left out."""
+    """The kernels of a kind of device at 132B's sizes, without JAX's own (splash attention, cuDNN)."""
     yield from experts(kind, tiles.WEIGHTS)
     yield from attention(kind)
     yield from gradients(kind)
@@ -107,7 +107,7 @@ def writing() -> Case:
 
 
 def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
-    """What the compiler says of a case."""
+    """Compiles a case and reads the compiler's report."""
     place = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), case.arguments)
     begin = time.perf_counter()
@@ -125,7 +125,7 @@ def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def printed() -> Iterator[list[str]]:
-    """What C++ writes to stdout and stderr meanwhile, afterwards."""
+    """Captures what C++ code writes to stdout and stderr inside the block."""
     words: list[str] = []
     with tempfile.TemporaryFile("w+", errors="replace") as file:
         kept = [os.dup(n) for n in (1, 2)]

@@ -1,10 +1,11 @@
-"""What the machine can do at most, measured: bandwidth of its memory, and the rate of matrix products.
+"""Measures the limits of the machine: memory bandwidth, and the rate of matrix products.
 
     python -m benchmarks.machine
 
 Prints one line of JSON. The harness runs it in a process of its own before the models are loaded.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -103,4 +104,6 @@ def _matmul_rate(dtype: str) -> float:
 
 
 if __name__ == "__main__":
+    about = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.machine", description=about).parse_args()
     print(json.dumps(measure()))

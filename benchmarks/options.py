@@ -1,4 +1,4 @@
-"""What all comparisons have in common: options, the order of events, what is written."""
+"""Shared by all comparisons: options, the order of measurements, and the result file."""
 
 import contextlib
 import dataclasses
@@ -23,20 +23,20 @@ CHECKED_PROMPT = 12  # tokens
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the comparisons share."""
+    """Options that the comparisons share."""
 
     model: str = "demo"
     """demo, bench (random weights), another configuration's name, or a Hugging Face folder."""
     dtype: Literal["float32", "bfloat16", "int8", "int4"] = "bfloat16"
-    """Of the weights."""
+    """Dtype of the weights."""
     against: Literal["transformers", "llama.cpp", "bfloat16"] | None = None
     """Measure this one too, in turn with ours; bfloat16 is ours without quantised weights."""
     against_python: Path | None = None
     """Python of its virtual environment; by default what DBRX_TRANSFORMERS_PYTHON or DBRX_LLAMA_PYTHON names."""
     rounds: int = 5
-    """How often each is measured, after a run that is not counted."""
+    """Measurements of each engine, after one warm-up."""
     folder: Path | None = None
-    """Where random checkpoints and GGUF files are made and kept; the user's cache folder by default."""
+    """Folder for random checkpoints and GGUF files; the user's cache folder by default."""
     output: Path | None = None
     """JSON to write; by default a file in benchmarks/results that is named after the run."""
 
@@ -95,7 +95,7 @@ class Options:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shared}
 
     def positions(self) -> int:
-        """Of a row, at most."""
+        """Most positions of a row."""
         return 1
 
     def roofline(self, config: DbrxConfig, machine: Machine, source: Path) -> dict[str, Any]:

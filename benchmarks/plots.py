@@ -38,7 +38,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[str]:
 
 
 def label(result: dict[str, Any]) -> str:
-    """Of a comparison, beside its bars."""
+    """The label of a comparison, beside its bars."""
     batch = f", batch {result['batch']}" if "batch" in result else ""
     return f"{result['model']}, {result['dtype']}{batch}, jax {result['versions']['jax']}"
 

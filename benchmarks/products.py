@@ -1,4 +1,4 @@
-"""How fast XLA for CPUs multiplies a few rows with weights, as this project writes it and as one would at first.
+"""Times small-batch matmuls in XLA for CPUs: as this project writes them, and the plain way.
 
     python -m benchmarks.products
 

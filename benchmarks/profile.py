@@ -1,4 +1,4 @@
-"""Where the time of decoding goes on a CPU: milliseconds a step by what XLA runs, from its own trace.
+"""Profile of decoding on a CPU: milliseconds a step by XLA operation, from XLA's trace.
 
     python -m benchmarks.profile [--model bench] [--dtype bfloat16] [--batch 1]
 
@@ -34,7 +34,7 @@ def begun(model: Any, prompts: list[list[int]]) -> TokenStream:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """What XLA ran, of a trace: names of Python functions have a $ before, or a colon within."""
+    """The XLA operations of a trace; names of Python functions begin with $ or contain a colon."""
     (file,) = folder.glob("**/*.trace.json.gz")
     found = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     return [e for e in found if e.get("ph") == "X" and not re.search(r"[$:(. ]", kind_of(e["name"]))]

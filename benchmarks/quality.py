@@ -1,4 +1,4 @@
-"""What quantising the weights costs: predictions of the demo on held-out text, and bytes.
+"""Cost of quantising the weights: the demo's predictions on held-out text, and bytes.
 
     apt-get download python3.11-doc wordnet-base      # in a folder CORPUS, see examples/demo_corpus.py
     for package in *.deb; do dpkg -x "$package" .; done
@@ -140,7 +140,7 @@ def _windows(texts: Any, count: int) -> np.ndarray:
 
 
 def log_probabilities(model: DbrxForCausalLM, rows: np.ndarray) -> np.ndarray:
-    """Of the next token (N, WINDOW, V), in float64 rounded to float32."""
+    """Log-probabilities of the next token (N, WINDOW, V), in float64 rounded to float32."""
     parts = []
     for start in range(0, len(rows), BATCH):
         x = np.asarray(model(rows[start : start + BATCH, :-1]), np.float64)

@@ -1,4 +1,4 @@
-"""What every result says of its circumstances, and where results are kept."""
+"""Date, machine and versions of every result, and the folder of results."""
 
 import datetime
 import importlib.metadata

@@ -14,7 +14,7 @@ ANNOUNCED_PROMPT, ANNOUNCED_TOKENS, ANNOUNCED_SECONDS = 2000, 256, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What a step takes at least."""
+    """Lower bound of the time of a step."""
 
     tokens: int  # that it makes or reads in
     read: int  # bytes
@@ -50,13 +50,13 @@ def prefill_bound(config: DbrxConfig, machine: Machine, dtype: str, prompt: int)
 
 
 def user_seconds(config: DbrxConfig, machine: Machine, dtype: str, prompt: int, tokens: int) -> float:
-    """What one user alone takes at least."""
+    """Lower bound of the seconds of one user who is alone."""
     decode = decode_bound(config, machine, dtype, 1, prompt + tokens // 2)
     return prefill_bound(config, machine, dtype, prompt).seconds + tokens * decode.seconds
 
 
 def announced_share() -> float:
-    """How much of its time the announcement's node needed at least for a second's user, were users served singly."""
+    """Least share of the time that the announcement's node needed if it served its users one by one."""
     h100 = TARGETS[ANNOUNCED_DEVICE]
     node = Machine(
         device=f"{ANNOUNCED_DEVICES} x {h100.name}",

@@ -34,19 +34,19 @@ def quantity(figure: str, *values: float) -> str:
 
 
 def words(figure: str) -> str:
-    """What a figure is: first_token_median_seconds is "first token median"."""
+    """The label of a figure: first_token_median_seconds is "first token median"."""
     return WORDS.get(figure) or figure.removesuffix("_seconds").replace("_", " ")
 
 
 def share(result: dict[str, Any], engine: str, figure: str) -> float | None:
-    """Of the roofline that an engine achieved, where there is one for the figure."""
+    """Share of the roofline that an engine reached, if the figure has a roofline."""
     if not figure.endswith("_per_second") or not result["roofline"].get(figure) or engine == WIDE:
         return None  # the roofline is that of the other weights
     return result["summary"][engine][figure]["median"] / result["roofline"][figure]
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """What was measured, against the roofline and the peer."""
+    """Lines of text: the figures against the roofline and the peer."""
     measured, names = result["measured"], [name for name in result["summary"] if name != "ratio"]
     own = ", ".join(f"{key} {result[key]}" for key in ("batch", "prompt", "tokens", "users") if key in result)
     roof = ", ".join(

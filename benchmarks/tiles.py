@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 def cases(kind: str, config: DbrxConfig = CONFIG, weights: tuple[str, ...] = WEIGHTS) -> Iterator[Case]:
-    """Of a kind of device: on a TPU, experts apart on 16 or 8 devices; on a GPU all of one, or two of 8 devices."""
+    """Kernel calls to time on a kind of device: experts on 16 or 8 TPUs; all on one GPU, or two of 8 GPUs."""
     F, D, K = config.ffn_hidden_size, config.d_model, config.moe_top_k
     for text, experts in itertools.product(weights, (1, 2) if kind == "tpu" else (2, config.moe_num_experts)):
         w1, w2 = (_weight(text, (experts, F, D), (c,)) for c in (-1, -2))

@@ -1,4 +1,4 @@
-"""What a checkpoint is, before anything is done with it."""
+"""Describes a checkpoint: kind, sizes, quantisation and problems."""
 
 import math
 from pathlib import Path
@@ -69,7 +69,7 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
 
 
 def _bytes_by_part(folder: CheckpointFolder) -> dict[str, int]:
-    """Of the parts of a model that a :class:`Quantization` tells apart, and of the rest."""
+    """Bytes of each part of a model that a :class:`Quantization` distinguishes, and of the rest."""
     result: dict[str, int] = {}
     arrays = array_layouts(folder.config, None, folder.quantization, folder.dtype())
     for name, array in arrays.items():

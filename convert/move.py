@@ -45,7 +45,7 @@ def append_rows(
 
 
 def not_finite(checkpoint: CheckpointFolder, parameter: str, dtype: np.dtype) -> int:
-    """How many of a parameter's values, cast to dtype, are infinite or NaN."""
+    """Counts a parameter's values that are infinite or NaN once they are cast to dtype."""
     rows = shape_of(checkpoint, parameter)[0]
     return sum(count_not_finite(block) for block in _blocks(checkpoint, parameter, 0, rows, dtype))
 

@@ -216,7 +216,7 @@ def _write(
 
 
 def _write_orbax_metadata(path: Path, names: Collection[str]) -> None:
-    """What Orbax keeps beside the arrays: it writes that itself, of a tree with these names and tiny arrays."""
+    """Lets Orbax write its own metadata, from a tree with the same names and tiny arrays."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()

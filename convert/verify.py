@@ -16,7 +16,7 @@ from dbrx_jax.errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How one parameter differs between two checkpoints."""
+    """A difference of one parameter between two checkpoints."""
 
     parameter: str
     kind: str  # "shape", "dtype" (equal after casting), "values", or "missing"
@@ -98,7 +98,7 @@ def check_digests(folder: CheckpointFolder, progress: Callable[[int], None] | No
 
 @dataclasses.dataclass(frozen=True)
 class LogitAgreement:
-    """How alike two models' predictions are on a text, averaged over its tokens."""
+    """Agreement of two models' predictions on a text, averaged over its tokens."""
 
     tokens: int
     kl_nats: float  # KL(first || second) of the next-token distributions

@@ -64,7 +64,7 @@ class WorkFolder:
         return self.folder
 
     def _check_space(self) -> None:
-        """Whether what is needed, less what a killed run wrote, fits on the disk."""
+        """Checks that the bytes still to be written fit on the disk."""
         written = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
         free = shutil.disk_usage(self.folder).free
         if free + written < self.needed:
@@ -143,7 +143,7 @@ class RemoteWorkFolder:
 
 
 def _check_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Whether a run that was killed had the same plan."""
+    """Checks that a killed run, which this one continues, had the same plan."""
     plan = json.loads(json.dumps(plan))
     try:
         begun = json.loads(path.read_text())
@@ -165,7 +165,7 @@ def _description(destination: Path):
 
 
 def _difference(begun: Any, plan: dict[str, Any]) -> str:
-    """Which part of the plan is not what it was."""
+    """Names the part of the plan that has changed."""
     if not isinstance(begun, dict):
         return "plan"
     return ", ".join(key for key in plan if begun.get(key) != plan[key]) or "plan"

@@ -29,6 +29,6 @@ def kernel_backend(platform: str) -> str | None:
 
 @functools.cache
 def _only_hopper_gpus() -> bool:
-    """Whether every GPU of this machine is a Hopper; true where there is none, as when compiling for others."""
+    """Returns whether every GPU here is a Hopper; true if there is none, as when compiling ahead of time."""
     gpus = jax.devices() if jax.default_backend() == "gpu" else []
     return all(getattr(device, "compute_capability", None) == HOPPER for device in gpus)

@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, progress, and what goes to stderr."""
+"""Shared by the commands: one-line errors, status lines and progress on stderr."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Where files are, and reading the small ones of a checkpoint that comes from strangers."""
+"""Local and remote paths, and reading small untrusted files."""
 
 import json
 import stat
@@ -35,7 +35,7 @@ def location(path: str | Path) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether :func:`location` gave a UPath."""
+    """Returns whether a path from :func:`location` is a remote one (a UPath)."""
     return not isinstance(path, Path)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share. Everything runs on the CPU."""
+"""Shared fixtures of the tests. Everything runs on the CPU."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What importing costs, and what the files of the project promise each other."""
+"""The cost of importing the package, and consistency of the project's files."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.gpu` measures: sizes, the card that is here, and models with random weights."""
+"""Sizes of the GPU benchmark, the card that is here, and models with random weights."""
 
 import dataclasses
 import math

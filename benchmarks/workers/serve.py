@@ -1,4 +1,4 @@
-"""How a worker is asked: a line of JSON on stdin, a line of JSON on stdout, times taken by the worker itself.
+"""The protocol of workers: JSON lines on stdin and stdout, with times taken by the worker itself.
 
 An engine says how it loads, predicts and generates; what is measured of it is the same for all. Nothing
 but the standard library is imported here.
@@ -22,14 +22,14 @@ class Generated(NamedTuple):
 
 
 class Engine:
-    """What a worker implements."""
+    """The interface that each worker implements."""
 
     def load(self, folder: str, dtype: str) -> dict[str, str]:
         """Reads the checkpoint into memory; returns versions by name. Imports were made before."""
         raise NotImplementedError
 
     def logits(self, prompt: list[int]) -> list[float]:
-        """Of the token behind the prompt."""
+        """Logits (V,) of the token after the prompt."""
         raise NotImplementedError
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:

@@ -1,4 +1,4 @@
-"""What reading a checkpoint comes to, whichever kind it is."""
+"""CheckpointFolder: the interface of the Orbax and Hugging Face readers."""
 
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,7 @@ class CheckpointFolder(Protocol):
 
     @property
     def description(self) -> str:
-        """Which kind it is, in a few words."""
+        """The kind of checkpoint, for people."""
         ...
 
     @property
@@ -42,7 +42,7 @@ class CheckpointFolder(Protocol):
 
     @property
     def quantization(self) -> Quantization | None:
-        """How its weights are stored, where they are quantised in the project's own way."""
+        """The quantisation of its weights, None unless they are quantised in the project's own formats."""
         ...
 
     def dtype(self) -> np.dtype:

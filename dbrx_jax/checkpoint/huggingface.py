@@ -82,7 +82,7 @@ class HuggingFaceFolder:
 
     @property
     def quantization(self) -> None:
-        """What such a folder quantises is dequantised as it is read."""
+        """None: tensors that such a folder stores quantised are dequantised when they are read."""
         return None
 
     @property
@@ -279,7 +279,7 @@ def _join_quantized(
 
 
 def _compare(folder: Path, tensors: Mapping[str, SourceTensor], stored: Mapping[str, StoredTensor]) -> None:
-    """What is there against what the configuration asks for."""
+    """Compares the tensors of the folder with those that the configuration asks for."""
     if missing := [name for name in tensors if name not in stored]:
         raise CheckpointError(f"{folder}: {missing[0]} is missing{_more(missing)}")
     if unknown := [name for name in stored if name not in tensors]:

@@ -57,7 +57,7 @@ EXPERTS: Mapping[str, Table] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one kind of published checkpoint names its tensors."""
+    """Tensor names of one kind of published checkpoint."""
 
     name: str
     table: Table

@@ -83,7 +83,7 @@ class _Reader:
         return tuple(getattr(self.spec.quantized(self.form, self.dtype), part).shape)
 
     def rows(self, part: str, start: int, stop: int) -> np.ndarray:
-        """Of the parameter (part "") or of its "values" or "scale"."""
+        """Rows of the parameter (part ""), or of its "values" or "scale"."""
         if self.form is None:
             factor = stored_shape(self.spec)[0] // self.spec.shape[0]
             rows = self.folder.rows(self.name, start * factor, stop * factor).astype(self.dtype, copy=False)

@@ -193,7 +193,7 @@ class OrbaxFolder:
 
 
 def is_orbax(path: Path) -> bool:
-    """Whether the folder is a checkpoint that dbrx-convert completed."""
+    """Returns whether the folder is a checkpoint that dbrx-convert completed."""
     return (path / MANIFEST).is_file() and (path / PARAMS).is_dir()
 
 
@@ -217,7 +217,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | None:
-    """What the manifest says of it: format 2 is what has it."""
+    """Reads the quantisation from the manifest, which has one from format 2 on."""
     text = manifest.get("quantization")
     if (manifest["format_version"] == QUANTIZED_VERSION) != isinstance(text, str):
         raise CheckpointError(

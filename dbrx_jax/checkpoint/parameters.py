@@ -34,7 +34,7 @@ class ParameterSpec:
         return math.prod(self.shape)
 
     def quantized(self, form: Format, dtype: Any) -> QuantizedArray:
-        """What it is when it is quantised, as shapes.
+        """The quantised parameter, as shapes.
 
         Raises:
           QuantizationError: it cannot be.

@@ -34,7 +34,7 @@ class PlainTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def problem(self) -> str | None:
-        """What is wrong with it as a weight, if anything."""
+        """Describes why the tensor cannot be used as a weight; None if it can."""
         return None
 
     def rows(self, start: int, stop: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What runs where: versions, devices, memory."""
+"""Versions, devices and memory of this installation."""
 
 import importlib.metadata
 import os

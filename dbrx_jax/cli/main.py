@@ -27,7 +27,7 @@ CHAT_CACHE = 4096  # positions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What generate and chat have in common."""
+    """Options that generate and chat share."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
     """Cast the weights on loading; by default they stay as they are."""
@@ -80,7 +80,7 @@ class Generate(Options):
     file: Path | None = None
     """JSON lines, each a text, {"prompt": …} or {"messages": [{"role": …, "content": …}, …]}."""
     output: Path | None = None
-    """Where to write the completions of --file as JSON lines; stdout by default."""
+    """File to write the completions of --file to, as JSON lines; stdout by default."""
     chat: bool = False
     """Put --prompt into the checkpoint's chat template, as a user's message."""
     temperature: float = 0.0
@@ -94,7 +94,7 @@ class Generate(Options):
     coordinator: str | None = None
     """HOST:PORT of the first process; JAX finds it, and the next two, on Cloud TPU, GKE and SLURM."""
     processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process_id: int | None = None
     """This process' number, from 0."""
 
@@ -326,7 +326,7 @@ def _read_jobs(path: Path) -> list[_Job]:
 
 
 class _Results:
-    """Where completions go: stdout, or a file that appears when all are written."""
+    """Writes completions to stdout, or to a file that appears when it is complete."""
 
     def __init__(self, path: Path | None):
         self.path = path

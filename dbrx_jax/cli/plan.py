@@ -24,7 +24,7 @@ class Plan:
     mesh: str | None = None
     """Axes such as "expert=16,tensor=4"; by default those of the recipe for these devices, or fitting ones."""
     dtype: str = "bfloat16"
-    """Of the weights: float32, bfloat16, int8, int4 (experts in groups of 128, the rest int8; also int4-64 and
+    """Weights: float32, bfloat16, int8, int4 (experts in groups of 128, the rest int8; also int4-64 and
     int4-32), fp8, or parts such as experts=int4-64,attention=int8."""
     batch: int = 1
     """Rows that are generated together."""

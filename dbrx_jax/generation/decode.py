@@ -40,7 +40,7 @@ class DecodeState(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the loop needs to know, as arrays."""
+    """Settings of the decode loop, as arrays."""
 
     sampling: Sampling
     keys: UInt32[Array, "B 2"] | None  # None: greedy
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the arguments of the functions here lie on a mesh."""
+    """Partition specs of the arguments of the device programs."""
 
     cache: Cache
     logits: jax.sharding.PartitionSpec
@@ -59,7 +59,7 @@ class Places(NamedTuple):
 
 
 def places(config, partition: Partition, int8: bool, sampled: bool = False) -> Places:
-    """Where things lie; `int8` says whether the cache has scales, `sampled` whether the settings have keys."""
+    """Partition specs for an int8 cache, which has scales, and for sampling, which has random keys."""
     cache = cache_specs(config, partition, int8)
     row, columns, same = (
         partition.array_spec(BATCH_AXES),
@@ -170,7 +170,7 @@ def decode(parts, filtered, tiled, settings, state, steps):
 
 
 def _may_reorder_sums(parts: ModelState, tiled: bool) -> bool:
-    """Whether XLA may choose the order of sums: not where it has to be the same in every program."""
+    """Returns whether XLA may reorder sums; not in batch-invariant programs, which need one order."""
     return parts.platform == "cpu" and not tiled
 
 

@@ -48,7 +48,7 @@ _FROM_CHECKPOINT: Any = object()  # "not given", where None means something
 
 
 class GenerationOutput(NamedTuple):
-    """What generate returns with return_dict_in_generate=True."""
+    """The result of generate with return_dict_in_generate=True."""
 
     sequences: np.ndarray  # (B, T + N) int32
     logprobs: np.ndarray | None  # (B, N) float32, of the raw logits; NaN behind a row's end
@@ -56,7 +56,7 @@ class GenerationOutput(NamedTuple):
 
 @dataclasses.dataclass
 class Timings:
-    """Where a stream's time went, in seconds; compiling counts apart only where compile() was called."""
+    """Seconds that a stream spent; compile is counted only if compile() was called."""
 
     compile: float = 0.0
     prefill: float = 0.0
@@ -316,7 +316,7 @@ class TokenStream(Iterator[np.ndarray]):
 
     @property
     def ended(self) -> np.ndarray:
-        """Which rows have ended by a token or a string (B,); the others stop at max_new_tokens."""
+        """Rows that ended by a token or a stop string (B,); the others end at max_new_tokens."""
         return self._ended.copy()
 
     @property
@@ -342,7 +342,7 @@ class _StopSearch:
         self._keep = max(map(len, self._strings)) - 1
 
     def push(self, tokens: np.ndarray) -> int | None:
-        """How many of these tokens it takes to complete a string; None if they do not."""
+        """Returns how many of these tokens complete a stop string, or None."""
         for count, token in enumerate(tokens, 1):
             text = self._tail + self._tokenizer.token_bytes(int(token), skip_special_tokens=True)
             if any(s in text for s in self._strings):

@@ -91,7 +91,7 @@ def _threshold(logits: Float[Array, "B V"], sampling: Sampling, partition: Parti
     total = partition.psum(weights.sum(axis=-1), *VOCAB_AXES)
 
     def outside(least: Array) -> Array:
-        """Whether what is more probable than `least` reaches top_p already, so that `least` is not needed."""
+        """Returns whether the tokens more probable than `least` reach top_p without it."""
         above = partition.psum(jnp.where(logits > least[:, None], weights, 0).sum(axis=-1), *VOCAB_AXES)
         return (above >= sampling.top_p * total) & jnp.less(sampling.top_p, 1)
 

@@ -38,5 +38,5 @@ def _find(text: str, strings: Sequence[str]) -> int | None:
 
 
 def _begun(text: str, strings: Sequence[str]) -> int:
-    """How many of the text's last characters may be the first of a stop string."""
+    """Counts the last characters of the text that may begin a stop string."""
     return max((n for s in strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)

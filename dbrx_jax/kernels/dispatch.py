@@ -34,7 +34,7 @@ class ExpertKernels:
     interpret: Any
 
     def supports_decode(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
-        """Whether the kernel for few tokens takes rows x (N, D) and these weights (E, F, D)."""
+        """Returns whether the decode kernel supports rows x (N, D) with weights (E, F, D)."""
         return self.decode.supports(x, w1, v1, w2, interpret=bool(self.interpret))
 
     def supports_grouped(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:

@@ -54,7 +54,7 @@ def apply_experts(
 
 
 class ExpertDispatch(NamedTuple):
-    """How the experts are applied."""
+    """The implementation that applies the experts."""
 
     platform: str
     small_batch: bool  # tokens, or many

@@ -95,7 +95,7 @@ def grouped_expert_gradients(
 
 
 def _product(kernels: ExpertKernels, sizes: Int[Array, "E"]) -> Callable[[Array, Any, int], Array]:
-    """Of rows (P, C), sorted by expert, with each expert's own part of a weight."""
+    """Returns a grouped matmul of rows (P, C), sorted by expert, with each expert's weight."""
 
     def product(rows: Array, weight: Array | QuantizedArray, contracted: int) -> Array:
         with jax.named_scope("many_tokens"):

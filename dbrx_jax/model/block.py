@@ -47,7 +47,7 @@ class Block(nnx.Module):
         mask: Bool[Array, "B T"],
         jitter_key: Array | None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """Of whole sequences; the routing is over all B * T tokens in order."""
+        """Runs the block on whole sequences; the routing is over all B * T tokens in order."""
         x = x + self.attention(self.norm_1(x), positions, mask, partition)
         return self._feed_forward(x, partition, mask, jitter_key)
 
@@ -61,7 +61,7 @@ class Block(nnx.Module):
         first_row: Int[Array, ""] | None,
         active: Bool[Array, ""] | None,
     ) -> tuple[Float[Array, "R T D"], LayerCache]:
-        """Of new tokens, and the cache with them in it.
+        """Runs the block on new tokens; returns their hidden states and the updated cache.
 
         Args:
           first_row: of the cache; None is 0.

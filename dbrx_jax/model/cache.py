@@ -40,7 +40,7 @@ class LayerCache(NamedTuple):
 
     @property
     def scales(self) -> tuple[Array, Array] | None:
-        """Of keys and values."""
+        """Scales of keys and of values, or None where the cache is not int8."""
         return None if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
 
 
@@ -75,7 +75,7 @@ def prefill_chunks(tokens: int, partition: Partition) -> Iterator[tuple[int, int
 
 
 def cache_specs(config: DbrxConfig, partition: Partition, int8: bool = False) -> Cache:
-    """Where the cache lies on a mesh."""
+    """Partition specs of the cache."""
     axes = ("tensor", CONTEXT_AXIS)
     axes = axes[::-1] if partition.platform == "tpu" else axes
     spec, scale = partition.array_spec(BATCH_AXES, *axes, None), partition.array_spec(BATCH_AXES, *axes)

@@ -70,7 +70,7 @@ class CausalLM(nnx.Module):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the weights and activations."""
+        """The dtype of weights and activations."""
         return self.embedding.get_value().dtype
 
     def hidden(

@@ -37,7 +37,7 @@ class ModelState:
 
     @property
     def platform(self) -> str:
-        """Of the devices."""
+        """The platform of the devices."""
         return self.structure.platform
 
     @property
@@ -46,7 +46,7 @@ class ModelState:
         return jax.tree.unflatten(self.structure.tree, self.arrays)
 
     def specs(self) -> "ModelState":
-        """Where each array lies on the model's mesh."""
+        """Partition specs of the arrays, in the same structure."""
         specs = parameter_partition_specs(self.state, self.merge().partition)
         return ModelState(jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)), self.structure)
 
@@ -61,7 +61,7 @@ def split_model(model: CausalLM) -> ModelState:
 
 
 def parameter_partition_specs(state: nnx.State, partition: Partition) -> nnx.State:
-    """Where each parameter lies on the mesh, in the tree of the parameters."""
+    """Partition specs of the parameters, in the tree of the state."""
     flat = [(path, leaf.replace(_spec(leaf, partition))) for path, leaf in nnx.to_flat_state(state)]
     return nnx.from_flat_state(flat)
 

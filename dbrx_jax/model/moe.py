@@ -74,7 +74,7 @@ class MoE(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         tile: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """What the experts that the router chose for all tokens make of them, for this device's tokens.
+        """Combines the outputs of the routed experts, for the tokens of this device.
 
         Args:
           tile: as in :func:`apply_experts`.
@@ -116,7 +116,7 @@ class MoE(nnx.Module):
         return partition.psum(y.reshape(x.shape), "tensor"), Routing(*whole)
 
     def route(self, x: Float[Array, "B T D"], partition: Partition, jitter_key: Array | None = None) -> Routing:
-        """Which experts each token goes to; on a mesh the same on every device that has the token."""
+        """Routes each token to its experts; on a mesh with the same result on every device that has the token."""
         seen = rows = x.reshape(-1, x.shape[-1])
         if jitter_key is not None and self.jitter is not None:
             apart = (

@@ -31,7 +31,7 @@ class ExpertWeights(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether each is one array."""
+        """Whether each projection is one array (E, F, D)."""
         return isinstance(self.w1, Array | QuantizedArray)
 
     @property

@@ -12,7 +12,7 @@ from dbrx_jax.sharding.partition import BATCH_AXES, ONE_DEVICE, Partition
 
 
 class Routing(NamedTuple):
-    """What the router decided for N tokens: E experts, of which each token goes to K."""
+    """Routing of N tokens, each to K of E experts."""
 
     probs: Float[Array, "N E"]  # float32, over all experts
     weights: Float[Array, "N K"]  # float32, of the chosen experts

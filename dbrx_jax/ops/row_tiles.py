@@ -39,6 +39,6 @@ def map_row_tiles(
 
 
 def num_row_tiles(rows: int, positions: Int[Array, "..."]) -> Int[Array, ""]:
-    """How many tiles the rows make, as a number that XLA does not know: it would write one tile out without a loop,
+    """Number of row tiles, as a value unknown to XLA, which would otherwise unroll a single tile,
     and compile it otherwise than several. Positions are never below 0."""
     return rows // ROW_TILE + jnp.min(positions, initial=0)

@@ -1,4 +1,4 @@
-"""What the real compiler makes of a model on devices that are not there. Needs the extra [compile]."""
+"""Compiles a model for accelerators that are not attached. Needs the extra [compile]."""
 
 import dataclasses
 import math
@@ -114,7 +114,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
 
 
 def _holds_expert(shape: str, setting: Setting) -> bool:
-    """Whether a shape such as bf16[2,10752,6144] has the dimensions of what a device has of an expert's weight."""
+    """Returns whether a shape such as bf16[2,10752,6144] is that of a device's shard of an expert weight."""
     dtype, _, dims = shape.rstrip("]").partition("[")
     inner = setting.config.ffn_hidden_size // setting.partition.size("tensor")
     return dtype in ("bf16", "f32") and {str(inner), str(setting.config.d_model)} <= set(dims.split(","))

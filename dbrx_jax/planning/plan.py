@@ -31,7 +31,7 @@ _LIVE_HIDDEN, _LIVE_INNER = 8, 3
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is planned for."""
+    """A model, accelerator, mesh, precision, batch and context to plan for."""
 
     config: DbrxConfig
     target: Target
@@ -58,7 +58,7 @@ class Setting:
 
     @property
     def dtype(self) -> str:
-        """Of activations, cache and scales: bfloat16, or float32 with float32 weights."""
+        """Dtype of activations, cache and scales: bfloat16, or float32 with float32 weights."""
         return "float32" if self.precision == "float32" else "bfloat16"
 
     @property
@@ -73,12 +73,12 @@ class Setting:
 
     @property
     def rows(self) -> int:
-        """Of one group of devices, those that fill the batch included."""
+        """Rows of one data-parallel group, padding included."""
         return -(-self.batch // self.partition.size(*BATCH_AXES))
 
     @property
     def positions(self) -> int:
-        """Of the cache, a multiple of what is dealt out."""
+        """Positions of the cache, padded to a multiple of its blocks on all devices."""
         context_size = 128 * self.partition.size(CONTEXT_AXIS)
         return -(-self.context // context_size) * context_size
 
@@ -98,7 +98,7 @@ class Memory:
 
 
 def memory(setting: Setting, chunk: int = PREFILL) -> Memory:
-    """What each device holds."""
+    """Computes the memory of each device."""
     config, partition = setting.config, setting.partition
     groups: dict[str, int] = {}
     for name, array in setting.arrays.items():
@@ -111,7 +111,7 @@ def memory(setting: Setting, chunk: int = PREFILL) -> Memory:
 
 
 def cache_bytes(setting: Setting) -> int:
-    """Of one device: its rows, its heads, its positions."""
+    """Bytes of the key-value cache on one device."""
     config, partition = setting.config, setting.partition
     heads, positions = config.kv_n_heads // partition.size("tensor"), setting.positions // partition.size(CONTEXT_AXIS)
     each = config.head_dim + SCALE_BYTES if setting.cache_dtype == "int8" else config.head_dim * setting.width
@@ -119,7 +119,7 @@ def cache_bytes(setting: Setting) -> int:
 
 
 def _working(setting: Setting, rows: int, tokens: int) -> int:
-    """What is alive at once where a layer is largest: hidden states, an expert's inner rows, logits in float32."""
+    """Bytes of the activations alive at a layer's peak: hidden states, inner expert rows, float32 logits."""
     config, partition = setting.config, setting.partition
     count = rows * tokens
     inner = config.ffn_hidden_size // partition.size("tensor")
@@ -139,7 +139,7 @@ def _working(setting: Setting, rows: int, tokens: int) -> int:
 
 
 def _bytes(array: Any, spec: PartitionSpec, partition: Partition) -> int:
-    """Of one device's part of an array."""
+    """Bytes of one device's shard of an array."""
     parts = (n // partition.size(*axis_names_of(entry)) for n, entry in zip(array.shape, spec, strict=True))
     return math.prod(parts) * array.dtype.itemsize
 
@@ -240,7 +240,7 @@ class Roofline:
 
 
 def distinct_experts(config: DbrxConfig, tokens: int) -> float:
-    """How many experts of a layer `tokens` tokens choose together, expected of uniform routing."""
+    """Expected number of distinct experts that `tokens` tokens use under uniform routing."""
     return config.moe_num_experts * (1 - (1 - config.moe_top_k / config.moe_num_experts) ** tokens)
 
 

@@ -46,14 +46,14 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array that it stands for."""
+        """Shape of the dequantised array."""
         shape = list(self.values.shape)
         shape[self.contracted[-1]] *= 2 if self.kind == "int4" else 1
         return tuple(shape)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the array that it stands for."""
+        """Dtype of the dequantised array."""
         return np.dtype(self.scale.dtype)
 
     @property
@@ -78,7 +78,7 @@ class QuantizedArray:
         return dataclasses.replace(self, values=self.values[index], scale=self.scale[index])
 
     def scale_splits(self, dimension: int) -> bool:
-        """Of a part of an array on one device: whether the scale was split with the values in a dimension."""
+        """Returns whether the scale of a shard is split together with the values along a dimension."""
         d = dimension % self.ndim - self.ndim
         if d not in self.contracted:
             return True
@@ -95,7 +95,7 @@ class QuantizedArray:
 
 
 def abstract(shape: tuple[int, ...], format: Format, contracted: tuple[int, ...], dtype: DTypeLike) -> QuantizedArray:
-    """What :func:`quantize` makes of an array of this shape, as shapes without memory behind them.
+    """The result of quantising an array of this shape, as shapes without memory behind them.
 
     Raises:
       QuantizationError: the contraction is not cut into equal groups of that size, or the dtype has no scales.

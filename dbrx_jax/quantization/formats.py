@@ -14,7 +14,7 @@ PARTS = ("experts", "attention", "embedding", "head")
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one kind of weight is stored.
+    """Storage format of quantised weights.
 
     Args:
       kind: "int8" (-127 to 127), "int4" (-7 to 7) or "fp8" (float8_e4m3fn).
@@ -42,7 +42,7 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Which weights of a model are quantised, and how; None leaves them in the model's dtype. Routers and norms are."""
+    """The format of each part of a model; None keeps the model's dtype, as routers and norms always do."""
 
     experts: Format | None = None
     attention: Format | None = None
@@ -88,13 +88,13 @@ class Quantization:
         return ",".join(f"{part}={form}" for part in PARTS if (form := getattr(self, part)) is not None)
 
     def format_of(self, name: str) -> Format | None:
-        """Of a parameter by its dotted name."""
+        """The format of a parameter, by its dotted name."""
         part = part_of(name)
         return None if part is None else getattr(self, part)
 
 
 def part_of(name: str) -> str | None:
-    """Which of PARTS a parameter belongs to, by its dotted name; None for routers and norms."""
+    """The one of PARTS that a parameter belongs to, by its dotted name; None for routers and norms."""
     if ".experts." in name:
         return "experts"
     if ".attention." in name:

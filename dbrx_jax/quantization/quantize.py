@@ -53,7 +53,7 @@ def quantize(array: Any, format: Format, contracted: tuple[int, ...], dtype: DTy
 
 
 class _Numpy:
-    """What numpy and JAX do each in its own way."""
+    """Operations that numpy and JAX spell differently, for numpy."""
 
     xp: Any = np
 

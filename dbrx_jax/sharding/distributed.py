@@ -87,7 +87,7 @@ def start(
 
 
 def check_same(what: str, text: str) -> None:
-    """Whether all processes have the same text; each must call this.
+    """Checks that all processes have the same text; each must call this.
 
     Raises:
       DistributedError: they have not.
@@ -110,7 +110,7 @@ def _check(coordinator: str | None, processes: int | None, process_id: int | Non
 
 
 def _why(error: Exception, coordinator: str | None) -> str:
-    """What JAX's error at the start means to the user."""
+    """Explains JAX's error at the start to the user."""
     if "should be defined" in str(error) or "must be defined" in str(error):
         return (
             "no cluster that JAX knows (Cloud TPU, GKE, SLURM) was found here: "
@@ -151,7 +151,7 @@ def _silence() -> Iterator[None]:
 
 
 def _broke(error: BaseException) -> bool:
-    """Whether a collective failed. Where numpy was to read its result, JAX raises a plain ValueError with a status."""
+    """Returns whether a collective failed: JAX raises a ValueError with a status when numpy reads its result."""
     text = str(error)
     native = isinstance(error, jax.errors.JaxRuntimeError)
     native = native or (type(error) is ValueError and re.match("[A-Z_]+: ", text) is not None)

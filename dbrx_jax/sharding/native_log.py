@@ -22,7 +22,7 @@ UNHEALTHY = re.compile(r"stopped sending heartbeats\):\s*([\d, ]+)|Task (\d+) he
 
 
 def explain(text: str, start_seconds: str, lost_seconds: str) -> str | None:
-    """What the log of a process that ended means, in a line; None where it ended for reasons of its own."""
+    """Explains the log of a process that ended in one line; None if another process was not the reason."""
     marked = next((line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)), None)
     if FATAL not in text:
         return marked

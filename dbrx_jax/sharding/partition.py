@@ -50,7 +50,7 @@ VOCAB_BLOCK = 32
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """How a model lies on a mesh. Its functions on arrays are called inside :meth:`shard_map`.
+    """A model's partitioning over a mesh. Collectives are called inside :meth:`shard_map`.
 
     Args:
       mesh: with axes among AXES; None is one device.
@@ -68,7 +68,7 @@ class Partition:
 
     @property
     def platform(self) -> str:
-        """Of the devices: "cpu", "gpu", "cuda" or "tpu"."""
+        """The platform of the devices: "cpu", "gpu", "cuda" or "tpu"."""
         return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else jax.default_backend()
 
     def size(self, *axes: str) -> int:
@@ -126,7 +126,7 @@ class Partition:
         return dataclasses.replace(value, values=spec, scale=PartitionSpec(*scale))
 
     def array_spec(self, *dimensions: str | tuple[str, ...] | None) -> PartitionSpec:
-        """Of an array whose dimensions are split over these axes, without those that the mesh has not."""
+        """Partition spec of an array whose dimensions are split over these axes; axes of size 1 are left out."""
         names = [(d,) if isinstance(d, str) else d or () for d in dimensions]
         return PartitionSpec(*(tuple(a for a in axes if self.size(a) > 1) or None for axes in names))
 
@@ -270,7 +270,7 @@ def axis_names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def check_mesh(config: DbrxConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Whether the model can be laid over the mesh.
+    """Checks that the model can be partitioned over the mesh.
 
     Raises:
       MeshError: an axis is unknown, or does not divide what it splits; the message says what would fit.
@@ -311,7 +311,7 @@ def _cut(value: QuantizedArray, dimension: int, axis: str, sizes: Mapping[str, i
 
 
 def check_all_to_all(mesh: Mesh | AbstractMesh) -> None:
-    """Whether tokens can be sent to their experts' devices alone.
+    """Checks that the devices can run a ragged all-to-all.
 
     Raises:
       MeshError: the devices' network cannot.

@@ -186,7 +186,7 @@ class TextStream:
         return self._decoder.decode(b"".join(self._tokenizer.token_bytes(int(i), True) for i in ids))
 
     def finish(self) -> str:
-        """What is left: U+FFFD for bytes that never became a character."""
+        """Returns U+FFFD for bytes that never completed a character."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -86,7 +86,7 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _tiktoken_caches() -> Iterable[Path]:
-    """Where tiktoken looks, in its order."""
+    """The folders where tiktoken looks for its cache, in its order."""
     for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if os.environ.get(variable):
             yield Path(os.environ[variable])

@@ -288,7 +288,7 @@ def test_random_weights_are_made_once_and_are_what_they_should_be(tiny, monkeypa
             assert (weight == 1).all(), name
         else:
             assert weight.std() == pytest.approx(0.02, rel=0.15), name
-    monkeypatch.setattr("benchmarks.checkpoints.names", lambda: ["tiny"])
+    monkeypatch.setattr("benchmarks.checkpoints.config_names", lambda: ["tiny"])
     monkeypatch.setattr("benchmarks.checkpoints.DbrxConfig.from_name", lambda name: SHALLOW)
     folder = checkpoint("tiny", tmp_path)
     assert (folder / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()

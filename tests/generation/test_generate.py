@@ -238,7 +238,7 @@ class TestStopStrings:
 
 
 def compilations(action):
-    """How many programs were compiled meanwhile."""
+    """Counts the programs that are compiled inside the block."""
     count = []
 
     def listener(event, _, **__):

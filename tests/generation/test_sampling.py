@@ -29,7 +29,7 @@ def softmax(x):
 
 
 def kept(logits, temperature, top_k, top_p, min_p):
-    """Which tokens transformers 4.57's warpers leave, one after another, for one row."""
+    """Tokens that the warpers of transformers 4.57 keep, applied one after another to one row."""
     scores = logits / temperature
     scores[scores < np.sort(scores)[-top_k]] = -np.inf
     order = np.argsort(scores)

@@ -1,4 +1,4 @@
-"""What the tests of kernels for Hopper GPUs share: Pallas' interpreter for them, and what it copies."""
+"""Shared by the tests of kernels for Hopper GPUs: Pallas' interpreter, and the bytes that it copies."""
 
 from collections import Counter
 

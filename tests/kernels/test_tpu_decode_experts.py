@@ -148,7 +148,7 @@ def test_bytes_are_those_of_the_grid(form, count, places, tile):
 
 @pytest.mark.parametrize("form", ["int8", "int4-128"])
 def test_each_chosen_weight_is_read_once(form):
-    """Of 16 experts, as many bytes as those chosen have, and few beside."""
+    """Copies the bytes of the active experts among 16, and little more."""
     x, experts = rows_of(16, 512, jnp.bfloat16), shapes(form, 16, 384, 512)
     one = sum(w.nbytes for w in experts) // 16
     assert decode_bytes(x, experts[0], 16, 5) - decode_bytes(x, experts[0], 16, 4) == one

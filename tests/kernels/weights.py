@@ -45,7 +45,7 @@ def _values(random, values, kind):
 
 
 def stored_bytes(weight):
-    """Of values and scales; of a weight or the shape of one."""
+    """Bytes of values and scales, for a weight or its shape."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(weight))
 
 

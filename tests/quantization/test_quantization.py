@@ -36,7 +36,7 @@ SHAPES = [((104, 192), (-1,)), ((104, 192), (-2,)), ((6, 32, 192), (-1,)), ((192
 
 
 def weights(shape, dtype=np.float32, seed=0):
-    """Of many magnitudes, with rows of zeros and numbers too small to matter."""
+    """Random weights of many magnitudes, with rows of zeros and of numbers too small to matter."""
     rng = np.random.default_rng(seed)
     w = (rng.standard_normal(shape) * rng.lognormal(0, 3, shape)).astype(dtype)
     w[0], w[1] = 0, 1e-35

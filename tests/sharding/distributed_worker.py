@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in each process: the library on a mesh over all, against itself on one device.
+"""The program of each process in test_distributed.py: the library on a mesh, against itself on one device.
 
 distributed_worker.py COORDINATOR PROCESSES PROCESS_ID START_SECONDS LOST_SECONDS TASK [MESH]
 """

@@ -109,7 +109,7 @@ def orbax(folder):
 
 @pytest.fixture
 def completions(folder, models):
-    """What one process gives on one device."""
+    """Results of one process on one device."""
 
     def ask(**options):
         tokenizer = DbrxTokenizer.from_pretrained(folder)

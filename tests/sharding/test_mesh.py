@@ -75,7 +75,7 @@ def test_golden_of_other_shapes(case, axes, expected):
 
 
 def gradients(config, parameters, mesh, tokens, all_to_all=False):
-    """Of the training loss, by the parameters' names."""
+    """Gradients of the training loss by parameter name."""
     model = DbrxForCausalLM.from_parameters(config, parameters, mesh, all_to_all=all_to_all)
     graph, params = nnx.split(model)
     partition = model.partition

@@ -1,4 +1,4 @@
-"""What one block of 128 threads sums on a Hopper GPU: a tile of channels times a tile of rows of activations.
+"""Accumulates one output tile on a Hopper GPU: a block of 128 threads, channels times rows of activations.
 
 TMA brings words of weights (words_gpu.py) and rows into shared memory some steps ahead; words go into registers,
 become bfloat16 and are multiplied from there by wgmma, which sums in float32. Plain weights are multiplied from
@@ -43,7 +43,7 @@ class Block(NamedTuple):
         return plgpu.ACC((self.tiles.channels, self.rows))
 
     def specs(self, weights: int) -> list[plgpu.BlockSpec]:
-        """Of the weights' tiles and the activations' planes in step k."""
+        """Block specs of the weights' tiles and the activations in step k."""
         t = self.tiles
         if self.weight.contracted == 1:
             tile = plgpu.BlockSpec((t.channels, t.depth), lambda k: (self.channel, self.first + k))

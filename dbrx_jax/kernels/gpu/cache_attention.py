@@ -27,7 +27,7 @@ SWIZZLE = 128  # bytes
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
-    """Whether the kernel takes queries (R, T, H, K) and a cache (B, G, S, K), arrays or shapes of such."""
+    """Returns whether the kernel supports queries (R, T, H, K) and a cache (B, G, S, K), arrays or shapes."""
     T, H, K = query.shape[1:]
     G, S = key.shape[1:3]
     dtypes = query.dtype == jnp.bfloat16 and key.dtype == value.dtype and key.dtype in (jnp.bfloat16, jnp.int8)
@@ -36,7 +36,7 @@ def supports(query: Array, key: Array, value: Array) -> bool:
 
 
 class Shape(NamedTuple):
-    """What the kernel is made for."""
+    """Sizes that the kernel is compiled for."""
 
     rows: int  # queries of a tile, a multiple of 8
     tiles: int
@@ -167,7 +167,7 @@ class _Copies(NamedTuple):
         return lax.rem(i - self.begin, jnp.int32(self.ring))
 
     def start(self, name: str, i: Array) -> None:
-        """Of block i of keys ("k") or values ("v"), and of its scales."""
+        """Source and destination of block i of keys ("k") or values ("v"), and of its scales."""
         slot, places = self.slot(i), pl.ds(i * BLOCK, BLOCK)
         here = self.scratch[f"{name}_here"].at[slot]
         buffer = self.scratch.get(f"{name}_int8", self.scratch[name])

@@ -34,7 +34,7 @@ MULTIPROCESSORS = 132  # of the SXM cards
 
 
 class DecodeTiles(NamedTuple):
-    """How the product with one matrix of each expert is cut.
+    """Tile sizes of the matmul with one matrix of each expert.
 
     Attributes:
       channels: words of output channels in a block, a multiple of 64.
@@ -50,7 +50,7 @@ class DecodeTiles(NamedTuple):
 
 
 def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False) -> bool:
-    """Whether :func:`decode_experts` takes these shapes and dtypes (arrays or shapes of them).
+    """Returns whether :func:`decode_experts` supports these shapes and dtypes (arrays or shapes).
 
     On a GPU rows are bfloat16; float32 rows and plain weights are for interpreting alone.
     """
@@ -114,14 +114,14 @@ def default_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int)
 
 
 def tiles_name(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> str:
-    """Of products in the table of tile sizes."""
+    """Name of these matmuls in the table of tile sizes."""
     w = weights[0]
     kernel = f"experts_gpu {len(weights)} of {experts}"
     return name_of(kernel, w.kind, w.group, (w.channels, w.depth), tokens)
 
 
 def candidate_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> list[DecodeTiles]:
-    """What is worth timing, the default first: tiles of this shape with splits that leave no multiprocessor idle."""
+    """Tile sizes worth timing, the default first: with splits that leave no multiprocessor idle."""
     weight, found = weights[0], []
     for channels, depth in ((64, 64), (64, 32), (64, 128), (128, 64)):
         if weight.channels % channels or weight.depth % depth or depth % weight.period:
@@ -232,7 +232,7 @@ def decode_bytes(
     w2: Weight,
     tiles: tuple[DecodeTiles, DecodeTiles] | None = None,
 ) -> Traffic:
-    """What :func:`decode_experts` copies for `count` experts; arrays or shapes of them."""
+    """Bytes that :func:`decode_experts` copies for `count` experts (arrays or shapes)."""
     tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
     up, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
     if tiles is None:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 
 class GradientTiles(NamedTuple):
-    """How it is cut: rows in a step, a block's part of the matrix (M, C), and steps on their way at once."""
+    """Tile sizes: rows in a step, a block's part of the matrix (M, C), and pipeline steps in flight."""
 
     rows: int = 64
     m: int = 128
@@ -25,13 +25,13 @@ class GradientTiles(NamedTuple):
 
 
 def gradient_tiles(m: int, c: int) -> list[GradientTiles]:
-    """What is worth timing for a matrix (M, C), the default first; none if it is not taken."""
+    """Tile sizes worth timing for a matrix (M, C), the default first; none if it is not supported."""
     tried = (GradientTiles(), GradientTiles(64, 128, 256, 3), GradientTiles(64, 64, 128), GradientTiles(64, 64, 64))
     return [t for t in tried if m % t.m == 0 and c % t.c == 0]
 
 
 def gradient_supports(out: Any, rows: Any, interpret: bool = False) -> bool:
-    """Whether :func:`grouped_gradient` takes these shapes and dtypes (arrays or shapes of them)."""
+    """Returns whether :func:`grouped_gradient` supports these shapes and dtypes (arrays or shapes)."""
     if out.dtype != rows.dtype or not (rows.dtype == jnp.bfloat16 or interpret):
         return False
     return bool(gradient_tiles(out.shape[1], rows.shape[1]))

@@ -28,7 +28,7 @@ from dbrx_jax.ops.linear import Weight
 
 
 class GroupedTiles(NamedTuple):
-    """How a grouped product with quantised weights is cut.
+    """Tile sizes of a grouped matmul with quantised weights.
 
     Attributes:
       rows: of activations in a block, a multiple of 8 and at most 256.
@@ -143,7 +143,7 @@ def _store(shared: Any, out: Any, tile: Array, start: Array, end: Array, channel
 
 
 class PlainTiles(NamedTuple):
-    """How a grouped product with plain weights is cut: jax's ragged_dot's own arguments.
+    """Tile sizes of a grouped matmul with plain weights, as JAX's ragged_dot for Hopper takes them.
 
     Attributes:
       rows, channels, depth: of a block in a step.
@@ -159,7 +159,7 @@ class PlainTiles(NamedTuple):
 
 
 def supports(rows: Any, weight: Weight, contracted: int, interpret: bool = False) -> bool:
-    """Whether :func:`grouped_matmul` takes these shapes and dtypes (arrays or shapes of them)."""
+    """Returns whether :func:`grouped_matmul` supports these shapes and dtypes (arrays or shapes)."""
     if rows.dtype != weight.dtype or not (rows.dtype == jnp.bfloat16 or interpret) or not fits(weight, contracted):
         return False
     return bool(_candidates(jax.eval_shape(partial(pack, contracted=contracted), weight)))
@@ -197,14 +197,14 @@ def default_tiles(rows: Any, weight: Weight, contracted: int) -> GroupedTiles | 
 
 
 def tiles_name(rows: Any, weight: Weight, contracted: int) -> str:
-    """Of a product in the table of tile sizes: by an expert's share of the rows."""
+    """Name of a matmul in the table of tile sizes, by an expert's share of the rows."""
     w = jax.eval_shape(partial(pack, contracted=contracted), weight)
     share = math.ceil(rows.shape[0] / weight.shape[0])
     return name_of(f"grouped_gpu {contracted}", w.kind, w.group, (w.channels, w.depth), share)
 
 
 def candidate_tiles(weight: Weight, contracted: int) -> list[GroupedTiles] | list[PlainTiles]:
-    """What is worth timing for a weight that :func:`supports` takes, the default first."""
+    """Tile sizes worth timing for a weight that :func:`supports` accepts, the default first."""
     return _candidates(jax.eval_shape(partial(pack, contracted=contracted), weight))
 
 
@@ -216,7 +216,7 @@ def _candidates(weight: PackedWeights) -> list[GroupedTiles] | list[PlainTiles]:
 
 
 def _cuts(weight: PackedWeights, t: GroupedTiles | PlainTiles) -> bool:
-    """Whether tiles fit a weight and the shared memory."""
+    """Returns whether tiles fit a weight and the shared memory."""
     step = 2 * t.depth * (t.channels + weight.inputs * t.rows)
     shared = t.steps * step + 2 * t.rows * t.channels * weight.outputs
     whole = weight.channels % t.channels == 0 and weight.depth % t.depth == 0 and t.depth % weight.period == 0

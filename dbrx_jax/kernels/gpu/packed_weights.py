@@ -92,7 +92,7 @@ def pack(weight: Weight, contracted: int) -> PackedWeights:
 
 
 def fits(weight: Weight, contracted: int) -> bool:
-    """Whether :func:`pack` can take it apart: pairs in bytes and scales, groups that the matrix unit sums alone."""
+    """Returns whether :func:`pack` supports a weight: even sizes, and groups of a size the matrix unit takes."""
     if not isinstance(weight, QuantizedArray):
         return weight.dtype in (jnp.bfloat16, jnp.float32)
     if weight.scale.dtype != jnp.bfloat16 or weight.values.shape[-1] % 2:

@@ -13,7 +13,7 @@ MIN_TOKENS = 64  # fewer are not worth a kernel
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
-    """Whether cuDNN takes queries (B, T, H, K) and keys (B, S, G, K), arrays or shapes of such."""
+    """Returns whether cuDNN supports queries (B, T, H, K) and keys (B, S, G, K), arrays or shapes."""
     T, K, S = query.shape[1], query.shape[3], key.shape[1]
     one_dtype = query.dtype == key.dtype == value.dtype == jnp.bfloat16
     # On several devices each has a part of the queries, which begin at any key: not causal as cuDNN means it.

@@ -1,4 +1,4 @@
-"""What one step of the TPU's kernel for a few tokens sums: rows through a tile of one expert's weights in VMEM.
+"""Accumulates a tile of one expert's weights in VMEM into the sums of the TPU decode kernel.
 
 Products run on small integers as they are, exact in the activations' dtype, and scales multiply the float32
 results. With groups of weights the rows are put under each other once for each group of a chunk, and are zero
@@ -100,7 +100,7 @@ def _loop(count: int, body) -> None:
 
 
 def _columns(d: int) -> int:
-    """Of D, so many at a time."""
+    """Number of columns of D that are computed at a time."""
     return next(n for n in range(min(CHUNK, d), 0, -LANES) if d % n == 0)
 
 

@@ -28,7 +28,7 @@ VMEM_BYTES = 48 << 20  # of the 64 MiB that a TPU since v5e has at least
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
-    """Whether the kernel takes queries (R, T, H, K) and a cache (B, G, S, K), arrays or shapes of such."""
+    """Returns whether the kernel supports queries (R, T, H, K) and a cache (B, G, S, K), arrays or shapes."""
     T, K, S = query.shape[1], query.shape[3], key.shape[2]
     floats = query.dtype in (jnp.bfloat16, jnp.float32) and key.dtype in (query.dtype, jnp.int8)
     return floats and key.dtype == value.dtype and K == LANES and S % LANES == 0 and (T == 1 or T % QUERY_TILE == 0)

@@ -47,7 +47,7 @@ class DecodeTiles(NamedTuple):
 
 
 def supports(x: Float[Array, "N D"], w1: Weight, v1: Weight, w2: Weight, interpret: bool = False) -> bool:
-    """Whether :func:`decode_experts` takes these: up to 256 rows, D in whole registers, F in whole tiles.
+    """Returns whether :func:`decode_experts` supports these: up to 256 rows, D and F in whole tiles.
 
     All three weights (E, F, D) are stored in the same way; arrays or shapes of them.
     """
@@ -125,7 +125,7 @@ def decode_experts(
 
 
 class DecodeOperands(NamedTuple):
-    """What the kernel reads beside `chosen` and `count`; scales are None where weights have none.
+    """Operands of the kernel beside `chosen` and `count`; scales are None for plain weights.
 
     Args:
       x: (N, D), or (D / 256, N, 256) for int4.
@@ -248,13 +248,13 @@ def _keep_scales(s1, t1, s2, kept, t) -> None:
 
 
 def _tile_bytes(w1: Weight, tiles: DecodeTiles) -> int:
-    """Of the stored values of so many rows of one weight."""
+    """Bytes of the stored values of one tile of a weight."""
     values = stored(w1)
     return tiles.rows * values.shape[2] * values.dtype.itemsize
 
 
 def vmem_bytes(x: Float[Array, "N D"], w1: Weight, tiles: DecodeTiles) -> int:
-    """Of VMEM that a kernel takes: two buffers of each block, and what a step makes on the way."""
+    """Bytes of VMEM that the kernel needs: two buffers of each block, and a step's intermediates."""
     weight_format, (_, width, d) = WeightFormat.of(w1), w1.shape
     rows, groups = x.shape[0] + -x.shape[0] % ROWS, weight_format.groups(2 * LANES)
     item = x.dtype.itemsize

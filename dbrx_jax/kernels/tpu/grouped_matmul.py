@@ -50,7 +50,7 @@ class GroupedTiles(NamedTuple):
 
 
 def supports(rows: Float[Array, "P C"], weight: Weight, contracted: int, interpret: bool = False) -> bool:
-    """Whether :func:`grouped_matmul` takes these, arrays or shapes of them.
+    """Returns whether :func:`grouped_matmul` supports these arrays (or shapes).
 
     A quantised weight has to be quantised for this contraction, in groups that divide 128 if in any.
     """
@@ -130,7 +130,7 @@ def grouped_matmul(
 
 
 def gradient_supports(left: Float[Array, "P M"], right: Float[Array, "P C"], interpret: bool = False) -> bool:
-    """Whether :func:`grouped_gradient` takes these, arrays or shapes of them."""
+    """Returns whether :func:`grouped_gradient` supports these arrays (or shapes)."""
     return left.dtype == right.dtype and left.dtype in (jnp.bfloat16, jnp.float32)
 
 
@@ -147,7 +147,7 @@ def grouped_gradient(
 
 
 class GroupedSteps(NamedTuple):
-    """What each of up to S steps works on; `group` E stands for the rows past all groups.
+    """Work of each of up to S grid steps; group E means the rows past all groups.
 
     Args:
       group, tile: which rows of which tile, as far as they are in the group, (S,).
@@ -291,7 +291,7 @@ def _sum(sums, rows, w, s, contracted: int, weight_format: WeightFormat) -> None
 
 
 def chunk_size(c: int, contracted: int, weight_format: WeightFormat) -> int:
-    """How much of a contraction one product takes: in whole registers of lanes, where it is cut at all."""
+    """Length of the contraction in one matmul, a multiple of the lanes unless it is not split."""
     if weight_format.packed and contracted:
         return 2 * LANES
     return next((n for n in range(min(CHUNK, c) // LANES * LANES, 0, -LANES) if c % n == 0), c)
@@ -318,7 +318,7 @@ def _down(w: Array, scales, k, group: int) -> Array:
 
 
 def vmem_bytes(rows: Float[Array, "P C"], weight: Weight, contracted: int, tiles: GroupedTiles) -> int:
-    """Of VMEM that a kernel takes: two buffers of each block, and what a step makes on the way."""
+    """Bytes of VMEM that a kernel needs: two buffers of each block, and a step's intermediates."""
     weight_format, c, item = WeightFormat.of(weight), rows.shape[1], rows.dtype.itemsize
     values = stored(weight)
     of_weight = tiles.columns * values.shape[2 if contracted else 1] * values.dtype.itemsize

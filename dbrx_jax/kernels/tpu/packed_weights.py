@@ -1,4 +1,4 @@
-"""How the kernels for TPUs read weights as they lie, and what they make of them."""
+"""Reading plain and quantised weights in TPU kernels, and dequantising them in VMEM."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ NIBBLE = 16
 
 
 class WeightFormat(NamedTuple):
-    """How a kernel reads a weight.
+    """Storage format of a weight.
 
     Args:
       packed: two values in a byte.
@@ -40,7 +40,7 @@ class WeightFormat(NamedTuple):
         return cls(False, False, None)
 
     def groups(self, chunk: int) -> int:
-        """How many groups lie in a chunk of the contraction."""
+        """Number of scale groups in a chunk of the contraction."""
         return 1 if self.group is None else chunk // self.group
 
 
@@ -55,13 +55,13 @@ def in_hbm(x: Array) -> Array:
 
 
 def tiles_name(kernel: str, weight: Weight, rows: int) -> str:
-    """Of a product in the table of tile sizes."""
+    """Name of a matmul in the table of tile sizes."""
     kind, group = (weight.kind, weight.group) if isinstance(weight, QuantizedArray) else (str(weight.dtype), None)
     return name_of(kernel, kind, group, tuple(weight.shape[1:]), rows)
 
 
 def scale_bytes(weight: Weight) -> int:
-    """Of one scale; 0 for a plain weight."""
+    """Bytes of one scale; 0 for a plain weight."""
     return weight.scale.dtype.itemsize if isinstance(weight, QuantizedArray) else 0
 
 

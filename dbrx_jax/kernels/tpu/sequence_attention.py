@@ -16,7 +16,7 @@ BLOCK = 512  # queries and keys that are computed together
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
-    """Whether the kernel takes queries (B, T, H, K) and keys (B, S, G, K), arrays or shapes of such."""
+    """Returns whether the kernel supports queries (B, T, H, K) and keys (B, S, G, K), arrays or shapes."""
     T, K, S = query.shape[1], query.shape[3], key.shape[1]
     one_dtype = query.dtype == key.dtype == value.dtype and query.dtype in (jnp.bfloat16, jnp.float32)
     # On several devices each has a part of the queries, in whole blocks.

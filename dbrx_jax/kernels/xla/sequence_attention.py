@@ -65,7 +65,7 @@ def _scores(q: Array, k: Array, valid: Array, first_query: Array, first_key: Arr
 
 
 def _key_blocks(first_query: Array, block: int, count: int) -> Array:
-    """How many of `count` blocks of keys a block of queries looks at."""
+    """Number of key blocks, of `count`, that a block of queries attends to."""
     return jnp.minimum((first_query + block - 1) // block + 1, count)
 
 

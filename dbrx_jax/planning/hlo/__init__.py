@@ -1,4 +1,4 @@
-"""What an optimised program does, read off the text of its HLO (``compiled.as_text()``) of a TPU or a GPU.
+"""Analysis of optimised HLO text (``compiled.as_text()``): memory traffic, temporaries and collectives.
 
 The collectives that it runs, the bytes that it moves between HBM and the chip, and its largest temporaries.
 Bytes are those of the elements, without the padding of a TPU's tiles. XLA's own count, ``cost_analysis()``,

@@ -43,7 +43,7 @@ class _Cost:
 
 
 def cost(scope: Scope, instr: Instr) -> _Cost:
-    """What one run of an instruction moves."""
+    """Bytes that one run of an instruction reads and writes."""
     shapes = leaves(result_type(instr))
     nothing = _Cost([], [0] * len(shapes))
     if instr.opcode in FREE or instr.opcode.endswith("-done") or instr.target in _NOTHING:
@@ -82,7 +82,7 @@ def _kernel_cost(instr: Instr, read: list[int], written: list[int]) -> _Cost:
 
 
 def result_type(instr: Instr) -> Type:
-    """Of an asynchronous start, what its done will give."""
+    """Result type of the `done` that belongs to an asynchronous start."""
     opcode, kind = instr.opcode, instr.type
     if not opcode.endswith("-start") or isinstance(kind, Shape) or opcode in CONTROL:
         return kind
@@ -123,7 +123,7 @@ def under_way(scope: Scope, instr: Instr, body: dict[str, Instr]) -> set[str]:
 
 
 def _dies_at(scope: Scope, instr: Instr, number: int) -> bool:
-    """Whether nothing reads an operand's buffer afterwards, so that its result may be written over it."""
+    """Returns whether an operand's buffer is dead afterwards, so that the result may reuse it."""
     base, path = scope.computation.resolve(instr.operands[number])
     if base.opcode == "parameter" and scope.outer is None and int(base.literal) not in scope.module.donated:
         return False
@@ -137,7 +137,7 @@ def _dies_at(scope: Scope, instr: Instr, number: int) -> bool:
 def _needs(
     fusion: Instr, body: dict[str, Instr], dies: Callable[[int], bool], carried: set[str]
 ) -> tuple[dict[int, float], list[int]]:
-    """How many elements of each parameter a fusion's body reads, and the bytes that each result takes."""
+    """Counts the elements that a fusion reads of each parameter, and the bytes it writes for each result."""
     computation = Computation("", body)
     need: dict[str, float] = defaultdict(float)
     results = []

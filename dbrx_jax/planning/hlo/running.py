@@ -1,4 +1,4 @@
-"""What runs, and how often: computations where they are called, and where their values come from."""
+"""Call scopes of a program: which computations run how often, and the sources of their values."""
 
 import functools
 import re
@@ -48,7 +48,7 @@ class Scope:
         return {found for name in bases for found in started.get(name, ())}
 
     def source(self, name: str, path: tuple[int, ...] = ()) -> tuple["Scope", Instr, tuple[int, ...]]:
-        """Where a value comes from: through views, moves, and unchanged through loops and calls."""
+        """Traces a value to its source through views, moves, loops and calls."""
         instr, path = self.computation.resolve(name, path)
         opcode = instr.opcode
         if opcode.endswith("-done") and instr.operands:

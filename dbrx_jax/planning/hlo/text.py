@@ -121,7 +121,7 @@ class Computation:
         return instr, path
 
     def hands_on(self, index: int) -> bool:
-        """Whether this body of a loop leaves an element of its tuple as it is."""
+        """Returns whether this loop body passes an element of its tuple through unchanged."""
         instr, path = self.resolve(self.root.name, (index,))
         while instr.opcode == "copy":
             instr, path = self.resolve(instr.operands[0], path)
@@ -219,7 +219,7 @@ class Module:
         return {int(n) for n in re.findall(r": \((\d+),", found.group(1))} if found else set()
 
     def body(self, instr: Instr) -> dict[str, Instr]:
-        """What a fusion computes, with the fusions inside it put in place; the last is the root."""
+        """Instructions of a fusion with nested fusions inlined; the last is the root."""
         name = called(instr, "calls")
         if name not in self.inlined:
             result: dict[str, Instr] = {}
@@ -246,7 +246,7 @@ class Module:
 
 
 def _closing(text: str, at: int) -> int:
-    """Where the bracket that was opened before `at` is closed."""
+    """Finds the bracket that closes the one opened before `at`."""
     depth = 1
     for found in re.compile(r"[()]").finditer(text, at):
         depth += 1 if found.group() == "(" else -1
