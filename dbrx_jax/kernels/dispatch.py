@@ -69,12 +69,13 @@ def _of_kind(kind: str, interpret: bool) -> ExpertKernels:
         )
     from jax.experimental.pallas import mosaic_gpu
 
-    from dbrx_jax.kernels.gpu import decode_experts, grouped_matmul
+    from dbrx_jax.kernels.gpu import decode_experts as gpu_decode
+    from dbrx_jax.kernels.gpu import grouped_matmul as gpu_grouped
     from dbrx_jax.kernels.gpu.grouped_gradient import gradient_supports, grouped_gradient
 
     mosaic: Any = mosaic_gpu  # of which versions before MIN_JAX_FOR_GPU_KERNELS have no interpreter
-    how = mosaic.InterpretGPUParams() if interpret else None
-    return ExpertKernels(decode_experts, grouped_matmul, grouped_gradient, gradient_supports, how)
+    interpreter = mosaic.InterpretGPUParams() if interpret else None
+    return ExpertKernels(gpu_decode, gpu_grouped, grouped_gradient, gradient_supports, interpreter)
 
 
 class AttentionKernels(NamedTuple):
@@ -92,7 +93,8 @@ def attention_kernels(platform: str) -> AttentionKernels | None:
 
         return AttentionKernels(cache_attention, sequence_attention)
     if kind == "gpu":
-        from dbrx_jax.kernels.gpu import cache_attention, sequence_attention
+        from dbrx_jax.kernels.gpu import cache_attention as gpu_cache
+        from dbrx_jax.kernels.gpu import sequence_attention as gpu_sequence
 
-        return AttentionKernels(cache_attention, sequence_attention)
+        return AttentionKernels(gpu_cache, gpu_sequence)
     return None
