@@ -78,19 +78,17 @@ class DbrxForCausalLM(CausalLM):
         config: DbrxConfig,
         parameters: Mapping[str, Any],
         mesh: Mesh | None = None,
-        *,
-        all_to_all: bool = False,
         quantization: Quantization | None = None,
-        attention_implementation: str | None = None,
+        **options: Any,
     ) -> Self:
         """Makes a model of arrays given under the names of :func:`dbrx_jax.checkpoint.parameters.parameter_specs`.
 
         Args:
           config: the sizes.
           parameters: arrays, or QuantizedArrays for the parts that `quantization` names.
-          mesh, all_to_all, attention_implementation: as in :meth:`from_pretrained`.
+          mesh, options: as in :class:`CausalLM`.
         """
-        return model_from_parameters(cls, config, parameters, mesh, all_to_all, quantization, attention_implementation)
+        return model_from_parameters(cls, config, parameters, mesh, quantization, **options)
 
     def __call__(
         self,

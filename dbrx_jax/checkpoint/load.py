@@ -28,11 +28,11 @@ READERS = 4  # threads
 def load_model(
     network: type[Network],
     path: Path,
-    mesh: Mesh | str | None = None,
-    dtype: DTypeLike | None = None,
-    quantization: str | Quantization | None = None,
-    all_to_all: bool = False,
-    attention_implementation: str | None = None,
+    mesh: Mesh | str | None,
+    dtype: DTypeLike | None,
+    quantization: str | Quantization | None,
+    all_to_all: bool,
+    attention_implementation: str | None,
 ) -> Network:
     """Loads a checkpoint into a network of this class; see :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`."""
     if dtype is not None and str(np.dtype(dtype)) not in DTYPES:
@@ -63,7 +63,15 @@ def load_model(
     with ThreadPoolExecutor(READERS) as pool:
         arrays = dict(zip(placed, pool.map(read, placed), strict=True))
     config = dataclasses.replace(folder.config, dtype=target.name)
-    return model_from_arrays(network, config, arrays, mesh, all_to_all, use, attention_implementation)
+    return model_from_arrays(
+        network,
+        config,
+        arrays,
+        mesh,
+        quantization=use,
+        all_to_all=all_to_all,
+        attention_implementation=attention_implementation,
+    )
 
 
 class _Reader:

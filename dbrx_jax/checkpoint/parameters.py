@@ -115,25 +115,11 @@ def array_layouts(
 
 
 def model_from_arrays(
-    network: type[Network],
-    config: DbrxConfig,
-    arrays: Mapping[str, Any],
-    mesh: Mesh | None,
-    all_to_all: bool = False,
-    quantization: Quantization | None = None,
-    attention_implementation: str | None = None,
+    network: type[Network], config: DbrxConfig, arrays: Mapping[str, Any], mesh: Mesh | None, **options: Any
 ) -> Network:
-    """The model with these arrays, given under the names of :func:`array_layouts`."""
+    """Makes a model of arrays given under the names of :func:`array_layouts`; `options` are the network's."""
     dtype = next(iter(arrays.values())).dtype
-    model = network(
-        config,
-        rngs=None,
-        dtype=dtype,
-        mesh=mesh,
-        all_to_all=all_to_all,
-        quantization=quantization,
-        attention_implementation=attention_implementation,
-    )
+    model = network(config, rngs=None, dtype=dtype, mesh=mesh, **options)
     graph, state = nnx.split(model)
     flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
@@ -144,14 +130,14 @@ def model_from_parameters(
     config: DbrxConfig,
     parameters: Mapping[str, Any],
     mesh: Mesh | None = None,
-    all_to_all: bool = False,
     quantization: Quantization | None = None,
-    attention_implementation: str | None = None,
+    **options: Any,
 ) -> Network:
-    """The model with these arrays, given under the names of :func:`parameter_specs`, as its parameters.
+    """Makes a model of parameters given under the names of :func:`parameter_specs`.
 
     Args:
-      quantization: how they are quantised, where they are: those of its parts are QuantizedArrays then.
+      quantization: the parts whose parameters are QuantizedArrays, and their formats.
+      options: the network's, such as all_to_all.
     """
     arrays, dtype = {}, jnp.asarray(parameters["norm_f.scale"]).dtype
     for name, placed in array_layouts(config, mesh, quantization, dtype).items():
@@ -164,7 +150,7 @@ def model_from_parameters(
             array = jnp.pad(array, missing) if any(m for _, m in missing) else array
             found[part] = jax.device_put(array, NamedSharding(mesh, spec)) if mesh else array
         arrays[name] = dataclasses.replace(placed.value, **found) if "values" in found else found[""]
-    return model_from_arrays(network, config, arrays, mesh, all_to_all, quantization, attention_implementation)
+    return model_from_arrays(network, config, arrays, mesh, quantization=quantization, **options)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
