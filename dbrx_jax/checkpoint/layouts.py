@@ -1,11 +1,8 @@
-"""The layouts in which checkpoints are published, as tables from their tensors to the model's parameters.
+"""Tensor names and shapes of published checkpoint layouts, as tables from tensors to the model's parameters.
 
-A row of a table is one tensor of a checkpoint and the parameters it holds, stacked along its first
-axis in that order. `{i}` stands for every block. `{e}` stands for every expert: on the right side
-alone, the tensor holds all experts one after another. A name that ends in `.T` is stored transposed.
-
-A layout is made of three tables: what all copies share, the attention's and the experts'. To add
-one, add a table to ATTENTION or EXPERTS.
+A row is one tensor and the parameters stacked in it along its first axis. `{i}` stands for every block, `{e}` for
+every expert; on the right side alone, the tensor holds all experts one after another. Names that end in `.T` are
+stored transposed. A layout joins three tables: COMMON, one of ATTENTION and one of EXPERTS.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
-"""Generation: prompts through the model in chunks, then a loop on the device that adds a token at a time.
+"""Generation on the host: arguments, prompts in chunks, bursts of decode steps, streaming and stops.
 
-Shapes are few, so that little is compiled, and fixed, so that a row's numbers depend on nothing but
-the row: padding is taken out first, prompts go through row by row in chunks of equal length at their
-absolute positions, and all rows decode together, one token a step. On a mesh whose devices share out
-the rows, each group of devices has a row's chunk at a time.
+Prompts go through the model row by row in chunks of fixed lengths, without padding, so that little is compiled and a
+row's numbers do not depend on the others. Then all rows decode together. On a mesh with several data-parallel groups
+each group prefills a row of its own at a time.
 """
 
 import dataclasses

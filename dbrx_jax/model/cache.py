@@ -1,12 +1,9 @@
-"""The key-value cache: per layer one array of keys and one of values, (B, G, S, K).
+"""The key-value cache: for each layer an array of keys and one of values, (B, G, S, K).
 
-B rows, G key and value heads, S positions, K elements a head. On a TPU they lie as (B, S, G, K): its
-compiler would turn the whole cache round before and after each step. On a mesh a device has its rows, its
-heads, and every X-th position: position p is at place p // X on device p mod X along CONTEXT_AXIS. So the
-devices share the work of attention equally, whatever the length, and long sequences fit. On each
-device S is a multiple of CACHE_BLOCK, the unit in which attention reads it.
-
-An int8 cache has a scale for the K elements of each position and head, (B, G, S) in bfloat16.
+B rows, G key and value heads, S positions, K elements a head; on TPUs stored as (B, S, G, K), which their compiler
+would otherwise transpose in every step. On a mesh position p is at index p // X on device p mod X along CONTEXT_AXIS,
+so that devices share attention equally at any length. On each device S is a multiple of CACHE_BLOCK. An int8 cache
+has a bfloat16 scale for the K elements of each position and head, (B, G, S).
 """
 
 import math

@@ -1,10 +1,8 @@
-"""A few rows times a weight on a CPU: the weight is read once, and becomes floats in registers.
+"""Small-batch matmul on a CPU: sums that XLA fuses into one loop, which reads the weight once in its memory layout.
 
-Written as sums that XLA fuses into one loop over the weight as it lies. Its own products of few rows turn a
-bfloat16 weight into float32 in memory first, or lay it out anew, and know no small integers;
-benchmarks/products.py times both.
-
-Sums along a weight's rows are vectorised only in programs that may add in any order (CPU_OPTIONS).
+XLA's own dot casts a bfloat16 weight to float32 in memory first, or copies it to another layout, and knows no int4 or
+int8 weights; benchmarks/products.py times both. Sums along a weight's rows are vectorised only in programs that may
+reorder sums (CPU_OPTIONS).
 """
 
 import jax.numpy as jnp

@@ -1,11 +1,8 @@
-"""Meshes of devices: their axes, what lies where on them, and the sums that join what was computed apart.
+"""Partition: mesh axes, partition specs and collectives of a model that runs under jax.shard_map.
 
-The only place that knows a mesh axis by name. A model runs as one program on every device
-(jax.shard_map); with no mesh every function here does nothing, so the same code runs on one device.
-
-Axes: rows of a batch are split over `data` and `fsdp`; over `fsdp` weights too, each gathered when it
-is used. Experts are split over `expert` and inner dimensions over `tensor`: no weight moves there,
-only tokens. Positions of the key-value cache are dealt out over `expert` one by one.
+The only module that names mesh axes. Without a mesh every function here does nothing, so the same code runs on one
+device. Batch rows are split over `data` and `fsdp`; weights over `fsdp` too, gathered when used; experts over
+`expert`; inner dimensions over `tensor`; positions of the key-value cache over `expert`, round-robin.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Attention to the key-value cache on a Hopper GPU: scores never leave the chip, and only live positions are read.
+"""Attention over the key-value cache on Hopper GPUs: reads live positions only, and keeps scores on the chip.
 
-One kernel for chunks of a prompt and for decoding. A warp group has up to 64 queries that share a key and value
-head: in a chunk, successive positions of one query head; in decoding, the query heads of a group at one position.
-It copies blocks of 64 positions into a ring of buffers, some ahead, and keeps a running maximum, normaliser and
-output. In decoding a row's live blocks are split among several warp groups, whose parts are joined outside.
+One kernel for prefill chunks and for decoding. A warp group has up to 64 queries that share a key and value head:
+positions of one query head in prefill, query heads of one position in decoding. It streams blocks of 64 positions
+through a ring of buffers with a running softmax. In decoding several warp groups share a row's live blocks, and XLA
+merges their partial results.
 """
 
 import functools

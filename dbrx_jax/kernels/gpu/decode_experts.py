@@ -1,15 +1,13 @@
-"""The experts on Hopper GPUs where tokens are few: each chosen expert's weights are read once, and nothing else.
+"""Experts for small batches on Hopper GPUs: reads each active expert's weights once, and no others.
 
-The weights' channels are the rows of a wgmma, 64 at a time, and the tokens its columns, 8 at least, so no work is
-spent on filling up tokens. A block of 128 threads sums one tile of channels of one expert over its share of the
-contraction: TMA brings words of weights (words_gpu.py) and rows of activations into shared memory some steps
-ahead, ldmatrix takes the words into registers, arithmetic makes them bfloat16, and wgmma multiplies them from
-there, summing in float32. Plain weights go from shared memory straight into wgmma. Scales by channel are
-multiplied onto the sums outside; scales by group onto each group's sums before they are added.
+Output channels are the 64 rows of a wgmma and tokens its 8 or more columns, so no work is spent on padding tokens. A
+block of 128 threads computes one tile of channels of one expert over its share of the contraction: TMA brings packed
+weights (packed_weights.py) and activations into shared memory, registers dequantise to bfloat16, and wgmma sums in
+float32. Plain weights go from shared memory straight into wgmma. Channel scales are applied outside, group scales to
+each group's partial sum.
 
-Several blocks share a multiprocessor and cover each other's waits; the contraction is split where there would be
-too few of them. Shares and scales are put together by XLA, as are gate, activation and up: the sums of a few
-tokens are small beside the weights.
+Several blocks share a multiprocessor and hide each other's latency; the contraction is split where there would be
+too few. XLA sums the splits and computes gate, activation and up, which are small beside the weights.
 """
 
 from functools import partial

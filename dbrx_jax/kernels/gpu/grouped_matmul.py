@@ -1,9 +1,8 @@
-"""Grouped matrix products on Hopper GPUs: each row times its group's own matrix, where rows are many.
+"""Grouped matmul on Hopper GPUs: each row times the weight of its group, for many rows sorted by group.
 
-Rows lie sorted by group. Plain weights go through jax's ragged_dot for Hopper. Quantised ones go through the
-sums of experts_gpu.py with more rows at a time: words of weights are turned into bfloat16 in registers, tile by
-tile, and no matrix of them ever exists in memory. A tile of rows may reach over several groups; it is then
-computed for each of them, and each stores its own rows alone.
+Plain weights go through JAX's ragged_dot for Hopper. Quantised weights are dequantised in registers tile by tile
+(accumulate.py), so the whole weight never exists in bfloat16. A row tile that spans several groups is computed for
+each, and each stores its own rows.
 """
 
 import itertools

@@ -1,14 +1,13 @@
-"""Quantised weights as words of 16 bits, which a Hopper multiprocessor turns into bfloat16 without moving a byte.
+"""Packed 16-bit views of quantised weights, and dequantising them to bfloat16 in registers on Hopper GPUs.
 
-A word holds two int8 or fp8 weights, or four int4. Read as int16, a weight has the element size that the matrix
-unit's own loads are made for (ldmatrix, plain and transposed), so weights land where a product wants them whether
-or not they are contiguous along its contraction. Everything else is arithmetic on words, two in a register:
-one weight of each word makes a *plane*, and each plane is a bfloat16 matrix of its own. Along the contraction the
-rows of activations are cut into the same planes, beforehand; across it each plane is another output.
+An int16 holds two int8 or fp8 weights or four int4, and has the element size of the matrix unit's own loads
+(ldmatrix, plain and transposed), so weights land where the matmul wants them whichever dimension is contiguous. Each
+weight position within the int16 gives one bfloat16 matrix: along the contraction activations are split the same way
+beforehand; across it each is another output.
 
-Integers become floats by bfloat16's own spacing: 0x4300 is 128, and its low seven bits count up from there.
-int8 takes about 2.3 instructions of one lane per weight, int4 1.8, both exact; an int4 in the upper half of its
-byte stays there and counts 16 times, which the activations of its plane make up for.
+Integers become floats through bfloat16's spacing: 0x4300 is 128, and its low seven bits count up from there. That is
+about 2.3 instructions of a lane for an int8 weight and 1.8 for an int4, both exact. An int4 in the upper half of a
+byte counts 16 times, which the activations of its position make up for (FACTORS).
 """
 
 import dataclasses

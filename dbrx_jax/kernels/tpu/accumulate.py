@@ -1,9 +1,8 @@
 """Accumulates a tile of one expert's weights in VMEM into the sums of the TPU decode kernel.
 
-Products run on small integers as they are, exact in the activations' dtype, and scales multiply the float32
-results. With groups of weights the rows are put under each other once for each group of a chunk, and are zero
-outside it: then one product gives the partial sums of all of them, for a matrix unit that is filled with weights
-either way.
+Matmuls run on the stored integers, exact in the activations' dtype; scales multiply the float32 results. With group
+scales, rows are repeated once for each group of a chunk with zeros outside the group, so that one matmul gives the
+partial sums of all groups.
 """
 
 import math

@@ -1,9 +1,8 @@
-"""A few tokens through their experts on a TPU: one kernel reads each chosen expert's weights once.
+"""Experts for small batches on TPUs: one kernel reads each active expert's weights once.
 
-For every chosen expert the grid goes over tiles of F. A step reads those rows of w1, v1 and w2, makes the
-(N, tile) of act(x w1^T) * (x v1^T) and adds its product with the rows of w2 to the sums (N, D), which stay in
-VMEM. Which expert comes when is known before the kernel starts (scalar prefetch), so the next tile is on its way
-while this one is used, also from one expert to the next.
+The grid goes over active experts and tiles of F. A step computes act(x w1^T) * (x v1^T) for its tile (N, tile) and adds
+its product with those rows of w2 to the sums (N, D) in VMEM. Expert numbers are prefetched as scalars, so the next tile
+is copied while this one is used.
 """
 
 from functools import partial

@@ -1,10 +1,8 @@
-"""Many rows, sorted by expert, through their experts' weights on a TPU: grouped matrix products.
+"""Grouped matmul on TPUs: each row times the weight of its expert, for many rows sorted by expert.
 
-The grid goes over tiles of the weight's output dimension and, within one, over the row tiles of one expert after
-the other; a row tile that several experts share comes once for each. So the weight of each expert that has rows is
-read once, the rows once for each of those tiles, and quantised weights become floats a chunk at a time in VMEM.
-jax.lax.ragged_dot does not do: it copies weights (E, M, C) to have C before M, and knows no int4. The gradient of
-the weight is megablox's tgmm, which ships with JAX.
+The grid goes over tiles of the output dimension and, within one, over the row tiles of one expert after another, so
+each weight is read once. Quantised weights are dequantised a chunk at a time in VMEM. jax.lax.ragged_dot is not used:
+it copies weights (E, M, C) to have C before M, and knows no int4. The weight's gradient is JAX's own megablox tgmm.
 """
 
 import math
