@@ -102,13 +102,13 @@ class DbrxForCausalLM(CausalLM):
 
         Args:
           input_ids: token ids.
-          attention_mask: 1 for tokens, 0 for padding, which may lie left or right; logits there mean nothing.
+          attention_mask: 1 for tokens, 0 for padding on the left or right, where logits are undefined.
           position_ids: by default the number of tokens before, padding not counted.
           output_hidden_states: return a :class:`CausalLMOutput` with them.
           output_router_probs: return a :class:`CausalLMOutput` with them.
 
         Raises:
-          GenerationError: the arrays' shapes do not fit each other, or an id lies outside the vocabulary.
+          GenerationError: the arrays' shapes do not fit each other, or an id is outside the vocabulary.
         """
         ids = check_ids(input_ids, self.config.vocab_size)
         mask = (

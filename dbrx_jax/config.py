@@ -13,7 +13,7 @@ from dbrx_jax.files import location, read_json
 ACTIVATIONS = ("silu", "gelu", "relu")
 DTYPES = ("float32", "bfloat16", "float16")
 
-# The keys of config.json that hold a field, and the group (sub-dictionary) that each stands in.
+# Keys of config.json, by the sub-dictionary that contains them.
 _TOP = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "initializer_range")
 _ATTENTION = ("kv_n_heads", "clip_qkv", "rope_theta")
 _FFN = (
@@ -247,7 +247,7 @@ def _group(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _rope_theta(data: Mapping[str, Any], attention: Mapping[str, Any]) -> Any:
-    """attn_config's own wins: transformers 5 writes a default of 10000 elsewhere, beside the true one."""
+    """attn_config's value takes precedence: transformers 5 also writes a default of 10000 elsewhere."""
     rope = _group(data, "rope_parameters")
     if (kind := rope.get("rope_type", "default")) != "default" or data.get("rope_scaling"):
         raise ConfigError(f"rope_parameters: DBRX has no rotary scaling, got {data.get('rope_scaling') or kind!r}")

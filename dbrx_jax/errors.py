@@ -34,4 +34,4 @@ class PlanError(DbrxError):
 
 
 class DistributedError(DbrxError):
-    """The processes of a run cannot be joined, or were not started alike."""
+    """The processes of a run cannot be connected, or were started with different arguments."""

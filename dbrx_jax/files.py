@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except _RepeatedKey as error:
-        raise ConfigError(f"{path}: the key {error} stands twice in one JSON object") from None
+        raise ConfigError(f"{path}: the key {error} occurs twice in one JSON object") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
 

@@ -198,7 +198,7 @@ def test_any_json_gives_a_configuration_or_a_config_error(data):
     ("text", "words"),
     [
         ("{", "not valid JSON"),
-        ('{"d_model": 1, "d_model": 2}', "'d_model' stands twice"),
+        ('{"d_model": 1, "d_model": 2}', "'d_model' occurs twice"),
         ("[" * 99999, "not valid JSON"),
         ('{"d_model": ' + "9" * 5000 + "}", "not valid JSON"),
     ],

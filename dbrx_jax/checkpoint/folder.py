@@ -60,7 +60,7 @@ class CheckpointFolder(Protocol):
         ...
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
-        """File, offset and length of the bytes of some rows, where they lie as they are needed; else None."""
+        """File, offset and length of the bytes of some rows, if they are stored in the needed form; else None."""
         ...
 
 

@@ -125,7 +125,7 @@ class HuggingFaceFolder:
         raise NotImplementedError("nothing here is quantised in the project's own way")
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
-        """File, offset and length of the bytes of some rows, where they lie as they are needed; else None."""
+        """File, offset and length of the bytes of some rows, if they are stored in the needed form; else None."""
         name, first, _ = self.places[parameter]
         stored = self.stored[name]
         if not isinstance(stored, PlainTensor) or self.tensors[name].transposed:
@@ -143,7 +143,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, PlainTensor], Any]:
         for file in files:
             for name, tensor in _read_header(folder, file.name).items():
                 if name in found:
-                    raise CheckpointError(f"{name}: stands in both {found[name].file.name} and {file.name} in {folder}")
+                    raise CheckpointError(f"{name}: is in both {found[name].file.name} and {file.name} in {folder}")
                 found[name] = tensor
         return found, None
     weight_map, total_size = _read_index(folder / INDEX)

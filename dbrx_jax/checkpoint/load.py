@@ -39,12 +39,13 @@ def load_model(
         raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     asked = Quantization.parse(quantization)
     folder = open_folder(path)
-    held = folder.quantization
-    if asked is not None and held is not None and asked != held:
+    stored_quantization = folder.quantization
+    if asked is not None and stored_quantization is not None and asked != stored_quantization:
         raise CheckpointError(
-            f"{path}: its weights are {held} already, and {asked} is asked for; load what it was made from"
+            f"{path}: its weights are {stored_quantization} already, and {asked} is asked for; "
+            "load what it was made from"
         )
-    use = held if asked is None else asked
+    use = stored_quantization if asked is None else asked
     target = np.dtype(folder.dtype() if dtype is None else dtype)
     if isinstance(mesh, str):
         mesh = find_mesh(mesh)
@@ -144,7 +145,7 @@ def _together(readers: list[_Reader], part: str, bounds: list[tuple[int, int]], 
 
 
 def _block(reader: _Reader, part: str, bounds: list[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
-    """A block of a parameter, with zeros in rows that lie behind its end."""
+    """A block of a parameter, with zeros in rows past its end."""
     (start, stop), *rest = bounds
     last = min(stop, reader.shape(part)[0])
     if last <= start:

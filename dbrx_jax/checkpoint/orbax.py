@@ -182,7 +182,7 @@ class OrbaxFolder:
         return rows if part == "scale" else rows.view(VALUE_DTYPES[self.quantized[parameter].kind])
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
-        """File, offset and length of the bytes of some rows, where they lie as they are needed; else None."""
+        """File, offset and length of the bytes of some rows, if they are stored in the needed form; else None."""
         array = self.arrays.get(parameter)
         if array is None:  # quantised
             return None

@@ -1,4 +1,4 @@
-"""The model's parameters by name, read off the module tree: one description that all else follows."""
+"""The model's parameters by name, and their arrays on a mesh, both read from the module tree."""
 
 import dataclasses
 import functools
@@ -44,13 +44,13 @@ class ParameterSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayLayout:
-    """An array of a model on a mesh: where it lies, and the parameters in it, one an entry of its first dimension.
+    """Layout of one array of a model: its partition spec, and the parameters stacked in its first dimension.
 
-    With one parameter it is that one, with zeros behind where the vocabulary is filled up.
+    With one parameter it is that one, with zeros as padding of the vocabulary.
 
     Args:
       value: its shape and dtype; of a quantised one, a QuantizedArray of them.
-      spec: where it lies; of a quantised one, a QuantizedArray of that.
+      spec: its PartitionSpec; of a quantised one, a QuantizedArray of them.
     """
 
     value: Any
@@ -74,7 +74,7 @@ def parameter_specs(config: DbrxConfig) -> Mapping[str, ParameterSpec]:
     specs: dict[str, ParameterSpec] = {}
     for together, group in itertools.groupby(_leaves(CausalLM(config, rngs=None)), lambda leaf: _experts_in(leaf[1])):
         leaves = list(group)
-        for e in range(together):  # one behind another, also where all of a layer lie in one array
+        for e in range(together):  # in this order also if all of a layer are in one array
             for name, leaf in leaves:
                 shape, axes, about = leaf.get_value().shape, leaf.get_metadata("axes"), leaf.get_metadata()
                 if together > 1:
@@ -84,7 +84,7 @@ def parameter_specs(config: DbrxConfig) -> Mapping[str, ParameterSpec]:
 
 
 def _experts_in(leaf: Any) -> int:
-    """Parameters that lie in one array of a model."""
+    """Number of parameters in one array of a model."""
     return leaf.get_value().shape[0] if leaf.get_metadata("axes")[0] == "experts" else 1
 
 
@@ -175,7 +175,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def parameters_of(model: CausalLM) -> dict[str, Any]:
-    """The model's parameters under the names of :func:`parameter_specs`, whatever mesh it lies on.
+    """The model's parameters under the names of :func:`parameter_specs`, on any mesh.
 
     Arrays, or QuantizedArrays where the model is quantised.
     """

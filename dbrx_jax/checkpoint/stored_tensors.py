@@ -1,4 +1,4 @@
-"""Tensors as they lie in safetensors files: plain, or quantised together with their scales."""
+"""Tensors stored in safetensors files: plain, or quantised together with their scales."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from dbrx_jax.checkpoint.raw_arrays import read_bytes
 
 @dataclasses.dataclass(frozen=True)
 class PlainTensor:
-    """A tensor whose bytes lie in a file one after another."""
+    """A tensor stored as consecutive bytes of a file."""
 
     file: Path
     offset: int  # bytes from the file's begin

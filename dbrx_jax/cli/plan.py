@@ -114,7 +114,7 @@ def collect(setting: Any) -> dict[str, Any]:
     from dbrx_jax.planning import plan
     from dbrx_jax.planning.targets import slice_sizes
 
-    held = plan.memory(setting)
+    memory = plan.memory(setting)
     sizes = tuple(n * setting.target.devices_per_chip for n in slice_sizes(setting.target.name))
     decode = {}
     for batch in sorted({*plan.BATCHES, setting.batch}):
@@ -131,11 +131,11 @@ def collect(setting: Any) -> dict[str, Any]:
         "context": setting.context,
         "cache_dtype": setting.cache_dtype or setting.dtype,
         "memory": {
-            "parameters": dict(held.parameters),
-            "cache": held.cache,
-            "state": held.state,
-            "working": held.working,
-            "total": held.total,
+            "parameters": dict(memory.parameters),
+            "cache": memory.cache,
+            "state": memory.state,
+            "working": memory.working,
+            "total": memory.total,
             "usable": plan.usable(setting.target),
         },
         "fits": plan.fits(setting),

@@ -300,7 +300,7 @@ def _add_token(settings: Settings, state: DecodeState, sampled: SampledToken, pa
 
 @partial(jax.jit, static_argnums=0)
 def replicate(partition, arrays):
-    """Arrays that are split over rows, whole on every device, so that every process can read them."""
+    """Replicates arrays that are split over rows, so that every process can read them."""
     return lax.with_sharding_constraint(arrays, partition.sharding(partition.array_spec()))
 
 

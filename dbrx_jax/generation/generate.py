@@ -75,7 +75,7 @@ def generate(
     """The prompts as given, each with the tokens that follow: (B, T + N).
 
     N is the number of steps until the last row ended, at most max_new_tokens. A row keeps the token
-    that ended it and is filled with pad behind it.
+    that ended it, padded with the pad token after it.
 
     Args:
       streamer: a function that is called with new tokens (B, n) as they come, or an object with
@@ -114,7 +114,7 @@ class TokenStream(Iterator[np.ndarray]):
       top_k: keep the k most probable tokens.
       top_p: keep the most probable tokens that together reach this probability.
       min_p: keep tokens at least this fraction as probable as the most probable one.
-      repetition_penalty: above 1 makes tokens that stand in the row already less probable.
+      repetition_penalty: above 1 makes tokens already in the row less probable.
       seed: row i draws with fold_in(seed, i); a list gives each row its own; None is never twice the same.
       eos_token_id: id or ids that end a row; the checkpoint's by default, None never stops.
       pad_token_id: fills ended rows; by default the checkpoint's, else the first eos, else 0.

@@ -40,7 +40,7 @@ def sample_tokens(
 
     Args:
       logits: float32, as the model gives them; on a mesh, of this device's part of the vocabulary.
-      seen: the tokens that stand in the row already, prompt included; likewise.
+      seen: tokens already in the row, prompt included; on a mesh likewise.
       keys: each row's random key; None takes the most probable token, the lowest id among equals.
       positions: of the tokens to be chosen. The random numbers depend on key, position and token alone.
       filtered: whether top-k, top-p or min-p does anything.

@@ -9,21 +9,21 @@ from dbrx_jax.text.tokenizer import DbrxTokenizer
 def stream_text(stream: TokenStream, tokenizer: DbrxTokenizer, stop_strings: Sequence[str] = ()) -> Iterator[str]:
     """The text of a stream of one row, in whole characters, ending before a stop string.
 
-    Special tokens give no text. Text that may turn out to begin a stop string is held back.
+    Special tokens give no text. Text that may begin a stop string is buffered.
     """
-    decoder, held = tokenizer.stream(), ""
+    decoder, buffered = tokenizer.stream(), ""
     done = 0
     for tokens in stream:
         new = int(stream.lengths[0]) - done  # without what fills a row that ended
         done += new
-        held += decoder.push(tokens[0][:new])
-        if (cut := _find(held, stop_strings)) is not None:
-            yield held[:cut]
+        buffered += decoder.push(tokens[0][:new])
+        if (cut := _find(buffered, stop_strings)) is not None:
+            yield buffered[:cut]
             return
-        keep = _begun(held, stop_strings)
-        yield held[: len(held) - keep]
-        held = held[len(held) - keep :]
-    yield held + decoder.finish()
+        keep = _begun(buffered, stop_strings)
+        yield buffered[: len(buffered) - keep]
+        buffered = buffered[len(buffered) - keep :]
+    yield buffered + decoder.finish()
 
 
 def completion_text(tokenizer: DbrxTokenizer, ids: Iterable[int], stop_strings: Sequence[str] = ()) -> str:

@@ -1,1 +1,1 @@
-"""Kernels written by hand for accelerators; plain XLA stands in wherever they do not fit."""
+"""Experts and attention by Pallas kernels for TPUs and Hopper GPUs, and by plain XLA everywhere else."""

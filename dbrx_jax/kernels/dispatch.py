@@ -20,11 +20,11 @@ class ExpertKernels:
     """The experts' kernels of one kind of device.
 
     Args:
-      decode: module with decode_experts, for few tokens.
+      decode: module with decode_experts, for small batches.
       grouped: module with grouped_matmul.
-      gradient: of grouped_matmul for its weight: (left (P, M), right (P, C), sizes (E,)) to (E, M, C).
-      gradient_supported: whether it takes these two.
-      interpret: what makes Pallas interpret them, on a CPU.
+      gradient: gradient of grouped_matmul for its weight: (left (P, M), right (P, C), sizes (E,)) to (E, M, C).
+      gradient_supported: whether `gradient` supports its first two arguments.
+      interpret: the argument that makes Pallas interpret the kernels on a CPU.
     """
 
     decode: ModuleType
@@ -38,13 +38,13 @@ class ExpertKernels:
         return self.decode.supports(x, w1, v1, w2, interpret=bool(self.interpret))
 
     def supports_grouped(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
-        """The same of the grouped products, for all that a forward pass takes."""
+        """Returns whether the grouped matmul supports every product of a forward pass."""
         inner = jax.ShapeDtypeStruct((x.shape[0], w1.shape[1]), x.dtype)
         products = ((x, w1, 1), (x, v1, 1), (inner, w2, 0))
         return all(self.grouped.supports(*product, interpret=bool(self.interpret)) for product in products)
 
     def supports_gradients(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
-        """The same for all that a backward pass takes; of plain weights alone."""
+        """Returns whether the kernels support every product of a backward pass, for plain weights only."""
         if not all(isinstance(w, Array) for w in (w1, v1, w2)):
             return False
         inner = jax.ShapeDtypeStruct((x.shape[0], w1.shape[1]), x.dtype)
@@ -54,7 +54,7 @@ class ExpertKernels:
 
 
 def expert_kernels(platform: str) -> ExpertKernels | None:
-    """Those for the platform, imported now, as Pallas takes seconds; None where there are none."""
+    """The experts' kernels of a platform, or None; imports Pallas, which takes seconds."""
     kind = kernel_backend(platform)
     return None if kind is None else _of_kind(kind, platform == "cpu")
 
@@ -73,20 +73,20 @@ def _of_kind(kind: str, interpret: bool) -> ExpertKernels:
     from dbrx_jax.kernels.gpu import grouped_matmul as gpu_grouped
     from dbrx_jax.kernels.gpu.grouped_gradient import gradient_supports, grouped_gradient
 
-    mosaic: Any = mosaic_gpu  # of which versions before MIN_JAX_FOR_GPU_KERNELS have no interpreter
+    mosaic: Any = mosaic_gpu  # older versions of JAX have no interpreter for it
     interpreter = mosaic.InterpretGPUParams() if interpret else None
     return ExpertKernels(gpu_decode, gpu_grouped, grouped_gradient, gradient_supports, interpreter)
 
 
 class AttentionKernels(NamedTuple):
-    """The modules with a platform's kernels, imported when they are asked for: Pallas takes seconds."""
+    """The modules of one backend's attention kernels."""
 
     cache: ModuleType  # has cache_attention and supports
     sequence: ModuleType  # has sequence_attention and supports
 
 
 def attention_kernels(platform: str) -> AttentionKernels | None:
-    """Those for the platform; None where there are none."""
+    """The attention kernels of a platform, or None."""
     kind = kernel_backend(platform)
     if kind == "tpu":
         from dbrx_jax.kernels.tpu import cache_attention, sequence_attention

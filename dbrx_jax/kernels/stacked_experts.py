@@ -21,7 +21,7 @@ def decode_experts(
     activation: str,
     kernels: ExpertKernels,
 ) -> Float[Array, "N D"]:
-    """For few tokens: each chosen expert, read once, on all rows. Experts from E on are left out."""
+    """Applies each active expert to all rows of a small batch; expert numbers from E on are ignored."""
     chosen, count, combine_weights = active_experts(weights, experts, expert_weights.num_experts)
     with jax.named_scope("few_tokens"):
         out = kernels.decode.decode_experts(
@@ -33,9 +33,9 @@ def decode_experts(
 def active_experts(
     weights: Float[Array, "N K"], experts: Int[Array, "N K"], num_experts: int
 ) -> tuple[Int[Array, "C"], Int[Array, ""], Float[Array, "C N"]]:
-    """The C experts at most that some token chose, how many they are, and each one's weight for each token.
+    """The up to C active experts, their number, and each one's combine weight for each token.
 
-    Behind the last stand others, with weights of 0.
+    The remaining entries are inactive experts with weights of 0.
     """
     touched = jnp.any(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0)
     chosen = jnp.argsort(~touched, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
@@ -51,7 +51,7 @@ def grouped_experts(
     activation: str,
     kernels: ExpertKernels,
 ) -> Float[Array, "N D"]:
-    """For many tokens: the (token, expert) pairs sorted by expert, and a grouped product with each weight."""
+    """Sorts the (token, expert) pairs by expert and runs a grouped matmul with each weight."""
     groups = group(experts, expert_weights.num_experts, 0)
     product = _product(kernels, groups.ends - groups.starts)
     rows = x[groups.order // experts.shape[1]]
@@ -68,7 +68,7 @@ def grouped_expert_gradients(
     activation: str,
     kernels: ExpertKernels,
 ) -> tuple[Float[Array, "N D"], Float[Array, "N K"], ExpertWeights]:
-    """Those of :func:`grouped_experts` for x, weights and plain expert weights: what lies between is computed again."""
+    """Gradients of :func:`grouped_experts` for x, weights and plain expert weights; recomputes intermediates."""
     w1, v1, w2 = expert_weights
     assert isinstance(w1, Array)
     groups = group(experts, expert_weights.num_experts, 0)

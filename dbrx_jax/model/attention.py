@@ -21,7 +21,7 @@ class Attention(nnx.Module):
     """Grouped-query attention with H query heads, G key and value heads and K elements a head.
 
     On a mesh each device has its heads along `tensor`, and along `expert` a part of every weight's
-    embedding dimension: it computes a part of each sum for all tokens, and the sums are joined.
+    embedding dimension: it computes a partial sum for all tokens, and the partial sums are reduced.
     """
 
     def __init__(self, config: DbrxConfig, init: Init):
@@ -83,8 +83,8 @@ class Attention(nnx.Module):
         parts = [linear(rows, matrix(w, 2), 1, partition.platform).reshape(*x.shape[:2], *w.shape[:2]) for w in weights]
         if partition.size("expert") > 1:
             heads = [w.shape[0] for w in weights]
-            joined = partition.psum(jnp.concatenate(parts, axis=2), "expert")
-            parts = jnp.split(joined, [heads[0], heads[0] + heads[1]], axis=2)
+            reduced = partition.psum(jnp.concatenate(parts, axis=2), "expert")
+            parts = jnp.split(reduced, [heads[0], heads[0] + heads[1]], axis=2)
         q, k, v = parts
         if self.clip is not None:
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))

@@ -24,7 +24,7 @@ from dbrx_jax.sharding.partition import BATCH_AXES, CONTEXT_AXIS, Partition
 CACHE_BLOCK = 128  # positions
 SCALE_DTYPE = jnp.bfloat16
 # Tokens of a prompt that go through the model together, by platform: the least of these numbers that takes the rest
-# of the prompt, else the largest. Enough to keep matrix units busy; on a CPU, where filled up ones cost, two.
+# of the prompt, else the largest. Enough to keep matrix units busy; on a CPU, where padding costs, two.
 PREFILL_CHUNKS = {"cpu": (128, 512)}
 PREFILL_CHUNKS_ELSEWHERE = (2048,)
 
@@ -48,7 +48,7 @@ def cache_capacity(tokens: int, partition: Partition) -> int:
     """The cache's length in positions for sequences of up to `tokens`.
 
     Rounded up to an eighth of the next power of two, so that a conversation that grows is
-    compiled for seldom, and at most a quarter of the cache lies idle beyond one chunk.
+    compiled for seldom, and at most a quarter of the cache is unused beyond one chunk.
     """
     unit = math.lcm(*prefill_chunk_lengths(partition), CACHE_BLOCK * partition.size(CONTEXT_AXIS))
     step = max(unit, (1 << (tokens - 1).bit_length()) // 8 // unit * unit)
@@ -63,7 +63,7 @@ def prefill_chunk_lengths(partition: Partition) -> tuple[int, ...]:
 
 
 def prefill_chunks(tokens: int, partition: Partition) -> Iterator[tuple[int, int]]:
-    """First position and length of each chunk of a prompt, the last filled up: by nothing but the prompt's length."""
+    """First position and padded length of each prefill chunk, from the length of the prompt alone."""
     lengths, start = prefill_chunk_lengths(partition), 0
     while start < tokens:
         length = next((n for n in lengths if n >= tokens - start), lengths[-1])
@@ -81,7 +81,7 @@ def cache_specs(config: DbrxConfig, partition: Partition, int8: bool = False) ->
 
 
 def swap_layout(cache: LayerCache, platform: str) -> LayerCache:
-    """From how a layer's cache lies to (B, G, S, K), and back: on a TPU another view of the same bytes."""
+    """Transposes a layer's cache between its stored layout and (B, G, S, K); a view of the same bytes on a TPU."""
     return jax.tree.map(lambda x: x.swapaxes(1, 2), cache) if platform == "tpu" else cache
 
 
@@ -121,7 +121,7 @@ def write_cache(
 ) -> LayerCache:
     """The cache with the new keys and values at `positions` of rows first_row … first_row + R.
 
-    The positions must lie within the cache. Several tokens of one row must follow one another, from
+    The positions must be within the cache. Several tokens of one row must follow one another, from
     a multiple of the context_size on.
 
     Args:
@@ -145,7 +145,7 @@ def write_cache(
             return lax.dynamic_update_slice(into, mine, start)
 
         return jax.tree.map(put_chunk, cache, new)
-    # What is another device's lies behind the end, and is dropped.
+    # Positions of other devices map past the end and are dropped.
     mine = (positions % stride == offset) & active
     rows, place = first_row + jnp.arange(R)[:, None], jnp.where(mine, positions // stride, cache.key.shape[2])
 

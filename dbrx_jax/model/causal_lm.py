@@ -29,7 +29,7 @@ class CausalLM(nnx.Module):
       config: the sizes.
       rngs: source of the initial weights (stream "params"); None gives parameters that are shapes only.
       dtype: of weights and activations; the configuration's by default.
-      mesh: the devices that it lies on, see :mod:`dbrx_jax.sharding.partition`; None is one device.
+      mesh: the devices to partition the model over, see :mod:`dbrx_jax.sharding.partition`; None is one device.
       all_to_all: as in :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`.
       quantization: how weights are quantised, see :mod:`dbrx_jax.quantization.array`; None leaves them as they are.
       attention_implementation: as in :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`.
@@ -136,7 +136,7 @@ class CausalLM(nnx.Module):
         R is a multiple of ROW_TILE. Rows go through attention and router tile by tile, and to the experts together.
         """
         partition, count = self.partition, num_row_tiles(input_ids.shape[0], positions)
-        # In a loop of its own, or a product with a scale is joined with a later sum for some numbers of rows.
+        # In a loop of its own: otherwise XLA fuses a scale with a later sum for some numbers of rows.
         x, _ = map_row_tiles(lambda _, ids, none: (self.embed(ids[:, None], partition), none), input_ids, None, count)
         layers = []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):

@@ -101,7 +101,7 @@ def group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> Group
     order = jnp.argsort(pairs, stable=True)
     sizes = jnp.sum(pairs[:, None] == jnp.arange(num_experts), axis=0)
     ends = jnp.cumsum(sizes)
-    # A token goes to each expert once at most. A tile may reach past its expert's places, so one more lies behind.
+    # A token goes to each expert at most once. A tile may reach past its expert's rows, so one more tile is padding.
     places = N * min(K, num_experts)
     inverse = jnp.minimum(jnp.argsort(order), places).reshape(N, K)
     return Groups(

@@ -15,7 +15,7 @@ from dbrx_jax.quantization import QuantizedArray
 from dbrx_jax.quantization.array import halves, scaled
 
 Weight = Array | QuantizedArray
-# Elements of a quantised weight that a CPU turns into floats at a time: what stays in its caches.
+# Elements of a quantised weight that a CPU dequantises at a time: what fits its caches.
 BLOCK = 1 << 20
 # Fewer rows than these take a path of XLA's for CPUs that first casts the whole weight to float32.
 MIN_ROWS = 2
@@ -32,7 +32,7 @@ def linear(
     """x w^T for a weight (M, C), or x w for (C, M), summed in float32 and rounded once.
 
     Args:
-      weight: of two dimensions; a quantised one is never turned into floats as a whole on a CPU.
+      weight: of two dimensions; on a CPU a quantised one is dequantised in blocks, never as a whole.
       contracted: its dimension that is summed over, 1 or 0.
       platform: of the devices.
       dtype: of the result; x's by default.
@@ -75,7 +75,7 @@ def dequantized(weight: Weight) -> Array:
 
 
 def _goes_left(weight: Weight, x: Array) -> TypeGuard[Array]:
-    """Quantised weights do not: turning them into floats takes longer than laying them out."""
+    """Quantised weights stay on the right: dequantising them takes longer than copying their layout."""
     fits = MAX_ROWS < x.shape[0] <= MAX_ROWS_BESIDE and weight.shape[0] % STRIP == 0
     return fits and not isinstance(weight, QuantizedArray)
 
@@ -104,7 +104,7 @@ def _product(x: Array, weight: Array, contracted: int, dtype: DTypeLike | None =
 
 
 def _in_blocks(x: Array, weight: QuantizedArray, contracted: int) -> Array:
-    """Blocks of rows of the weight, one after the other: turned into floats in the cache and multiplied there."""
+    """Dequantises and multiplies blocks of the weight's rows, each within the processor's cache."""
     values, scale = weight.values, weight.scale
     count = _blocks(values.shape[0], scale.shape[0], weight.size)
     rows = [x[:, 0::2], x[:, 1::2]] if weight.kind == "int4" else [x]

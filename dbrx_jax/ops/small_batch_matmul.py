@@ -27,8 +27,8 @@ def small_batch_matmul(
 ) -> Float[Array, "N M"] | None:
     """x w^T for a weight (M, C), or x w for (C, M), in float32; None where this is no way to do it."""
     if x.shape[0] > MAX_ROWS or (isinstance(weight, QuantizedArray) and weight.kind == "fp8"):
-        return None  # XLA turns float8 into floats one by one
-    # In a loop over tokens XLA would turn weights into floats once, ahead of it, and keep these.
+        return None  # XLA converts float8 one by one
+    # In a loop over tokens XLA would dequantise the weights once ahead of it, and keep the result.
     x, weight = lax.optimization_barrier((x, weight))
     if contracted == 1:
         return _over_columns(x, weight)
@@ -47,8 +47,8 @@ def _over_columns(x: Array, weight: Array | QuantizedArray) -> Array | None:
         factors = [f.reshape(1, -1) if groups is None else f.reshape(1, groups, -1) for f in _factors(row, weight)]
         for n in range(count):
             part = slice(n * size, (n + 1) * size)
-            held = values[part] if groups is None else values[part].reshape(size, groups, -1)
-            term = _term(factors, held)
+            stored_values = values[part] if groups is None else values[part].reshape(size, groups, -1)
+            term = _term(factors, stored_values)
             terms.append(term if groups is None or scale is None else term * scale[part, :, None])
     zeros, summed = (jnp.float32(0),) * len(terms), (1,) if groups is None else (1, 2)
     sums = lax.reduce(tuple(terms), zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), summed)
@@ -65,9 +65,9 @@ def _over_rows(x: Array, weight: Array | QuantizedArray) -> Array | None:
         return None
     shape = (count, -1) if groups is None else (count, groups // count, stored // groups)
     factors = [f.reshape(*shape, 1) for f in _factors(x[0], weight)]
-    held = values.reshape(*shape, columns)
+    stored_values = values.reshape(*shape, columns)
     scales = None if groups is None or scale is None else scale.reshape(count, -1, 1, columns)
-    terms = [_term([f[n] for f in factors], held[n]) for n in range(count)]
+    terms = [_term([f[n] for f in factors], stored_values[n]) for n in range(count)]
     if scales is not None:
         terms = [term * scales[n] for n, term in enumerate(terms)]
     total = sum(terms[1:], start=terms[0]).reshape(-1, columns)
@@ -90,9 +90,9 @@ def _factors(row: Array, weight: Array | QuantizedArray) -> list[Array]:
     return [row[0::2], row[1::2]] if packed else [row]
 
 
-def _term(factors: list[Array], held: Array) -> Array:
+def _term(factors: list[Array], stored_values: Array) -> Array:
     """Stored values times the row's elements, in float32."""
     if len(factors) == 1:
-        return factors[0] * held.astype(jnp.float32)
-    low, high = halves(held)
+        return factors[0] * stored_values.astype(jnp.float32)
+    low, high = halves(stored_values)
     return factors[0] * low.astype(jnp.float32) + factors[1] * high.astype(jnp.float32)

@@ -94,7 +94,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     for collective in found:
         kinds[collective.kind] = kinds.get(collective.kind, 0) + collective.runs
     tokens, split_tokens = (setting.rows, False) if name == "decode" else (PREFILL, True)
-    held = hlo.largest_temporaries(text)
+    buffers = hlo.largest_temporaries(text)
     return Compiled(
         program=name,
         compile_seconds=round(seconds, 1),
@@ -108,8 +108,8 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
         moved=round(sum(hlo.bytes_moved(c) * c.runs for c in found)),
         planned_moved=round(sum(m.moved for m in messages(setting, tokens, split_tokens))),
         weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("parts")}),
-        largest_temporary=f"{held[0].shape} ({held[0].bytes / 1e6:.1f} MB)" if held else "",
-        expert_copies=sorted({t.shape for t in held if _holds_expert(t.shape, setting)}),
+        largest_temporary=f"{buffers[0].shape} ({buffers[0].bytes / 1e6:.1f} MB)" if buffers else "",
+        expert_copies=sorted({t.shape for t in buffers if _holds_expert(t.shape, setting)}),
     )
 
 

@@ -133,7 +133,7 @@ def _working(setting: Setting, rows: int, tokens: int) -> int:
     if partition.size("fsdp") > 1:
         weights = [array for name, array in setting.arrays.items() if ".experts." in name][:3]  # of one expert
         gathered = sum(_gathered(leaf, spec, partition) for w in weights for _, leaf, spec in w.leaves())
-        if kernel_backend(setting.target.platform):  # there all of a device lie in one array
+        if kernel_backend(setting.target.platform):  # there all experts of a device are in one array
             gathered *= partition.expert_arrays(config.moe_num_experts)
     return hidden + max(attention, experts * setting.width) + rows * vocabulary * 8 + gathered
 
@@ -194,7 +194,7 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
         if group > 1:
             result.extend([Message(kind, what, group, size)] * times)
 
-    def joined(what: str, times: int) -> None:
+    def reduced(what: str, times: int) -> None:
         """Partial sums of all tokens over experts and tensor."""
         if split:
             # Over a whole slice of 16 the TPU's compiler makes an all-reduce of it, and keeps a part.
@@ -204,7 +204,7 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
         else:
             add("all-reduce", what, experts * tensor, hidden, times)
 
-    joined("embedding", 1)
+    reduced("embedding", 1)
     if split:
         add("all-gather", "tokens into attention and experts", experts, hidden, 2 * config.n_layers)
         add("all-gather", "tokens into the head", experts, hidden, 1)
@@ -213,7 +213,7 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
     add("all-reduce", "attention", experts, tokens * heads * (config.head_dim + 1) * 4)
     add("all-reduce", "attention's output over heads", tensor, hidden // experts)
     add("all-to-all" if split else "all-gather", "attention's output", experts, hidden // (experts if split else 1))
-    joined("experts' output", config.n_layers)
+    reduced("experts' output", config.n_layers)
     if not split:
         add("all-reduce", "the chosen token", experts * tensor, tokens * 4, 5)
         add("all-reduce", "whether a row is left", partition.size(*BATCH_AXES), 4, 1)
@@ -250,7 +250,7 @@ def decode_roofline(setting: Setting) -> Roofline:
     distinct = distinct_experts(config, setting.batch)
     parameters = dict(memory(setting).parameters)
     experts, table = parameters.pop("experts"), parameters.pop("embedding")
-    del table  # a few rows of it
+    del table  # only some of its rows are read
     live = cache_bytes(setting) * setting.context // setting.positions
     read = round(experts * distinct / config.moe_num_experts) + sum(parameters.values()) + live
     flops = 2 * setting.batch * config.active_parameters / setting.devices

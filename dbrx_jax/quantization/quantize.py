@@ -81,7 +81,7 @@ class _Jax:
 
 
 def _quantize(array: Any, like: QuantizedArray, on: Any) -> tuple[Any, Any]:
-    """Values and scales, of an array or of a part of it that whole contractions lie in.
+    """Quantises an array, or a part of it with whole contractions, to values and scales.
 
     No step leaves room for two roundings: reciprocals are taken of scales alone, squares summed in whole numbers.
     """
@@ -127,7 +127,7 @@ def _least_error(x: Any, scale: Any, over: tuple[int, ...], dtype: np.dtype, on:
 
 
 def _to_fp8(x: Any, on: Any) -> Any:
-    """float8_e4m3fn, rounded to nearest even by hand: some casts round twice. Without -0, which XLA does not keep."""
+    """Rounds to float8_e4m3fn, to nearest even: some casts round twice. Gives no -0, which XLA does not keep."""
     bits = on.bits(x, np.uint32)
     bits = (bits + np.uint32(0x7FFFF) + ((bits >> 20) & 1)) & np.uint32(0xFFF00000)  # three bits of mantissa
     normal = on.bits(bits, np.float32)

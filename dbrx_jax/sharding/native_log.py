@@ -42,15 +42,15 @@ def explain(text: str, start_seconds: str, lost_seconds: str) -> str | None:
 def main(program: str, start_seconds: str, lost_seconds: str) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # it ends with its process, when the pipe does
         signal.signal(ignored, signal.SIG_IGN)
-    held = ""
+    buffered = ""
     for raw in sys.stdin.buffer:
         line = raw.decode(errors="replace")
-        if held or line.startswith(MARK) or ENDING.match(line):
-            held = (held + line)[-100_000:]
+        if buffered or line.startswith(MARK) or ENDING.match(line):
+            buffered = (buffered + line)[-100_000:]
         elif not NOISE.match(line):
             print(line, end="", flush=True)
-    message = explain(held, start_seconds, lost_seconds)
-    print(held if message is None else f"{program}: {message}\n", end="", flush=True)
+    message = explain(buffered, start_seconds, lost_seconds)
+    print(buffered if message is None else f"{program}: {message}\n", end="", flush=True)
 
 
 if __name__ == "__main__":

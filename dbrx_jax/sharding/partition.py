@@ -52,7 +52,7 @@ class Partition:
     Args:
       mesh: with axes among AXES; None is one device.
       tokens_split: whether the tokens between two layers are split over `expert` too, along dimension 1 (the
-        ring: all-gather, compute, reduce-scatter), or are whole on each device of a row (decode).
+        ring: all-gather, compute, reduce-scatter), or are replicated over it (decode).
       all_to_all: whether split tokens go to their experts' devices alone, rather than round the ring.
       attention: which implementation of attention is used, a name of :mod:`dbrx_jax.ops.attention`'s; None is
         the platform's best.
@@ -73,28 +73,28 @@ class Partition:
         return 1 if self.mesh is None else math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
 
     def expert_arrays(self, experts: int) -> int:
-        """In how many arrays the experts of a layer lie, each with equally many of every device.
+        """Number of arrays that hold the experts of a layer, each with equally many of every device.
 
         Kernels pick among those in one array. XLA would copy what is picked: it reads each from a buffer of its own.
         """
         return 1 if kernel_backend(self.platform) else experts // self.size("expert")
 
     def with_tokens_split(self, tokens: int) -> "Partition":
-        """With tokens split over `expert`, where there are several and they divide."""
+        """A partition with tokens split over `expert`, if that axis divides them."""
         experts = self.size("expert")
         return dataclasses.replace(self, tokens_split=experts > 1 and tokens % experts == 0)
 
     def pad_vocabulary(self, entries: int) -> int:
-        """The vocabulary's size in memory: on a mesh, a multiple that every device has equal shares of."""
+        """The padded vocabulary size: on a mesh, a multiple that splits evenly over the devices."""
         if self.mesh is None:
             return entries
         unit = self.size(*VOCAB_AXES) * VOCAB_BLOCK
         return -(-entries // unit) * unit
 
-    # Where arrays lie.
+    # Partition specs.
 
     def spec(self, axes: Sequence[str]) -> PartitionSpec:
-        """A parameter's, from the names of its logical axes."""
+        """Partition spec of a parameter, from its logical axes."""
         taken: set[str] = set()
         dimensions = []
         for axis in axes:
@@ -137,7 +137,7 @@ class Partition:
         return jax.tree.map(self.sharding, places, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
     def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """The function as a program that every device runs on its own part of the arguments."""
+        """jax.shard_map over the mesh: every device runs the function on its shards of the arguments."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -159,7 +159,7 @@ class Partition:
         return tuple(axis for axis in axes if self.size(axis) > 1)
 
     def axis_index(self, *axes: str) -> Array | int:
-        """This device's number along the axes, the first the slowest."""
+        """This device's index along the axes, row-major."""
         real = self._axes_in_mesh(axes)
         return lax.axis_index(real) if real else 0
 
@@ -172,12 +172,12 @@ class Partition:
         return lax.pmax(x, real) if real else x
 
     def all_gather(self, x: Array, dimension: int, *axes: str) -> Array:
-        """The parts of all devices along the axes, joined along a dimension."""
+        """Concatenates the shards of all devices along the axes in a dimension."""
         real = self._axes_in_mesh(axes)
         return lax.all_gather(x, real, axis=dimension, tiled=True) if real else x
 
     def local_shard(self, x: Array, dimension: int, *axes: str) -> Array:
-        """This device's part of an array that all devices along the axes hold."""
+        """This device's shard of an array that is replicated over the axes."""
         count = self.size(*axes)
         if count == 1:
             return x
@@ -185,7 +185,7 @@ class Partition:
         return lax.dynamic_slice_in_dim(x, self.axis_index(*axes) * part, part, axis=dimension)
 
     def gather_fsdp(self, parameter: Any) -> Any:
-        """A parameter for use: what is split over `fsdp` is gathered, all else stays where it is.
+        """Gathers a parameter over `fsdp`; other axes stay split.
 
         A quantised one stays so: its values and scales are gathered.
         """
@@ -203,18 +203,18 @@ class Partition:
                 value = self.all_gather(value, dimension, "fsdp")
         return value
 
-    # Tokens (B, T, …), between layers whole or split along T.
+    # Tokens (B, T, …), replicated or split along T between layers.
 
     def gather_tokens(self, x: Array) -> Array:
-        """The tokens of all devices of a row, before a layer computes on them."""
+        """All-gathers tokens over `expert` before a layer computes on them."""
         return self.all_gather(x, 1, "expert") if self.tokens_split else x
 
     def local_tokens(self, x: Array) -> Array:
-        """This device's tokens of an array that holds all."""
+        """This device's tokens of an array with all tokens."""
         return self.local_shard(x, 1, "expert") if self.tokens_split else x
 
     def reduce_tokens(self, partial: Array) -> Array:
-        """Sums over `expert` and `tensor` of what each device computed for all tokens: this device's tokens."""
+        """Reduces partial sums for all tokens over `expert` and `tensor`; returns this device's tokens."""
         if self.tokens_split:
             # Parts as a dimension of their own: along an inner one a TPU's compiler sums all for all.
             B, T, *rest = partial.shape
@@ -223,17 +223,17 @@ class Partition:
         return self.psum(partial, "expert", "tensor")
 
     def scatter_tokens(self, x: Array) -> Array:
-        """From all tokens with a share of the last dimension (over `expert`) to this device's tokens, whole."""
+        """All-to-all from a shard of the last dimension for all tokens to all of it for this device's tokens."""
         if not self.tokens_split:
             return self.all_gather(x, x.ndim - 1, "expert")
         return lax.all_to_all(x, "expert", split_axis=1, concat_axis=x.ndim - 1, tiled=True)
 
     def ragged_all_to_all(self, rows: Array, sizes: Array, buffer_size: int) -> Array:
-        """Rows (N, …) in runs, the first sizes[0] for device 0 along `expert`, and so on: the rows sent here.
+        """Ragged all-to-all along `expert`: sends runs of rows (N, …) to each device; returns the rows received.
 
         Args:
           sizes: (devices, devices), how many rows each device sends to each; the same everywhere.
-          buffer_size: rows of the result (buffer_size, …), in the order of their senders, with zeros behind.
+          buffer_size: rows of the result (buffer_size, …), in the order of their senders, padded with zeros.
         """
         me = self.axis_index("expert")
         begins = jnp.cumsum(sizes, axis=1) - sizes  # of each run where it is sent from
@@ -250,7 +250,7 @@ class Partition:
     def _ragged_all_to_all_on_cpu(
         self, rows: Array, begins: Array, places: Array, sizes: Array, buffer_size: int
     ) -> Array:
-        """The same from the rows of all devices (devices, N, …)."""
+        """Selects the received rows from those of all devices (devices, N, …)."""
         place = jnp.arange(buffer_size)
         sender = jnp.sum(place[:, None] >= (places + sizes)[None], axis=1)
         real, sender = sender < len(sizes), jnp.minimum(sender, len(sizes) - 1)
@@ -335,7 +335,7 @@ def parse_axes(text: str) -> dict[str, int]:
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of these sizes over the devices (all there are by default), laid out along their network.
 
-    Where the devices lie in several slices (or GPUs in several hosts), `data`, else `fsdp`, goes between
+    If the devices are in several slices (or GPUs in several hosts), `data`, else `fsdp`, goes between
     them: the axes that communicate least.
 
     Raises:

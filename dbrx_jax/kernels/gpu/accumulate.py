@@ -1,7 +1,7 @@
 """Accumulates one output tile on a Hopper GPU: a block of 128 threads, channels times rows of activations.
 
-TMA brings words of weights (words_gpu.py) and rows into shared memory some steps ahead; words go into registers,
-become bfloat16 and are multiplied from there by wgmma, which sums in float32. Plain weights are multiplied from
+TMA copies packed weights (packed_weights.py) and rows into shared memory some steps ahead; weights go into registers,
+are dequantised to bfloat16 and multiplied from there by wgmma, which sums in float32. Plain weights are multiplied from
 shared memory.
 """
 
@@ -53,13 +53,13 @@ class Block(NamedTuple):
         return [tile] * weights + [rows] * self.weight.inputs
 
     def load(self, ref: Any) -> tuple[Any, ...]:
-        """A tile's planes, channels first: in registers, or where it lies if it is plain."""
+        """A tile's bfloat16 weights, channels first: in registers, or in shared memory if it is plain."""
         if self.weight.contracted == 0:
             ref = ref.transpose((1, 0))
         return (ref,) if self.weight.kind == "plain" else unpack(ref[...], self.weight.kind)
 
     def multiply(self, acc: Any, plane: Any, rows: Any) -> None:
-        """Adds a plane (channels, depth) times rows (N, depth), transposed, to sums (channels, N)."""
+        """Adds weights (channels, depth) times rows (N, depth), transposed, to sums (channels, N)."""
         if self.interpret and self.weight.kind != "plain":
             # The interpreter knows no product with registers: the same by way of shared memory.
             def through(shared):
@@ -75,9 +75,9 @@ def accumulate_tile(block: Block, bits: list, scales: list, x: Any) -> tuple[Arr
     """Sums (channels, rows) of each weight and output, in that order, in float32.
 
     Args:
-      bits: one expert's words of each weight, where they lie in memory.
+      bits: one expert's packed values of each weight, in global memory.
       scales: by group, likewise; empty without groups.
-      x: planes (inputs, rows, depth) there.
+      x: activations (inputs, rows, depth), there too.
     """
     planes_refs = [x.at[i] for i in range(block.weight.inputs)]
     summed = _by_channel if block.weight.group is None else _by_group

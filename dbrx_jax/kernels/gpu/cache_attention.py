@@ -89,7 +89,7 @@ def cache_attention(
         q = jnp.pad(q.reshape(R, shape.heads, group, K), ((0, 0), (0, 0), (0, shape.rows - group), (0, 0)))
     at = jnp.concatenate([jnp.stack([jnp.int32(first_row), jnp.int32(context_shard[0])]), starts.astype(jnp.int32)])
     out, stats = _run(shape, R, interpret)(at, q, key, value, *(scales or ()))
-    largest, total, out = _joined(stats[..., 0, :], stats[..., 1, :], out)
+    largest, total, out = _merged(stats[..., 0, :], stats[..., 1, :], out)
     if T > 1:
         return largest.swapaxes(1, 2), total.swapaxes(1, 2), out.swapaxes(1, 2)
     largest, total, out = (x[:, :, :group] for x in (largest, total, out))
@@ -111,7 +111,7 @@ def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int
     return int(read), queries * (shape.elements + 2) * 4
 
 
-def _joined(largest: Array, total: Array, out: Array) -> tuple[Array, Array, Array]:
+def _merged(largest: Array, total: Array, out: Array) -> tuple[Array, Array, Array]:
     """The parts (R, units, parts, tiles, rows) as one, (R, units, tiles rows)."""
     top = largest.max(axis=2)
     share = jnp.exp(largest - top[:, :, None])

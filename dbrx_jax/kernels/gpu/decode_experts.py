@@ -81,21 +81,21 @@ def decode_experts(
 
     Args:
       x: up to MAX_TOKENS rows that :func:`supports` takes.
-      chosen: experts, each once; what stands from `count` on does not matter.
+      chosen: active experts, each once; entries from `count` on are ignored.
       w1, v1, w2: stacked, (E, F, D) each.
       activation: of ops.experts.ACTIVATIONS.
       tiles: of gate and up, and of down; :func:`default_tiles` otherwise.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
     rows = x.shape[0]
-    filled = jnp.pad(x, ((0, -rows % MIN_TOKENS), (0, 0)))
+    padded = jnp.pad(x, ((0, -rows % MIN_TOKENS), (0, 0)))
     here = jnp.arange(chosen.shape[0]) < count
     chosen = jnp.where(here, chosen, 0)
     up, down = (pack(w1, 1), pack(v1, 1)), (pack(w2, 0),)
     if tiles is None:
-        tokens, places = filled.shape[0], chosen.shape[0]
+        tokens, places = padded.shape[0], chosen.shape[0]
         tiles = default_tiles(up, tokens, places), default_tiles(down, tokens, places)
-    gate, other = products(activations(filled, up[0])[None], up, chosen, count, tiles[0], interpret)
+    gate, other = products(activations(padded, up[0])[None], up, chosen, count, tiles[0], interpret)
     inner = (ACTIVATIONS[activation](gate) * other).astype(x.dtype)  # (C, N, F)
     (y,) = products(activations(inner, down[0]), down, chosen, count, tiles[1], interpret)
     y = y[:, :rows]
@@ -146,7 +146,7 @@ def products(
     tiles: DecodeTiles,
     interpret: Any,
 ) -> list[Array]:
-    """Every chosen expert's products (C, N, M) with each weight, in float32, of planes (C or 1, inputs, N, depth).
+    """Every chosen expert's products (C, N, M) with each weight, in float32, of activations (C or 1, inputs, N, depth).
 
     The weights are alike. What belongs to experts from `count` on is undefined.
     """

@@ -1,6 +1,6 @@
 """The gradient of a grouped matrix product's weights on Hopper GPUs: for each group, rows^T times rows.
 
-A block sums one tile of one group's matrix over the group's rows. Tiles of rows lie where they do for all
+A block sums one tile of one group's matrix over the group's rows. Row tiles are the same for all
 groups, so the first and the last of a group may hold others' rows, which are replaced by zeros in shared memory:
 not multiplied by 0, for they may hold anything.
 """

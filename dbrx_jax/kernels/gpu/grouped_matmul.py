@@ -68,10 +68,10 @@ def _work(sizes: Array, rows: int, tile: int) -> _Work:
 
 
 def _quantized(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTiles, interpret: Any) -> Array:
-    """(P', M) in bfloat16, P' filled up to whole tiles; rows of no group are undefined."""
-    filled = jnp.pad(rows, ((0, -rows.shape[0] % tiles.rows), (0, 0)))
-    x = activations(filled, weight)
-    work = _work(sizes, filled.shape[0], tiles.rows)
+    """(P', M) in bfloat16, P' padded to whole tiles; rows of no group are undefined."""
+    padded = jnp.pad(rows, ((0, -rows.shape[0] % tiles.rows), (0, 0)))
+    x = activations(padded, weight)
+    work = _work(sizes, padded.shape[0], tiles.rows)
     count, across = work.group.shape[0], weight.channels // tiles.channels
     scales = [weight.groups if weight.scale is None else _channel_scales(weight)]
     out_dtype = jnp.bfloat16 if weight.outputs == 1 else jnp.uint32  # two neighbouring channels
@@ -95,7 +95,7 @@ def _quantized(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedT
 
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((filled.shape[0], weight.channels), out_dtype),
+        out_type=jax.ShapeDtypeStruct((padded.shape[0], weight.channels), out_dtype),
         grid=(count * across,),
         grid_names=("work",),
         scratch_types=[plgpu.SMEM((tiles.rows, tiles.channels), out_dtype)],
@@ -175,7 +175,7 @@ def grouped_matmul(
     """Each row times its group's matrix, in the rows' dtype, summed in float32.
 
     Args:
-      rows: sorted by group; what lies past the sum of sizes gives 0, whatever it holds.
+      rows: sorted by group; rows past the sum of sizes give 0, whatever they contain.
       weight: that :func:`supports` takes: contracted 1: (E, M, C); 0: (E, C, M).
       sizes: rows of each group, also 0.
       tiles: PlainTiles for a plain weight, GroupedTiles for another; :func:`default_tiles` by default.
@@ -233,11 +233,11 @@ _BY_GROUP_OF_TWO = ((64, 64, 64, 2), (64, 64, 64, 3), (64, 64, 32, 4))
 
 def _plain(rows: Array, weight: PackedWeights, sizes: Array, tiles: PlainTiles, interpret: Any) -> Array:
     """jax's kernel; rows of no group are undefined."""
-    filled = jnp.pad(rows, ((0, -rows.shape[0] % tiles.rows), (0, 0)))
+    padded = jnp.pad(rows, ((0, -rows.shape[0] % tiles.rows), (0, 0)))
     mosaic: Any = plgpu  # of which versions of jax before 0.11 have no interpreter
     with mosaic.force_gpu_interpret_mode(interpret) if interpret else nullcontext():
         return ragged_dot(
-            filled,
+            padded,
             weight.bits,
             group_sizes=sizes.astype(jnp.int32),
             block_m=tiles.rows,

@@ -20,7 +20,7 @@ from jax import Array, lax
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
-# Weights in a word, and what to multiply each plane's activations by.
+# A factor for the activations of each weight position in an int16.
 FACTORS: dict[str, tuple[float, ...]] = {
     "plain": (1.0,),
     "int8": (1.0, 1.0),
@@ -40,7 +40,7 @@ class PackedWeights:
       contracted: the dimension that is summed over, 1 (of E, M, C) or 0 (of E, C, M), without E.
       scale: by channel, None where there is none or one for each group.
       groups: scales by group, two neighbours in a uint32: (E, M, C / group / 2) or (E, C / group, M / 2).
-      group: words along the contraction that share a scale, None without groups.
+      group: int16 along the contraction that share a scale, None without groups.
     """
 
     bits: Any
@@ -52,13 +52,13 @@ class PackedWeights:
 
     @property
     def inputs(self) -> int:
-        """Planes of activations."""
+        """Weight positions that activations are split into."""
         planes = len(FACTORS[self.kind])
         return planes if self.contracted == 1 or planes == 1 else planes // 2
 
     @property
     def outputs(self) -> int:
-        """Outputs of each word of channels."""
+        """Outputs of each int16 along the channels."""
         return len(FACTORS[self.kind]) // self.inputs
 
     @property
@@ -103,7 +103,7 @@ def fits(weight: Weight, contracted: int) -> bool:
 
 
 def activations(rows: Array, weight: PackedWeights) -> Array:
-    """Rows (..., N, C) as planes (..., inputs, N, C / inputs), each with its factor."""
+    """Splits rows (..., N, C) by weight position: (..., inputs, N, C / inputs), times FACTORS."""
     planes = weight.inputs
     cut = jnp.moveaxis(rows.reshape(*rows.shape[:-1], -1, planes), -1, -3)
     factors = jnp.array(FACTORS[weight.kind][:planes], rows.dtype)
@@ -111,7 +111,7 @@ def activations(rows: Array, weight: PackedWeights) -> Array:
 
 
 def unpack(word: Array, kind: str) -> tuple[Array, ...]:
-    """In a kernel: the bfloat16 planes of int16 words, to be multiplied by :data:`FACTORS`."""
+    """Dequantises int16 values to one bfloat16 array per weight position, before FACTORS; used in kernels."""
     if kind == "fp8":
         upper = lax.shift_right_logical(word & 0x7F00, jnp.int16(4))
         return _fp8((word & 0x7F) << 4, (word & 0x80) << 8), _fp8(upper, word & -0x8000)
@@ -122,7 +122,7 @@ def unpack(word: Array, kind: str) -> tuple[Array, ...]:
 
 
 def split_scales(pairs: Array) -> tuple[Array, Array]:
-    """In a kernel: the two bfloat16 scales of a uint32, as float32."""
+    """The two bfloat16 scales in a uint32, as float32; used in kernels."""
     return _float32(pairs << 16), _float32(pairs & jnp.uint32(0xFFFF0000))
 
 

@@ -38,7 +38,7 @@ def sequence_attention(
     order = jnp.argsort(~valid, axis=1, stable=True)
     lengths = valid.sum(axis=1, dtype=jnp.int32)
     used = (jnp.arange(valid.shape[1]) < lengths[:, None])[..., None, None]
-    # What lies behind a row's length is whatever cuDNN leaves there, in its results and in gradients: replaced.
+    # cuDNN leaves results and gradients past a row's length undefined: replaced.
     q, k, v = (jnp.where(used, _taken(x, order), 0) for x in (query, key, value))
     some = jnp.maximum(lengths, 1)
     out = jax.nn.dot_product_attention(

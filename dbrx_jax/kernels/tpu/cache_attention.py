@@ -1,6 +1,6 @@
 """Attention to the key-value cache on a TPU: scores never leave the chip, and only live positions are read.
 
-One kernel for chunks of a prompt and for decoding. The cache lies as (B, S, G, K); a step of the grid reads
+One kernel for chunks of a prompt and for decoding. The cache is stored as (B, S, G, K); a step of the grid reads
 one block of positions of all heads, for a tile of queries of one row. Blocks that a tile does not look at
 repeat the index of the last one that it does, so that nothing is fetched for them.
 """
@@ -69,21 +69,21 @@ def _kernel(starts, cache_at, *refs, tile: int, stride: int, by_head: bool, scal
     """One step: a tile of queries (1, 1, G, H/G tile, K) against a block of positions (1, block, G, K).
 
     Queries are ordered by head, then position. Many queries go through the heads in a loop: written out, their
-    products take the compiler ten seconds a layer. A loop cannot pick a head from the block as it lies, so they are
+    products take the compiler ten seconds a layer. A loop cannot index a head in the stored block, so they are
     put apart first, which beside the products is little. One query is all reading, and is spared that.
     """
     number = 5 if scaled else 3
-    q_ref, *held = refs[:number]  # keys, values and their scales
+    q_ref, *cache_refs = refs[:number]  # keys, values and their scales
     out_ref, stats_ref, largest_ref, total_ref, *kept = refs[number:]
-    heads, block = held[0].shape[1:3] if by_head else held[0].shape[2:0:-1]
+    heads, block = cache_refs[0].shape[1:3] if by_head else cache_refs[0].shape[2:0:-1]
     r, i, j = (pl.program_id(axis) for axis in range(3))
     first_query = starts[r] + i * tile
     first_key = j * (block * stride) + cache_at[1]
 
     def of_head(g: int) -> list[Array]:
         """Keys and values (block, K), and their scales (1, block) in float32."""
-        pair = [ref[0, g] if by_head else ref[0, :, g, :] for ref in held[:2]]
-        return pair + [ref[0, g : g + 1].astype(jnp.float32) for ref in held[2:]]
+        pair = [ref[0, g] if by_head else ref[0, :, g, :] for ref in cache_refs[:2]]
+        return pair + [ref[0, g : g + 1].astype(jnp.float32) for ref in cache_refs[2:]]
 
     def add(g: Any, seen: Array, k: Array, v: Array, of_keys: Any = 1, of_values: Any = 1) -> None:
         q = q_ref[0, 0, g]
@@ -167,7 +167,7 @@ def cache_attention(
     def scale_index(*at):
         return kv_index(*at)[:3]
 
-    by_head = is_stored_by_head(G, key.dtype)  # taken as it lies: what is turned is copied
+    by_head = is_stored_by_head(G, key.dtype)  # in its stored layout: a transpose would copy it
     kv = pl.BlockSpec((1, G, block, K), kv_index) if by_head else pl.BlockSpec((1, block, G, K), as_it_lies)
     scale = pl.BlockSpec((1, G, block), scale_index)
     apart = [pltpu.VMEM((G, block, K), key.dtype)] * 2 + [pltpu.VMEM((G, 1, block), jnp.float32)] * (2 * bool(scales))

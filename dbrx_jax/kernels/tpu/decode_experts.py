@@ -32,7 +32,7 @@ from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
-# Rows are filled up to the sublanes of a packed bfloat16 register.
+# Rows are padded to the sublanes of a packed bfloat16 register.
 ROWS = 16
 MAX_ROWS = 256
 # Of one step's three tiles: its reading takes some µs, ten times what a step costs by itself.
@@ -106,8 +106,8 @@ def decode_experts(
       interpret: runs it on a CPU, slowly.
     """
     rows = x.shape[0]
-    filled = -rows % ROWS
-    x, combine_weights = jnp.pad(x, ((0, filled), (0, 0))), jnp.pad(combine_weights, ((0, 0), (0, filled)))
+    padding = -rows % ROWS
+    x, combine_weights = jnp.pad(x, ((0, padding), (0, 0))), jnp.pad(combine_weights, ((0, 0), (0, padding)))
     tiles = tiles or default_tiles(x, w1)
     chosen, count = chosen.astype(jnp.int32), jnp.reshape(count, 1).astype(jnp.int32)
     operands = decode_operands(x, combine_weights, w1, v1, w2, tiles)
@@ -147,7 +147,7 @@ class DecodeOperands(NamedTuple):
 def decode_operands(
     x: Array, combine_weights: Array, w1: Weight, v1: Weight, w2: Weight, tiles: DecodeTiles
 ) -> DecodeOperands:
-    """Brings small things into the kernel's arrangement; weights stay as they lie."""
+    """Reshapes the small operands for the kernel; weights stay in their layout."""
     weight_format = WeightFormat.of(w1)
     if weight_format.packed:
         # Of each 256 the even ones first, as 128 bytes of w1 and v1 give them.

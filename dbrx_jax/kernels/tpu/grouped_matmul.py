@@ -136,8 +136,8 @@ def grouped_gradient(
     left: Float[Array, "P M"], right: Float[Array, "P C"], sizes: Int[Array, "E"], interpret: bool = False
 ) -> Float[Array, "E M C"]:
     """left^T right for each group of rows, summed in float32, in their dtype; zeros for a group without rows."""
-    filled = -left.shape[0] % LANES
-    left, right = (jnp.pad(a, ((0, filled), (0, 0))) for a in (left, right))
+    padding = -left.shape[0] % LANES
+    left, right = (jnp.pad(a, ((0, padding), (0, 0))) for a in (left, right))
     tile = next(t for t in (512, 256, LANES) if left.shape[0] % t == 0)
     tiling = (tile, *(min(TRANSPOSED_TILE, a.shape[1]) for a in (left, right)))
     with jax.default_matmul_precision("highest" if left.dtype == jnp.float32 else "default"):
@@ -190,7 +190,7 @@ def grouped_steps(sizes: Int[Array, "E"], rows: int, tile: int) -> GroupedSteps:
 
 
 def grouped_operands(rows: Array, weight: Weight, contracted: int, tiles: GroupedTiles) -> list[Any]:
-    """Rows, values and scales in the kernel's arrangement; a weight stays as it lies."""
+    """Reshapes rows and scales for the kernel; the weight's values stay in their layout."""
     if not isinstance(weight, QuantizedArray):
         return [rows, weight]
     weight_format, scale = WeightFormat.of(weight), weight.scale
@@ -267,8 +267,8 @@ def _sum(sums, rows, w, s, contracted: int, weight_format: WeightFormat) -> None
 
     def add(k, carry):
         x = rows[:, pl.ds(pl.multiple_of(k * size, size), size)]
-        held = size // 2 if weight_format.packed else size
-        part = pl.ds(pl.multiple_of(k * held, held), held)
+        stored_size = size // 2 if weight_format.packed else size
+        part = pl.ds(pl.multiple_of(k * stored_size, stored_size), stored_size)
         if contracted:
             floats = even_odd(w[:, part], x.dtype) if weight_format.packed else w[:, part].astype(x.dtype)
             if weight_format.group is not None:

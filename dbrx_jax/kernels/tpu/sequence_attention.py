@@ -39,8 +39,8 @@ def sequence_attention(
     """
     T, K = query.shape[1], query.shape[3]
     q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
-    q, k, v = (_filled(x, 1).swapaxes(1, 2) for x in (q, key, value))
-    ids = _filled(valid, 1).astype(jnp.int32)
+    q, k, v = (_padded(x, 1).swapaxes(1, 2) for x in (q, key, value))
+    ids = _padded(valid, 1).astype(jnp.int32)
     kernel = _kernel(q.shape[1], k.shape[2], q.shape[2], interpret)
     if key.shape[1] > T:
         kernel = _own(kernel, lax.div(first, jnp.int32(T)), key.shape[1] // T)
@@ -49,7 +49,7 @@ def sequence_attention(
     return one(q, k, v, segments).swapaxes(1, 2)[:, :T]
 
 
-def _filled(x: Array, dimension: int) -> Array:
+def _padded(x: Array, dimension: int) -> Array:
     """With zeros up to a multiple of LANES."""
     wide = [(0, 0)] * x.ndim
     wide[dimension] = (0, -x.shape[dimension] % LANES)

@@ -38,13 +38,13 @@ def blockwise_attention(
 
 
 def _in_blocks(x: Array, block: int, heads: int) -> Array:
-    """From (B, T, heads I, K) to (blocks, B, heads, I, block, K), filled up with zeros."""
+    """Reshapes (B, T, heads I, K) to (blocks, B, heads, I, block, K), padded with zeros."""
     B, T, many, K = x.shape
     x = jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
     return x.reshape(B, -1, block, heads, many // heads, K).transpose(1, 0, 3, 4, 2, 5)
 
 
-def _joined(blocks: Array, shape: tuple[int, ...]) -> Array:
+def _merged(blocks: Array, shape: tuple[int, ...]) -> Array:
     """The way back, to an array (B, T, H, K) of this shape."""
     n, B, G, I, block, K = blocks.shape  # noqa: E741
     return blocks.transpose(1, 0, 4, 2, 3, 5).reshape(B, n * block, G * I, K)[:, : shape[1]]
@@ -95,7 +95,7 @@ def _forward(query, key, value, valid, first, block: int) -> tuple[Array, Any]:
         return (out / some[..., None]).astype(query.dtype), largest + jnp.log(some)
 
     outs, norms = lax.map(of_queries, (jnp.arange(len(qs)), qs))
-    out = _joined(outs, query.shape)
+    out = _merged(outs, query.shape)
     return out, (query, key, value, valid, first, out, norms)
 
 
@@ -127,7 +127,7 @@ def _backward(block: int, kept: Any, d_out: Array) -> tuple[Any, ...]:
 
     start = jnp.zeros(qs.shape, jnp.float32)
     d_qs, (d_ks, d_vs) = lax.scan(of_keys, start, (jnp.arange(len(ks)), ks, vs, seen))
-    found = [_joined(d, x.shape).astype(x.dtype) for d, x in ((d_qs, query), (d_ks, key), (d_vs, value))]
+    found = [_merged(d, x.shape).astype(x.dtype) for d, x in ((d_qs, query), (d_ks, key), (d_vs, value))]
     return *found, *(np.zeros(jnp.shape(x), jax.dtypes.float0) for x in (valid, first))
 
 

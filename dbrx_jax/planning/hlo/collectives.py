@@ -22,7 +22,7 @@ class Collective:
     runs: int  # of the whole program; those of every branch of a conditional count
     op_name: str  # where in the Python program it comes from
     # Entry parameters (the path of the argument, such as "params['w']") that are an operand as they are: at most
-    # moved, sliced, cast or reshaped. One that a loop changes is not, nor one that is looked up by a gather.
+    # moved, sliced, cast or reshaped. One that a loop changes is not, nor one that a gather indexes.
     parameters: tuple[str, ...]
 
 

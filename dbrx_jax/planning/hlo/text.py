@@ -61,7 +61,7 @@ class Instr:
     type: Type
     opcode: str
     operands: tuple[str, ...]
-    literal: str  # what stands in the brackets
+    literal: str  # the text in the brackets
     attributes: str
     is_root: bool
 
