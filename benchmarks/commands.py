@@ -88,11 +88,7 @@ class Throughput(Options):
         alone = roofline.user_seconds(config, machine, self.dtype, prompt, tokens)
         # The load is offered; more than comes cannot be served.
         span = (self.users - 1) * interval + alone
-        return {
-            "interval_seconds": interval,
-            "user_seconds": alone,
-            "tokens_per_second": self.users * tokens / span,
-        }
+        return {"interval_seconds": interval, "user_seconds": alone, "tokens_per_second": self.users * tokens / span}
 
     def ask(self, engine: Engine, number: int, config: DbrxConfig, machine: Machine) -> Figures:
         prompt, tokens = self._lengths()
@@ -112,8 +108,4 @@ class Throughput(Options):
 
 
 def _bound(bound: roofline.Bound) -> dict[str, Any]:
-    return {
-        "tokens_per_second": bound.tokens_per_second,
-        "bytes": bound.read,
-        "flops": bound.flops,
-    }
+    return {"tokens_per_second": bound.tokens_per_second, "bytes": bound.read, "flops": bound.flops}

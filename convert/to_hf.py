@@ -126,11 +126,7 @@ def plan_shards(tensors: dict[str, SourceTensor], dtype: np.dtype, largest: int)
 
 
 def _write_shard(
-    checkpoint: CheckpointFolder,
-    file: Path,
-    shard: Shard,
-    dtype: np.dtype,
-    progress: Callable[[int], None] | None,
+    checkpoint: CheckpointFolder, file: Path, shard: Shard, dtype: np.dtype, progress: Callable[[int], None] | None
 ) -> Counter[str]:
     """One safetensors file (the length of its header, the header, the tensors); counts what is not finite."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

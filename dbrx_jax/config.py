@@ -193,10 +193,7 @@ class DbrxConfig:
             "model_type": "dbrx",
             **{key: getattr(self, key) for key in _TOP},
             "attn_config": {"attn_pdrop": 0.0, **{key: getattr(self, key) for key in _ATTENTION}},
-            "ffn_config": {
-                "ffn_act_fn": {"name": self.ffn_act_fn},
-                **{key: getattr(self, key) for key in _FFN},
-            },
+            "ffn_config": {"ffn_act_fn": {"name": self.ffn_act_fn}, **{key: getattr(self, key) for key in _FFN}},
             "emb_pdrop": 0.0,
             "resid_pdrop": 0.0,
             "output_router_logits": False,

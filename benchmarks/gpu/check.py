@@ -100,11 +100,7 @@ def _cached_attention(config: DbrxConfig) -> Iterator[Row]:
     H, G, K, S = config.n_heads, config.kv_n_heads, config.head_dim, 1024
     implementation = select_implementation(None, ONE_DEVICE.platform)
     attend = partial(
-        cached_attention,
-        first_row=0,
-        block=CACHE_BLOCK,
-        platform=ONE_DEVICE.platform,
-        implementation=implementation,
+        cached_attention, first_row=0, block=CACHE_BLOCK, platform=ONE_DEVICE.platform, implementation=implementation
     )
     for rows, tokens, length, int8 in ((1, 1, 700, False), (5, 1, 700, True), (1, 256, 500, False), (1, 256, 0, True)):
         keys = jax.random.split(jax.random.key(rows), 3)

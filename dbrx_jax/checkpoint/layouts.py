@@ -28,9 +28,7 @@ COMMON: Table = {
     "lm_head.weight": ("lm_head",),
 }
 ATTENTION: Mapping[str, Table] = {
-    "fused": {
-        f"{_ATTN}.Wqkv.weight": tuple(f"blocks.{{i}}.attention.{part}" for part in ("query", "key", "value")),
-    },
+    "fused": {f"{_ATTN}.Wqkv.weight": tuple(f"blocks.{{i}}.attention.{part}" for part in ("query", "key", "value"))},
     "split q/k/v": {
         f"{_ATTN}.q_proj.weight": ("blocks.{i}.attention.query",),
         f"{_ATTN}.k_proj.weight": ("blocks.{i}.attention.key",),

@@ -65,10 +65,7 @@ def chunk_name(index: int, dimensions: int) -> str:
 
 
 def write_array(
-    folder: Path,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    write_rows: Callable[[BinaryIO, int, int], None],
+    folder: Path, shape: tuple[int, ...], dtype: np.dtype, write_rows: Callable[[BinaryIO, int, int], None]
 ) -> None:
     """Writes an uncompressed array; it can be read when it is complete, and not before.
 

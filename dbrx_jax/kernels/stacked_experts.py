@@ -1,4 +1,7 @@
-"""The experts of one layer by Pallas kernels, which pick among the weights of all, (E, F, D) in one array."""
+"""The experts of one layer by Pallas kernels, which index one array (E, F, D) of weights.
+
+Arguments are those of :func:`dbrx_jax.kernels.experts.apply_experts`; dy (N, D) is the gradient of its result.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +16,7 @@ from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, group
 from dbrx_jax.quantization import QuantizedArray
 
 
-def decode_experts(
-    x: Float[Array, "N D"],
-    weights: Float[Array, "N K"],
-    experts: Int[Array, "N K"],
-    expert_weights: ExpertWeights,
-    activation: str,
-    kernels: ExpertKernels,
-) -> Float[Array, "N D"]:
+def decode_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:
     """Applies each active expert to all rows of a small batch; expert numbers from E on are ignored."""
     chosen, count, combine_weights = active_experts(weights, experts, expert_weights.num_experts)
     with jax.named_scope("few_tokens"):
@@ -43,14 +39,7 @@ def active_experts(
     return chosen, touched.sum(dtype=jnp.int32), combine_weights
 
 
-def grouped_experts(
-    x: Float[Array, "N D"],
-    weights: Float[Array, "N K"],
-    experts: Int[Array, "N K"],
-    expert_weights: ExpertWeights,
-    activation: str,
-    kernels: ExpertKernels,
-) -> Float[Array, "N D"]:
+def grouped_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:
     """Sorts the (token, expert) pairs by expert and runs a grouped matmul with each weight."""
     groups = group(experts, expert_weights.num_experts, 0)
     product = _product(kernels, groups.ends - groups.starts)
@@ -60,14 +49,8 @@ def grouped_experts(
 
 
 def grouped_expert_gradients(
-    x: Float[Array, "N D"],
-    weights: Float[Array, "N K"],
-    experts: Int[Array, "N K"],
-    expert_weights: ExpertWeights,
-    dy: Float[Array, "N D"],
-    activation: str,
-    kernels: ExpertKernels,
-) -> tuple[Float[Array, "N D"], Float[Array, "N K"], ExpertWeights]:
+    x, weights, experts, expert_weights, dy, activation: str, kernels: ExpertKernels
+) -> tuple[Array, Array, ExpertWeights]:
     """Gradients of :func:`grouped_experts` for x, weights and plain expert weights; recomputes intermediates."""
     w1, v1, w2 = expert_weights
     assert isinstance(w1, Array)

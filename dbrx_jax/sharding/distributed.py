@@ -142,11 +142,7 @@ def _sieve(start_seconds: int, lost_seconds: int) -> subprocess.Popen:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 

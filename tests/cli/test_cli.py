@@ -243,12 +243,7 @@ class TestConversation:
             yield "so"
 
         conversation = self.run(monkeypatch, ["a", "", "b", "/reset", "c", "/system Be long.", "d", "/frob"], answer)
-        assert asked == [
-            ["Be brief.", "a"],
-            ["Be brief.", "a", "so so", "b"],
-            ["Be brief.", "c"],
-            ["Be long.", "d"],
-        ]
+        assert asked == [["Be brief.", "a"], ["Be brief.", "a", "so so", "b"], ["Be brief.", "c"], ["Be long.", "d"]]
         assert conversation.messages[-1] == {"role": "assistant", "content": "so so"}
         captured = capsys.readouterr()
         assert captured.out == "so so\n" * 4

@@ -100,12 +100,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(form):
 
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
-    [
-        (jnp.bfloat16, [70, 0, 33]),
-        (jnp.bfloat16, [0, 0, 0]),
-        (jnp.float32, [64, 0, 86]),
-        (jnp.bfloat16, [150, 0, 0]),
-    ],
+    [(jnp.bfloat16, [70, 0, 33]), (jnp.bfloat16, [0, 0, 0]), (jnp.float32, [64, 0, 86]), (jnp.bfloat16, [150, 0, 0])],
 )
 def test_the_gradient_of_the_weights(dtype, sizes):
     out, rows = normal(150, 128, dtype), normal(150, 256, dtype)[::-1]

@@ -13,11 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM, DbrxTokenizer
-from dbrx_jax.checkpoint.parameters import (
-    array_layouts,
-    parameter_specs,
-    parameters_of,
-)
+from dbrx_jax.checkpoint.parameters import array_layouts, parameter_specs, parameters_of
 from dbrx_jax.demo import source_folder
 from dbrx_jax.errors import MeshError, QuantizationError
 from dbrx_jax.model.causal_lm import CausalLM

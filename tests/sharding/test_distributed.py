@@ -180,10 +180,7 @@ def one_line(text, program, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("killed", "count"),
-    [(1, 2), (0, 2), (2, 4)],
-)
+@pytest.mark.parametrize(("killed", "count"), [(1, 2), (0, 2), (2, 4)])
 def test_a_killed_process_ends_the_others_while_they_generate(killed, count, folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('"abc"\n' * 4000)

@@ -20,14 +20,7 @@ from dbrx_jax.sharding.recipes import find_axes, find_mesh, find_recipe, recipe_
 from dbrx_jax.training.step import Losses, losses
 from tests.conftest import GOLDEN
 
-MESHES = (
-    "data=8",
-    "fsdp=8",
-    "expert=8",
-    "expert=4,tensor=2",
-    "data=2,expert=2,tensor=2",
-    "fsdp=2,expert=4",
-)
+MESHES = ("data=8", "fsdp=8", "expert=8", "expert=4,tensor=2", "data=2,expert=2,tensor=2", "fsdp=2,expert=4")
 QUICK = "expert=4,tensor=2"  # is not left to the slow lane
 SMALL = DbrxConfig(
     d_model=48, n_heads=12, kv_n_heads=4, n_layers=2, vocab_size=83, ffn_hidden_size=56, moe_num_experts=8,

@@ -139,12 +139,7 @@ _BLOCKS_EACH = 3
 
 
 def products(
-    x: Array,
-    weights: tuple[PackedWeights, ...],
-    chosen: Array,
-    count: Array,
-    tiles: DecodeTiles,
-    interpret: Any,
+    x: Array, weights: tuple[PackedWeights, ...], chosen: Array, count: Array, tiles: DecodeTiles, interpret: Any
 ) -> list[Array]:
     """Every chosen expert's products (C, N, M) with each weight, in float32, of activations (C or 1, inputs, N, depth).
 

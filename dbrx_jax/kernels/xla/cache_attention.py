@@ -4,8 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jaxtyping import Float, Int
+from jax import lax
 
 from dbrx_jax.backend import GPU_PLATFORMS
 from dbrx_jax.ops.attention import MASKED, PartialAttention
@@ -16,15 +15,7 @@ PROMPT_BLOCK = 1024
 
 
 def cache_attention(
-    query: Float[Array, "R T H K"],
-    key: Float[Array, "B G S K"],
-    value: Float[Array, "B G S K"],
-    positions: Int[Array, "R T"],
-    first_row: Int[Array, ""] | int,
-    block: int,
-    context_shard: tuple[Int[Array, ""] | int, int],
-    platform: str,
-    scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None,
+    query, key, value, positions, first_row, block: int, context_shard, platform: str, scales
 ) -> PartialAttention:
     """Computes :func:`dbrx_jax.kernels.attention.cached_attention`, whose arguments these are."""
     R, T, H, K = query.shape
