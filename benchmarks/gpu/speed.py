@@ -74,7 +74,7 @@ def _made(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]
 
 def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int) -> Callable[[], None]:
     """Runs `steps` steps that end with all rows at `positions` positions, each row on tokens of its own."""
-    config, partition, parts = model.config, model.partition, split_model(model)
+    config, partition, model_state = model.config, model.partition, split_model(model)
     length = cache_capacity(positions, partition)
     cache, logits = decoding.empty(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
     # Rows with the same tokens would all read the same experts.
@@ -94,7 +94,7 @@ def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int
     holder = [state]  # the cache in it is given away by each run and comes back
 
     def run() -> None:
-        after = decoding.decode(parts, False, False, settings, holder.pop(), steps)
+        after = decoding.decode(model_state, False, False, settings, holder.pop(), steps)
         after.token.block_until_ready()
         holder.append(after._replace(position=after.position - steps, step=after.step - steps))
 
@@ -106,7 +106,7 @@ def prefill(size: Size, precision: str) -> Iterator[Row]:
     machine = measure()
     model, config, about = _made(size, precision)
     yield about
-    parts, partition = split_model(model), model.partition
+    model_state, partition = split_model(model), model.partition
     length = prefill_chunk_lengths(partition)[-1]
     count = min(size.prompt, length)
     tokens = np.array(random_prompts(config, 0, 1, length), np.int32)
@@ -114,7 +114,7 @@ def prefill(size: Size, precision: str) -> Iterator[Row]:
     holder = [decoding.empty(config, partition, 1, cache_capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
 
     def run() -> None:
-        holder.append(decoding.prefill_chunk(parts, *holder.pop(), tokens, at))
+        holder.append(decoding.prefill_chunk(model_state, *holder.pop(), tokens, at))
         jax.block_until_ready(holder[0])
 
     seconds = best_seconds(run, 3)

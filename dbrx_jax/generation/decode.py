@@ -1,4 +1,4 @@
-"""The part of generation that runs on the devices: prompts in chunks, and the loop that adds a token at a time.
+"""Device programs of generation: chunked prefill and the decode loop.
 
 On a mesh each function is one program that every device runs on its rows, heads and vocabulary.
 """
@@ -47,7 +47,7 @@ class Settings(NamedTuple):
     eos: Int[ArrayLike, "8"]
 
 
-class Places(NamedTuple):
+class ProgramSpecs(NamedTuple):
     """Partition specs of the arguments of the device programs."""
 
     cache: Cache
@@ -58,7 +58,7 @@ class Places(NamedTuple):
     same: jax.sharding.PartitionSpec  # the same on all devices
 
 
-def places(config, partition: Partition, int8: bool, sampled: bool = False) -> Places:
+def program_specs(config, partition: Partition, int8: bool, sampled: bool = False) -> ProgramSpecs:
     """Partition specs for an int8 cache, which has scales, and for sampling, which has random keys."""
     cache = cache_specs(config, partition, int8)
     row, columns, same = (
@@ -67,10 +67,10 @@ def places(config, partition: Partition, int8: bool, sampled: bool = False) -> P
         partition.array_spec(),
     )
     vocabulary = partition.array_spec(BATCH_AXES, VOCAB_AXES)
-    kinds: Any = (DecodeState, Settings, Sampling)  # with places in them rather than arrays
+    kinds: Any = (DecodeState, Settings, Sampling)  # of partition specs rather than arrays
     state = kinds[0](cache, row, row, row, same, same, columns, columns, vocabulary)
     settings = kinds[1](kinds[2](*[same] * len(Sampling._fields)), columns if sampled else None, same)
-    return Places(cache, vocabulary, state, settings, row, same)
+    return ProgramSpecs(cache, vocabulary, state, settings, row, same)
 
 
 def is_int8(cache: Cache) -> bool:
@@ -86,31 +86,31 @@ def _jit_variants(options: dict[str, bool], function: Callable[..., Any], **of_j
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty(config, partition, rows, positions, dtype):
     """A cache, and the place of each row's logits."""
-    where = places(config, partition, dtype == jnp.int8)
+    specs = program_specs(config, partition, dtype == jnp.int8)
 
     def run():
         vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCAB_AXES)
         logits = jnp.zeros((rows // partition.size(*BATCH_AXES), vocabulary), jnp.float32)
         return create_cache(config, rows, positions, dtype, partition), logits
 
-    return partition.shard_map(run, (), (where.cache, where.logits))()
+    return partition.shard_map(run, (), (specs.cache, specs.logits))()
 
 
-def prefill_chunk(parts, cache, logits, tokens, at):
+def prefill_chunk(model_state, cache, logits, tokens, at):
     """One chunk of one row of each group of rows, tokens (groups, C).
 
     `at` (groups, 3) has its row within the group, its first position and how many of its tokens count:
     0 where the group has no more. On one device, or along `expert` and `tensor` alone, there is one group.
     """
-    return _prefill_chunk[parts.platform == "cpu"](parts, cache, logits, tokens, at)
+    return _prefill_chunk[model_state.platform == "cpu"](model_state, cache, logits, tokens, at)
 
 
-def _run_prefill_chunk(parts, cache, logits, tokens, at):
-    model = parts.merge()
+def _run_prefill_chunk(model_state, cache, logits, tokens, at):
+    model = model_state.merge()
     partition, config = model.partition, model.config
 
-    def run(parts, cache, logits, tokens, at):
-        model = parts.merge()
+    def run(model_state, cache, logits, tokens, at):
+        model = model_state.merge()
         row, start, count = at[0]
         place = jnp.arange(tokens.shape[1])[None]
         x, cache = model.forward_with_cache(tokens, place < count, start + place, cache, row)
@@ -120,10 +120,10 @@ def _run_prefill_chunk(parts, cache, logits, tokens, at):
             new = jnp.where(count > 0, new, lax.dynamic_slice(logits, (row, 0), new.shape))
         return cache, lax.dynamic_update_slice(logits, new, (row, 0))
 
-    where = places(config, partition, is_int8(cache))
+    specs = program_specs(config, partition, is_int8(cache))
     columns = partition.array_spec(BATCH_AXES, None)
-    inside = (parts.specs(), where.cache, where.logits, columns, columns)
-    return partition.shard_map(run, inside, (where.cache, where.logits))(parts, cache, logits, tokens, at)
+    inside = (model_state.specs(), specs.cache, specs.logits, columns, columns)
+    return partition.shard_map(run, inside, (specs.cache, specs.logits))(model_state, cache, logits, tokens, at)
 
 
 _prefill_chunk = _jit_variants(CPU_OPTIONS, _run_prefill_chunk, donate_argnums=(1, 2))
@@ -139,14 +139,14 @@ def first_token(config, partition, filtered, tiled, settings, cache, logits, pro
       filtered: whether top-k, top-p or min-p does anything.
       tiled: whether rows are computed in tiles, for bits that do not depend on their number.
     """
-    where = places(config, partition, is_int8(cache), settings.keys is not None)
+    specs = program_specs(config, partition, is_int8(cache), settings.keys is not None)
     columns = partition.array_spec(BATCH_AXES, None)
 
     def run(settings, cache, logits, prompts, lengths, done):
         rows, positions = prompts.shape
         local = prompts - partition.axis_index(*VOCAB_AXES) * logits.shape[1]
         here = (jnp.arange(prompts.shape[1]) < lengths[:, None]) & (local >= 0)
-        local = jnp.where(here, local, logits.shape[1])  # behind the end: dropped
+        local = jnp.where(here, local, logits.shape[1])  # past the end: dropped
         state = DecodeState(
             cache=cache,
             token=jnp.zeros(rows, jnp.int32),
@@ -160,26 +160,26 @@ def first_token(config, partition, filtered, tiled, settings, cache, logits, pro
         )
         return _add_token(settings, state, _sample(logits, filtered, tiled, settings, state, partition), partition)
 
-    inside = (where.settings, where.cache, where.logits, columns, where.row, where.row)
-    return partition.shard_map(run, inside, where.state)(settings, cache, logits, prompts, lengths, done)
+    inside = (specs.settings, specs.cache, specs.logits, columns, specs.row, specs.row)
+    return partition.shard_map(run, inside, specs.state)(settings, cache, logits, prompts, lengths, done)
 
 
-def decode(parts, filtered, tiled, settings, state, steps):
+def decode(model_state, filtered, tiled, settings, state, steps):
     """Up to `steps` more tokens of every row that is not done; `tiled` as in :func:`first_token`."""
-    return _decode[_may_reorder_sums(parts, tiled)](parts, filtered, tiled, settings, state, steps)
+    return _decode[_may_reorder_sums(model_state, tiled)](model_state, filtered, tiled, settings, state, steps)
 
 
-def _may_reorder_sums(parts: ModelState, tiled: bool) -> bool:
+def _may_reorder_sums(model_state: ModelState, tiled: bool) -> bool:
     """Returns whether XLA may reorder sums; not in batch-invariant programs, which need one order."""
-    return parts.platform == "cpu" and not tiled
+    return model_state.platform == "cpu" and not tiled
 
 
-def _run_decode(parts, filtered, tiled, settings, state, steps):
-    model = parts.merge()
+def _run_decode(model_state, filtered, tiled, settings, state, steps):
+    model = model_state.merge()
     partition, config = model.partition, model.config
 
-    def run(parts, settings, state, steps):
-        model = parts.merge()
+    def run(model_state, settings, state, steps):
+        model = model_state.merge()
         end = state.step + steps
 
         def body(state: DecodeState) -> DecodeState:
@@ -196,16 +196,16 @@ def _run_decode(parts, filtered, tiled, settings, state, steps):
 
         return lax.while_loop(lambda s: (s.step < end) & s.running, body, state)
 
-    where = places(config, partition, is_int8(state.cache), settings.keys is not None)
-    inside = (parts.specs(), where.settings, where.state, where.same)
-    return partition.shard_map(run, inside, where.state)(parts, settings, state, steps)
+    specs = program_specs(config, partition, is_int8(state.cache), settings.keys is not None)
+    inside = (model_state.specs(), specs.settings, specs.state, specs.same)
+    return partition.shard_map(run, inside, specs.state)(model_state, settings, state, steps)
 
 
 _decode = _jit_variants(CPU_OPTIONS, _run_decode, static_argnums=(1, 2), donate_argnums=4)
 
 
 def lower(
-    parts: ModelState,
+    model_state: ModelState,
     settings: Settings,
     filtered: bool,
     tiled: bool,
@@ -221,25 +221,28 @@ def lower(
     The parameters and settings may be shapes without memory behind them; `rows` and `positions` are
     those of the cache; `lengths` are of the prompts' chunks, the longest by default.
     """
-    model = parts.merge()
+    model = model_state.merge()
     config, partition = model.config, model.partition
     groups = partition.size(*BATCH_AXES)
-    where = places(config, partition, cache_dtype == np.int8, settings.keys is not None)
+    specs = program_specs(config, partition, cache_dtype == np.int8, settings.keys is not None)
 
     def int32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    parts = partition.abstract(parts, parts.specs()) if partition.mesh else parts
+    model_state = partition.abstract(model_state, model_state.specs()) if partition.mesh else model_state
     cache, logits = jax.eval_shape(partial(empty, config, partition, rows, positions, cache_dtype))
-    cache, logits = partition.abstract(cache, where.cache), partition.abstract(logits, where.logits)
+    cache, logits = partition.abstract(cache, specs.cache), partition.abstract(logits, specs.logits)
     begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
     state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *begin)
-    state = partition.abstract(state, where.state)
-    decode_here = _decode[_may_reorder_sums(parts, tiled)]
-    yield "decode", decode_here.lower(parts, filtered, tiled, settings, state, int32())
+    state = partition.abstract(state, specs.state)
+    decode_here = _decode[_may_reorder_sums(model_state, tiled)]
+    yield "decode", decode_here.lower(model_state, filtered, tiled, settings, state, int32())
     for length in prefill_chunk_lengths(partition)[-1:] if lengths is None else lengths:
         chunk = int32(groups, length), int32(groups, 3)
-        yield f"prefill {length}", _prefill_chunk[parts.platform == "cpu"].lower(parts, cache, logits, *chunk)
+        yield (
+            f"prefill {length}",
+            _prefill_chunk[model_state.platform == "cpu"].lower(model_state, cache, logits, *chunk),
+        )
     yield "first_token", first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin)
     yield "empty", empty.lower(config, partition, rows, positions, cache_dtype)
 
@@ -305,7 +308,7 @@ def replicate(partition, arrays):
 
 
 def same_on_all_processes(partition: Partition, number: int) -> int:
-    """One number (32 bits) for all processes of the mesh, where each comes with its own."""
+    """Broadcasts one process' number (32 bits) to all processes of the mesh."""
     if partition.mesh is None or not partition.mesh.is_multi_process:
         return number
     apart = jax.sharding.NamedSharding(partition.mesh, jax.sharding.PartitionSpec(partition.mesh.axis_names))

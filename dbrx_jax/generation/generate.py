@@ -157,11 +157,11 @@ class TokenStream(Iterator[np.ndarray]):
         longest = max(map(len, rows))
         _positive("max_new_tokens", max_new_tokens, whole=True)
         if longest + max_new_tokens > model.config.max_seq_len:
-            room = model.config.max_seq_len - longest
+            available = model.config.max_seq_len - longest
             raise GenerationError(
                 f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is beyond the model's "
                 f"{model.config.max_seq_len} positions; "
-                + (f"ask for at most {room}" if room > 0 else "shorten the prompt")
+                + (f"ask for at most {available}" if available > 0 else "shorten the prompt")
             )
         if burst is not None:
             _positive("burst", burst, whole=True)
@@ -183,16 +183,16 @@ class TokenStream(Iterator[np.ndarray]):
             raise GenerationError(f"cache_dtype: expected int8 or None, got {cache_dtype!r:.40}")
         self._cache_dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         self._tiled = batch_invariant
-        # Rows that only fill the batch.
-        self._filling = -len(rows) % (self._groups * (ROW_TILE if batch_invariant else 1))
+        # Rows of padding.
+        self._padding_rows = -len(rows) % (self._groups * (ROW_TILE if batch_invariant else 1))
         seeds, row_numbers = _seeds(seed, len(rows), self._partition)
         keys: Any = None
         if do_sample:
-            keys = np.pad(np.asarray(_keys(seeds, row_numbers)), ((0, self._filling), (0, 0)))
+            keys = np.pad(np.asarray(_keys(seeds, row_numbers)), ((0, self._padding_rows), (0, 0)))
         padded_eos = np.array(eos + [-1] * (MAX_EOS - len(eos)), np.int32)
         self._settings = Settings(sampling, keys, padded_eos)
         self._eos = eos
-        self._model, self._parts = model, split_model(model)
+        self._model, self._model_state = model, split_model(model)
         self._lengths = np.zeros(len(rows), np.int32)  # new tokens of each row so far
         self._ended = np.zeros(len(rows), bool)
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
@@ -204,11 +204,11 @@ class TokenStream(Iterator[np.ndarray]):
     def lowered(self) -> Iterator[tuple[str, Any]]:
         """The programs that this stream will run, by name, each traced when it is asked for and not compiled."""
         return lower(
-            self._parts,
+            self._model_state,
             self._settings,
             self._filtered,
             self._tiled,
-            len(self._rows) + self._filling,
+            len(self._rows) + self._padding_rows,
             self._positions,
             self._cache_dtype,
             sorted({length for ids in self._rows for _, length in prefill_chunks(len(ids), self._partition)}),
@@ -234,7 +234,9 @@ class TokenStream(Iterator[np.ndarray]):
             self._state = self._prefill()
         else:
             steps = min(self._burst, self._max_new - self._steps)
-            self._state = decode(self._parts, self._filtered, self._tiled, self._settings, self._state, np.int32(steps))
+            self._state = decode(
+                self._model_state, self._filtered, self._tiled, self._settings, self._state, np.int32(steps)
+            )
         tokens = self._take(self._state)
         if first:
             self.timings.prefill += time.perf_counter() - begin
@@ -245,7 +247,7 @@ class TokenStream(Iterator[np.ndarray]):
     def _prefill(self) -> DecodeState:
         """All prompts through the model, and the first token of each chosen."""
         model = self._model
-        rows = [*self._rows, *[np.zeros(0, np.int32)] * self._filling]
+        rows = [*self._rows, *[np.zeros(0, np.int32)] * self._padding_rows]
         cache, logits = empty(model.config, self._partition, len(rows), self._positions, self._cache_dtype)
         each = len(rows) // self._groups
         for row in range(each):
@@ -260,7 +262,7 @@ class TokenStream(Iterator[np.ndarray]):
                     ]
                     tokens = np.stack([np.pad(part, (0, length - len(part))) for part in parts])
                     at = [[row, s if len(p) else 0, len(p)] for p, (s, _) in zip(parts, pieces, strict=True)]
-                    cache, logits = prefill_chunk(self._parts, cache, logits, tokens, np.array(at, np.int32))
+                    cache, logits = prefill_chunk(self._model_state, cache, logits, tokens, np.array(at, np.int32))
         prompts = np.stack([np.pad(ids, (0, self._positions - len(ids))) for ids in rows]).astype(np.int32)
         lengths = np.array([max(1, len(ids)) for ids in rows], np.int32)
         done = np.array([not len(ids) for ids in rows])
@@ -296,7 +298,7 @@ class TokenStream(Iterator[np.ndarray]):
         behind = begin + np.arange(end - begin) >= self._lengths[:, None]
         tokens[behind], logprobs[behind] = self.pad_token_id, np.nan
         if stopped.any():
-            done, running = stop_rows(self._partition, state.done, np.pad(stopped, (0, self._filling)))
+            done, running = stop_rows(self._partition, state.done, np.pad(stopped, (0, self._padding_rows)))
             self._state = state._replace(done=done, running=running)
         self._steps = end
         kept = max(1, int(self._lengths.max()) - begin)  # fewer where stop strings ended the last rows

@@ -33,8 +33,8 @@ def completion_text(tokenizer: DbrxTokenizer, ids: Iterable[int], stop_strings: 
 
 
 def _find(text: str, strings: Sequence[str]) -> int | None:
-    places = [text.find(s) for s in strings if s in text]
-    return min(places) if places else None
+    found = [text.find(s) for s in strings if s in text]
+    return min(found) if found else None
 
 
 def _begun(text: str, strings: Sequence[str]) -> int:

@@ -19,12 +19,12 @@ class CausalLMOutput(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(4, 5))
-def forward(parts, ids, mask, positions, output_hidden_states, output_router_probs):
-    model = parts.merge()
+def forward(model_state, ids, mask, positions, output_hidden_states, output_router_probs):
+    model = model_state.merge()
     partition = model.partition.with_tokens_split(ids.shape[1])
 
-    def run(parts, ids, mask, positions):
-        model = parts.merge()
+    def run(model_state, ids, mask, positions):
+        model = model_state.merge()
         states, routings = model.hidden(ids, mask, positions)
         logits = model.logits(partition.gather_tokens(states[-1]))
         probs = [r.probs.reshape(*ids.shape, -1) for r in routings]
@@ -32,9 +32,11 @@ def forward(parts, ids, mask, positions, output_hidden_states, output_router_pro
 
     rows = partition.array_spec(BATCH_AXES, None)
     tokens = partition.array_spec(BATCH_AXES, "expert" if partition.tokens_split else None, None)
-    places = CausalLMOutput(
+    out_specs = CausalLMOutput(
         partition.array_spec(BATCH_AXES, None, VOCAB_AXES),
         [tokens] * (model.config.n_layers + 1) if output_hidden_states else None,
         [partition.array_spec(BATCH_AXES, None, None)] * model.config.n_layers if output_router_probs else None,
     )
-    return partition.shard_map(run, (parts.specs(), rows, rows, rows), places)(parts, ids, mask, positions)
+    return partition.shard_map(run, (model_state.specs(), rows, rows, rows), out_specs)(
+        model_state, ids, mask, positions
+    )

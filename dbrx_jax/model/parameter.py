@@ -49,10 +49,10 @@ class Init:
         shapes = (
             jax.ShapeDtypeStruct(shape, self.dtype) if form is None else abstract(shape, form, contracted, self.dtype)
         )
-        places = self.partition.specs_of(shapes, axes)
+        specs = self.partition.specs_of(shapes, axes)
         value: Any = shapes
         if self.key is not None:
-            leaves, tree = jax.tree.flatten(self.partition.shardings(places))
+            leaves, tree = jax.tree.flatten(self.partition.shardings(specs))
             draw = _drawer(shape, self.dtype, form, contracted, tuple(leaves), tree)
             value = draw(jax.random.fold_in(self.key, self.made), std)
         return nnx.Param(value, axes=axes, part=part, contracted=contracted)

@@ -61,7 +61,7 @@ def _chips(setting: Setting) -> int:
 
 
 def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
-    parts = split_model(
+    model_state = split_model(
         CausalLM(setting.config, rngs=None, dtype=setting.dtype, mesh=mesh, quantization=setting.quantization)
     )
     number, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
@@ -69,7 +69,7 @@ def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
     settings = kinds[1](kinds[0](number, whole, number, number, number), None, jax.ShapeDtypeStruct((8,), jnp.int32))
     rows = setting.rows * setting.partition.size("data", "fsdp")
     cache_dtype = jnp.dtype(setting.cache_dtype or setting.dtype)
-    return dict(lower(parts, settings, False, False, rows, setting.positions, cache_dtype))
+    return dict(lower(model_state, settings, False, False, rows, setting.positions, cache_dtype))
 
 
 def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
@@ -107,7 +107,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
         collectives=kinds,
         moved=round(sum(hlo.bytes_moved(c) * c.runs for c in found)),
         planned_moved=round(sum(m.moved for m in messages(setting, tokens, split_tokens))),
-        weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("parts")}),
+        weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("model_state")}),
         largest_temporary=f"{buffers[0].shape} ({buffers[0].bytes / 1e6:.1f} MB)" if buffers else "",
         expert_copies=sorted({t.shape for t in buffers if _holds_expert(t.shape, setting)}),
     )
