@@ -67,8 +67,8 @@ def test_an_int8_cache_is_near():
     assert np.abs(k8).max() == 127
     # Rounded to a whole number, and the scale to eight bits.
     np.testing.assert_allclose(np.float32(k8) * np.float32(k_scale)[..., None], k, atol=np.abs(k).max() * 1.5 / 127)
-    turned = [jnp.swapaxes(a, 1, 2) for a in (k8, v8, k_scale, v_scale)]
-    part = cached_attention(q, *turned[:2], positions, 0, 8, scales=tuple(turned[2:]))
+    by_head = [jnp.swapaxes(a, 1, 2) for a in (k8, v8, k_scale, v_scale)]
+    part = cached_attention(q, *by_head[:2], positions, 0, 8, scales=tuple(by_head[2:]))
     out = merge_partial_attention(part, q.dtype, ONE_DEVICE)
     exact = [np.float32(a) * np.float32(s)[..., None] for a, s in ((k8, k_scale), (v8, v_scale))]
     mask = np.arange(32) <= positions[:, :, None]
@@ -244,8 +244,8 @@ def test_rotate_is_a_rotation_of_halves(theta):
     positions = np.array([[0, 1, 2, 3, 30000], [7, 8, 9, 10, 11]])
     z = x[..., : K // 2] + 1j * x[..., K // 2 :]
     angle = positions[:, :, None, None] * theta ** (-2.0 * np.arange(K // 2) / K)
-    turned = z * np.exp(1j * angle)
-    want = np.concatenate([turned.real, turned.imag], axis=-1)
+    rotated = z * np.exp(1j * angle)
+    want = np.concatenate([rotated.real, rotated.imag], axis=-1)
     # float32 angles of up to 30000 radians are good to 2e-3.
     np.testing.assert_allclose(rotate(x, positions, theta), want, atol=5e-3)
     np.testing.assert_allclose(rotate(x, positions, theta)[:, :3], want[:, :3], atol=1e-5)

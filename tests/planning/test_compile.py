@@ -30,7 +30,7 @@ SMALL = 350e6  # bytes that a plan may be wrong by
     ],
 )
 def test_132b_compiles_as_planned(target, dtype, batch, context):
-    """Within memory, and as to decoding with no weight moved, copied or turned into floats as a whole."""
+    """Within memory, and as to decoding with no weight moved, copied or dequantised as a whole."""
     python = os.environ["DBRX_COMPILE_PYTHON"]  # .ci/run makes it, with the extra [compile] and the newest JAX
     program = [python, "-c", "from dbrx_jax.cli.main import main; main()", "plan", "132b-instruct", "--on", target]
     options = ["--dtype", dtype, "--batch", str(batch), "--context", str(context), "--compile", "--json"]
