@@ -54,6 +54,8 @@ def write(result: Any, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        whole = path.with_name(f"{path.name}.incomplete")
+        whole.write_text(json.dumps(result, indent=2) + "\n")
+        whole.replace(path)  # so that a process killed meanwhile leaves the last result
     except OSError as error:
         raise BenchmarkError(f"{path}: cannot be written ({error.strerror})") from None

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 from benchmarks.engines import PEERS
 from benchmarks.gpu import check, speed
 from benchmarks.gpu.sizes import FEWER_LAYERS, FULL, TOY, Size, card
+from benchmarks.machine import Machine, measure
 from benchmarks.record import RESULTS, ROOT, BenchmarkError, stamp, write
 from dbrx_jax.console import print_status, run
 from dbrx_jax.runtime import set_process_defaults
 
+DESCRIPTION = "132B on one Hopper GPU: checks against float32 references, then rates, within a budget of seconds."
 OUTPUT = RESULTS / "gpu.json"
 MIN_SECONDS = 15  # a part is not begun with less
 WRONG = 3  # exit status of a check that finds a wrong result
@@ -49,10 +51,11 @@ def peer(size: Size) -> Iterator[dict[str, Any]]:
 
 
 class Part(NamedTuple):
-    """One process of a run: at most so many seconds, and what it finds."""
+    """One process of a run: at most so many seconds, and the function that yields its rows."""
 
     seconds: int
-    find: Callable[[Size], Iterator[dict[str, Any]]]
+    find: Callable[..., Iterator[dict[str, Any]]]
+    needs_machine: bool = False  # takes the measured limits of the device too
 
 
 PARTS = {
@@ -60,13 +63,13 @@ PARTS = {
     "check-experts": Part(130, check.experts),
     "check-attention": Part(80, check.attention),
     "check-model": Part(110, check.model),
-    "decode-int4": Part(150, partial(speed.decode, precision="int4")),
-    "decode-bfloat16": Part(80, partial(speed.decode, precision="bfloat16")),
+    "decode-int4": Part(150, partial(speed.decode, precision="int4"), True),
+    "decode-bfloat16": Part(80, partial(speed.decode, precision="bfloat16"), True),
     "peer": Part(90, peer),
-    "prefill-int4": Part(80, partial(speed.prefill, precision="int4")),
-    "prefill-bfloat16": Part(60, partial(speed.prefill, precision="bfloat16")),
-    "decode-int8": Part(100, partial(speed.decode, precision="int8")),
-    "load-int4": Part(150, partial(speed.load, precision="int4")),
+    "prefill-int4": Part(80, partial(speed.prefill, precision="int4"), True),
+    "prefill-bfloat16": Part(60, partial(speed.prefill, precision="bfloat16"), True),
+    "decode-int8": Part(100, partial(speed.decode, precision="int8"), True),
+    "load-int4": Part(150, partial(speed.load, precision="int4"), True),
 }
 
 
@@ -112,13 +115,21 @@ def run_part(name: str, size: Size, output: Path) -> None:
     if not output.exists():
         write({"benchmark": "gpu", "toy": size is TOY, **stamp("dbrx-jax", "jax", "jaxlib", "flax")}, output)
     try:
-        for row in PARTS[name].find(size):
+        part = PARTS[name]
+        arguments = [_machine(output)] if part.needs_machine else []
+        for row in part.find(size, *arguments):
             print_status(json.dumps(row))
             _add(output, name, row)
     except check.WrongResult as error:
         print_status(f"{name}: {error}")
         _add(output, name, {"failed": str(error)})
         sys.exit(WRONG)
+
+
+def _machine(output: Path) -> Machine:
+    """The device's limits as the part "device" measured them, else measured now."""
+    rows = json.loads(output.read_text()).get("device", [{}])
+    return rows[0].get("measured") or measure()
 
 
 def _add(output: Path, name: str, row: dict[str, Any]) -> None:
@@ -128,7 +139,7 @@ def _add(output: Path, name: str, row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=str(check.__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=DESCRIPTION)
     parser.add_argument("--seconds", type=float, default=480, help="for the whole run; 480 by default")
     parser.add_argument("--toy", action="store_true", help="a tiny model on any device, without the peer")
     parser.add_argument("--part", choices=[*PARTS, "reference-model"], help="only this one, here, without a limit")

@@ -38,9 +38,8 @@ def device() -> Iterator[Row]:
     yield {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "measured": measure()}
 
 
-def decode(size: Size, precision: str) -> Iterator[Row]:
+def decode(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     """Tokens a second of each batch and number of positions that fits, and the kernels of the first."""
-    machine = measure()
     model, config, about = _made(size, precision)
     yield about
     for number, (batch, positions) in enumerate(size.decode[precision]):
@@ -101,9 +100,8 @@ def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int
     return run
 
 
-def prefill(size: Size, precision: str) -> Iterator[Row]:
+def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     """Tokens a second of a prompt that begins a row, and the kernels it takes."""
-    machine = measure()
     model, config, about = _made(size, precision)
     yield about
     model_state, partition = split_model(model), model.partition
@@ -124,9 +122,8 @@ def prefill(size: Size, precision: str) -> Iterator[Row]:
     yield case | kernel_times(run, 1)
 
 
-def load(size: Size, precision: str) -> Iterator[Row]:
+def load(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     """Users who come one after another as in the announcement: 2000 tokens in, 256 out, one a second."""
-    machine = measure()
     engine = Ours()
     engine.model, config, about = _made(size, precision)
     yield about

@@ -299,7 +299,8 @@ class TestPredictions:
         out = model.generate(ids, **options)
         want = np.asarray(DbrxForCausalLM.from_parameters(TINY, plain)(out.sequences))
         assert np.abs(want).max() > 0.01
-        for found in model(TINY, given, mesh_of("expert=4,tensor=2"), quantization=q):
+        split = DbrxForCausalLM.from_parameters(TINY, given, mesh_of("expert=4,tensor=2"), quantization=q)
+        for found in (model, split):
             np.testing.assert_allclose(found(out.sequences), want, rtol=0, atol=2e-5 * np.abs(want).max())
         new, follows = out.sequences[:, 9:], log_softmax(want)[:, 8:-1]
         np.testing.assert_array_equal(new, follows.argmax(-1))
