@@ -1,0 +1,1 @@
+"""The converter between PyTorch safetensors and Orbax, imported as dbrx_convert."""

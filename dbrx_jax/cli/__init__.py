@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""The command dbrx-jax: generate, chat, plan and info."""

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Text generation: sampling, device programs, streaming and stops."""

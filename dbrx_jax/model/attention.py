@@ -43,10 +43,12 @@ class Attention(nnx.Module):
           mask: of all tokens, False for padding.
         """
         q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
-        mine = partition.local_tokens(q)
-        first = partition.axis_index("expert") * mine.shape[1] if partition.tokens_split else 0
+        queries = partition.local_tokens(q)
+        first = partition.axis_index("expert") * queries.shape[1] if partition.tokens_split else 0
         platform = partition.platform
-        y = sequence_attention(mine, k, v, mask, first, select_implementation(partition.attention, platform), platform)
+        y = sequence_attention(
+            queries, k, v, mask, first, select_implementation(partition.attention, platform), platform
+        )
         return self._project_out(partition.gather_tokens(y), partition)
 
     def forward_with_cache(
@@ -58,25 +60,24 @@ class Attention(nnx.Module):
         partition: Partition,
         active: Bool[Array, ""] | bool = True,
     ) -> tuple[Float[Array, "R T D"], LayerCache]:
-        """Attention of new tokens to themselves and to what the cache holds, and the cache with them in it.
+        """Attention of new tokens to themselves and to the cache; returns the updated cache too.
 
         Args:
           active: False leaves the cache as it is: there is no new token.
         """
         q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
-        context_shard, platform = (partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)), partition.platform
+        platform = partition.platform
+        context_shard = partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)
         cache = write_cache(swap_layout(cache, platform), k, v, positions, first_row, context_shard, active, platform)
-        keys, values = cache.key, cache.value
         part = cached_attention(
-            q, keys, values, positions, first_row, CACHE_BLOCK, context_shard, platform, cache.scales,
+            q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, context_shard, platform, cache.scales,
             select_implementation(partition.attention, platform),
         )  # fmt: skip
-        return self._project_out(merge_partial_attention(part, x.dtype, partition), partition), swap_layout(
-            cache, platform
-        )
+        y = merge_partial_attention(part, x.dtype, partition)
+        return self._project_out(y, partition), swap_layout(cache, platform)
 
     def _project_in(self, x: Array, positions: Array, partition: Partition) -> tuple[Array, Array, Array]:
-        """Query, key and value (B, T, heads, K) of all tokens: clamped first, values too, then rotated."""
+        """Query, key and value (B, T, heads, K) of all tokens: clipped, values too, then rotated (RoPE)."""
         x = partition.local_shard(x, 2, "expert")
         weights = [partition.gather_fsdp(w) for w in (self.query, self.key, self.value)]
         rows = x.reshape(-1, x.shape[-1])

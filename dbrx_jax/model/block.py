@@ -92,12 +92,12 @@ class Block(nnx.Module):
             normed = self.norm_2(x)
             routing = self.moe.route(normed, partition)
             if self.moe.dense:
-                return (x + self.moe.mix(normed, routing, partition), normed, routing), cache
+                return (x + self.moe.combine(normed, routing, partition), normed, routing), cache
             return (x, normed, routing), cache
 
         (x, normed, routing), cache = map_row_tiles(attend, (x, positions), cache, count)
         if not self.moe.dense:
-            x = x + self.moe.mix(normed, routing, partition, valid[:, None], ROW_TILE)
+            x = x + self.moe.combine(normed, routing, partition, valid[:, None], ROW_TILE)
         return x, cache
 
     def _feed_forward(

@@ -31,8 +31,8 @@ class Expert(nnx.Module):
 class MoE(nnx.Module):
     """Router and experts. Device x of X along `expert` has experts x E/X to (x + 1) E/X.
 
-    Each in buffers of its own, one of each device in an array (X, F, D); or where kernels pick among them,
-    all in one array (E, F, D).
+    Without kernels each expert has its own arrays, one expert of each device in an array (X, F, D); kernels index
+    one array (E, F, D) of all.
     """
 
     def __init__(self, config: DbrxConfig, init: Init):
@@ -54,19 +54,19 @@ class MoE(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         jitter_key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """The layer's output for this device's tokens, and what the router decided for all, (B * T, …).
+        """The layer's output for this device's tokens, and the routing of all tokens, (B * T, …).
 
         Args:
           valid: of all tokens; False for padding, which is not computed and gives 0.
           jitter_key: in training, the random key of the router's jitter where the configuration has one.
         """
         if partition.tokens_split and partition.all_to_all and not self.dense:
-            return self._sent(x, partition, valid, jitter_key)
+            return self._all_to_all(x, partition, valid, jitter_key)
         x = partition.gather_tokens(x)
         routing = self.route(x, partition, jitter_key)
-        return self.mix(x, routing, partition, valid), routing
+        return self.combine(x, routing, partition, valid), routing
 
-    def mix(
+    def combine(
         self,
         x: Float[Array, "B T D"],
         routing: Routing,
@@ -89,47 +89,48 @@ class MoE(nnx.Module):
             y = apply_experts(rows, routing.weights, chosen, weights, self.activation, valid, partition.platform, tile)
         return partition.reduce_tokens(y.reshape(x.shape))
 
-    def _sent(
+    def _all_to_all(
         self, x: Float[Array, "B T D"], partition: Partition, valid: Bool[Array, "B S"] | None, jitter_key: Array | None
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """The same with each token sent to the devices of its experts, and what they make of it sent back."""
-        mine = self.route(x, partition, jitter_key)
+        """Sends each token to the devices of its experts and the outputs back, by ragged all-to-all."""
+        routing = self.route(x, partition, jitter_key)
         devices = partition.size("expert")
-        each = self.num_experts // devices
-        experts, (B, T, _) = mine.experts, x.shape
-        if valid is not None:  # padding goes nowhere: its place is behind the last device's
-            experts = jnp.where(partition.local_tokens(valid).reshape(-1, 1), experts, devices * each)
+        per_device = self.num_experts // devices
+        experts, (B, T, _) = routing.experts, x.shape
+        if valid is not None:  # padding is sent to no device
+            experts = jnp.where(partition.local_tokens(valid).reshape(-1, 1), experts, devices * per_device)
         pairs = experts.reshape(-1)
         order = jnp.argsort(pairs, stable=True)
         rows = x.reshape(-1, x.shape[-1])[order // self.top_k]
-        sizes = jnp.sum(pairs[:, None] // each == jnp.arange(devices), axis=0)
+        sizes = jnp.sum(pairs[:, None] // per_device == jnp.arange(devices), axis=0)
         sizes = partition.all_gather(sizes[None], 0, "expert")  # (devices, devices)
-        room = devices * B * T * min(self.top_k, each)  # were all tokens to come here
-        there = partition.ragged_all_to_all(rows, sizes, room)
-        expert = partition.ragged_all_to_all(pairs[order] + 1, sizes, room) - 1 - partition.axis_index("expert") * each
-        local, ones = self._weights(partition), jnp.ones((room, 1), x.dtype)
-        used = jnp.arange(room) < sizes[:, partition.axis_index("expert")].sum()
-        done = apply_experts(there, ones, expert[:, None], local, self.activation, used, platform=partition.platform)
-        back = partition.ragged_all_to_all(done, sizes.T, len(pairs))[jnp.argsort(order)]
-        y = jnp.sum(back.reshape(-1, self.top_k, x.shape[-1]) * mine.weights[..., None].astype(x.dtype), axis=1)
-        whole = [partition.gather_tokens(a.reshape(B, T, -1)).reshape(-1, a.shape[-1]) for a in mine]
-        return partition.psum(y.reshape(x.shape), "tensor"), Routing(*whole)
+        buffer_size = devices * B * T * min(self.top_k, per_device)  # if all tokens came to this device
+        received = partition.ragged_all_to_all(rows, sizes, buffer_size)
+        first = partition.axis_index("expert") * per_device
+        expert = partition.ragged_all_to_all(pairs[order] + 1, sizes, buffer_size) - 1 - first
+        weights, ones = self._weights(partition), jnp.ones((buffer_size, 1), x.dtype)
+        is_used = jnp.arange(buffer_size) < sizes[:, partition.axis_index("expert")].sum()
+        outputs = apply_experts(
+            received, ones, expert[:, None], weights, self.activation, is_used, platform=partition.platform
+        )
+        returned = partition.ragged_all_to_all(outputs, sizes.T, len(pairs))[jnp.argsort(order)]
+        y = jnp.sum(returned.reshape(-1, self.top_k, x.shape[-1]) * routing.weights[..., None].astype(x.dtype), axis=1)
+        gathered = [partition.gather_tokens(a.reshape(B, T, -1)).reshape(-1, a.shape[-1]) for a in routing]
+        return partition.psum(y.reshape(x.shape), "tensor"), Routing(*gathered)
 
     def route(self, x: Float[Array, "B T D"], partition: Partition, jitter_key: Array | None = None) -> Routing:
         """Routes each token to its experts; on a mesh with the same result on every device that has the token."""
-        seen = rows = x.reshape(-1, x.shape[-1])
+        router_inputs = rows = x.reshape(-1, x.shape[-1])
         if jitter_key is not None and self.jitter is not None:
-            apart = (
-                (*BATCH_AXES, "expert") if partition.all_to_all else BATCH_AXES
-            )  # devices whose tokens are not the same
-            if partition.size(*apart) > 1:
-                jitter_key = jax.random.fold_in(jitter_key, partition.axis_index(*apart))
+            token_axes = (*BATCH_AXES, "expert") if partition.all_to_all else BATCH_AXES  # devices with other tokens
+            if partition.size(*token_axes) > 1:
+                jitter_key = jax.random.fold_in(jitter_key, partition.axis_index(*token_axes))
             noise = jax.random.uniform(jitter_key, rows.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
-            seen = rows * noise.astype(rows.dtype)
-        return route(linear(seen, self.router[...], 1, partition.platform), self.top_k, self.norm)
+            router_inputs = rows * noise.astype(rows.dtype)
+        return route(linear(router_inputs, self.router[...], 1, partition.platform), self.top_k, self.norm)
 
     def _weights(self, partition: Partition) -> ExpertWeights:
-        """This device's experts."""
+        """Weights of this device's experts, gathered over `fsdp`."""
 
         def local(name: str) -> Weight | tuple[Weight, ...]:
             weights = [partition.gather_fsdp(getattr(e, name)) for e in self.experts]

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""The tokenizer, its vocabulary, and chat templates."""

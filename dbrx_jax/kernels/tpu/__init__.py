@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Pallas kernels for TPUs."""

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Plain XLA implementations, for CPUs and for shapes without a kernel."""
