@@ -49,7 +49,7 @@ def measure() -> Machine:
 
 
 def measure_apart() -> Machine:
-    """As :func:`measure`, in a process of its own, whose memory and threads are gone afterwards.
+    """Runs :func:`measure` in a process of its own, so that its memory and threads are freed.
 
     Raises:
       BenchmarkError: the process failed.

@@ -119,7 +119,7 @@ def random_prompts(config: DbrxConfig, seed: int, rows: int, length: int) -> lis
 
 
 def file_name(result: dict[str, Any]) -> str:
-    """Such as decode-bench-bfloat16-b8-transformers."""
+    """The name of a result, such as decode-bench-bfloat16-b8-transformers."""
     parts = [result["benchmark"], result["model"], result["dtype"]]
     if "batch" in result:
         parts.append(f"b{result['batch']}")

@@ -39,7 +39,7 @@ def weights(kind: str, contracted: int) -> list[Any]:
 
 
 def plain(x: Array, weight: Any, contracted: int) -> Array:
-    """As one would write it."""
+    """The plain matmul."""
     w = weight.dequantize(x.dtype) if isinstance(weight, QuantizedArray) else weight
     return x @ w.T if contracted == 1 else x @ w
 

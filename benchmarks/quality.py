@@ -70,7 +70,7 @@ class Quality:
     corpus: Path
     """The folder that the packages of the demo's corpus were unpacked into."""
     tokens: int = 8192
-    """To predict."""
+    """Token ids to predict."""
     convert: Path | None = None
     """A folder on the disk, in which a checkpoint of 1.5 GB is made, quantised and removed."""
     output: Path = RESULTS / "quality.json"
@@ -193,7 +193,7 @@ def sizes(quantization: Quantization | None, in_memory: int) -> dict[str, Any]:
 
 
 def expected_bytes(config: DbrxConfig, quantization: Quantization | None) -> int:
-    """By the shapes alone: 2 bytes a weight that is not quantised; else 1 or 1/2, and 2 for each scale."""
+    """Bytes from the shapes: 2 for a weight that is not quantised; else 1 or 1/2, and 2 for each scale."""
     total = 0
     for name, spec in parameter_specs(config).items():
         form = None if quantization is None else quantization.format_of(name)
@@ -237,7 +237,7 @@ def conversions(work: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """In Markdown, as docs/quantization.md has it."""
+    """The table in Markdown, as in docs/quantization.md."""
     lines = [
         "| weights | KL, nats | KL, float32 activations | perplexity | same top token | MB in memory | expected |",
         "|---|---|---|---|---|---|---|",

@@ -128,7 +128,7 @@ def _rows(rows: int, columns: int) -> Any:
 
 
 def _chosen(x: Any, places: int) -> tuple[Any, Any, Any]:
-    """As many different experts as there can be, each with all rows."""
+    """The most active experts that the rows can have, each with all rows."""
     return jnp.arange(places, dtype=jnp.int32), jnp.int32(places), jnp.ones((places, x.shape[0]), jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""To a Hugging Face folder in the published (fused) layout, which transformers reads."""
+"""Converts a checkpoint to a Hugging Face folder in the published (fused) layout, which transformers reads."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""To an Orbax checkpoint: parameters in parallel, each a folder of its own, continued where a run was killed."""
+"""Converts a checkpoint to Orbax: a folder for each parameter, in parallel, continuing a killed run."""
 
 import contextlib
 import hashlib

@@ -137,7 +137,7 @@ def _array(
 
 
 def _together(readers: list[_Reader], part: str, bounds: list[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
-    """The same block of several parameters in one array; what is read of each is let go before the next."""
+    """Stacks the same block of several parameters, reading one after another to save memory."""
     array = np.empty((len(readers), *(b - a for a, b in bounds)), dtype)
     for i, reader in enumerate(readers):
         array[i] = _block(reader, part, bounds, dtype)

@@ -249,7 +249,7 @@ def _check_quantized(spec: ParameterSpec, form: Format, values: StoredArray, sca
 
 
 def stored_dtype(dtype: np.dtype) -> np.dtype:
-    """As which an array is stored: zarr 2 has no 8-bit floats, so those are bytes."""
+    """The dtype that an array is stored in: zarr 2 has no 8-bit floats, so those are bytes."""
     return np.dtype(np.uint8) if dtype == VALUE_DTYPES["fp8"] else dtype
 
 

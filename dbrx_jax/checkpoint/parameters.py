@@ -183,7 +183,7 @@ def parameters_of(model: CausalLM) -> dict[str, Any]:
 
 
 def parameters_from_state(config: DbrxConfig, state: nnx.State, mesh: AnyMesh | None) -> dict[str, Any]:
-    """The same of a state of the model's, such as its gradients."""
+    """Parameters by name from a state of the model, such as its gradients."""
     arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     specs = parameter_specs(config)
     found: dict[str, Any] = {}

@@ -1,5 +1,4 @@
-"""From logits to the next token. On a mesh each device has its part of the vocabulary and they agree on the rest:
-no device ever holds all logits of a row."""
+"""Sampling the next token from logits, which on a mesh stay split over the vocabulary."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -34,7 +34,7 @@ def apply_experts(
     platform: str = "cpu",
     tile: int | None = None,
 ) -> Float[Array, "N D"]:
-    """The same sum as :func:`reference_experts`, computing only what was chosen.
+    """Applies the routed experts to each token: the sum of :func:`reference_experts`, without the other experts.
 
     Args:
       experts: numbers below 0 or from E on are experts of other devices: what they give is left out.

@@ -26,7 +26,7 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> "Format":
-        """From a text such as "int8" or "int4-64".
+        """Parses a text such as "int8" or "int4-64".
 
         Raises:
           QuantizationError: it is not one of FORMATS.
@@ -51,7 +51,7 @@ class Quantization:
 
     @classmethod
     def parse(cls, text: "str | Quantization | None") -> "Quantization | None":
-        """From a text: "int8", "int4" (experts in groups of 128, the rest int8; also "int4-32", "int4-64",
+        """Parses a text: "int8", "int4" (experts in groups of 128, the rest int8; also "int4-32", "int4-64",
         "int4-128"), "fp8" (the embedding int8), or parts such as "experts=int4-64,attention=int8", in which a
         format may be "int4" too: per output channel. What is no text comes back as it is.
 

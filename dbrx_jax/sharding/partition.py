@@ -131,7 +131,7 @@ class Partition:
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
 
     def shardings(self, places: Any) -> Any:
-        """The same of a tree of specifications, such as :meth:`specs_of` gives."""
+        """Shardings of a tree of partition specs, such as :meth:`specs_of` returns."""
         if self.mesh is None:
             return None
         return jax.tree.map(self.sharding, places, is_leaf=lambda s: isinstance(s, PartitionSpec))
@@ -290,7 +290,7 @@ def check_mesh(config: DbrxConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def _cut(value: QuantizedArray, dimension: int, axis: str, sizes: Mapping[str, int]) -> MeshError:
-    """That these axes of the mesh do not divide a dimension of a quantised parameter, and what they would."""
+    """The error that mesh axes do not divide a dimension of a quantised parameter, with formats they would divide."""
     n, size = value.shape[dimension], math.prod(sizes.values())
     names = ",".join(f"{name}={count}" for name, count in sizes.items())
     groups = value.scale.shape[dimension]

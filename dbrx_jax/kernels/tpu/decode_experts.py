@@ -238,7 +238,7 @@ def _kernel(chosen, count, x, combine_weights, *refs, activation: str, weight_fo
 
 
 def _keep_scales(s1, t1, s2, kept, t) -> None:
-    """In float32, as single rows are read below, which takes 32 bits an element; w2's are those of a whole expert."""
+    """Copies scales to VMEM in float32, as reading single rows needs 32-bit elements; w2's for a whole expert."""
     kept[0][...], kept[1][...] = s1[...].astype(jnp.float32), t1[...].astype(jnp.float32)
 
     @pl.when(t == 0)

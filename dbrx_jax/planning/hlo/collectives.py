@@ -49,7 +49,7 @@ def bytes_moved(collective: Collective) -> float:
 
 
 def _collectives(scope: Scope, instr: Instr, runs: int) -> Iterator[Collective]:
-    """Those of one instruction; a TPU puts some into fusions."""
+    """The collectives in one instruction; a TPU puts some into fusions."""
     opcode = instr.opcode.removesuffix("-start")
     if opcode in COLLECTIVES:
         yield _collective(scope, instr, opcode, leaves(result_type(instr)), instr.op_name, runs)
