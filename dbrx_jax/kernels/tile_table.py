@@ -14,6 +14,6 @@ def table() -> dict[str, list[int]]:
 
 
 def name_of(kernel: str, kind: str, group: int | None, sizes: tuple[int, ...], rows: int) -> str:
-    """The name of a matmul, such as "experts_tpu, int4 by 128, 10752 x 6144, 16 rows"; rows are rounded up to a power of two."""
+    """Names a matmul: "experts_tpu, int4 by 128, 10752 x 6144, 16 rows", with rows rounded up to a power of 2."""
     weights = kind if group is None else f"{kind} by {group}"
     return f"{kernel}, {weights}, {' x '.join(map(str, sizes))}, {1 << (max(rows, 8) - 1).bit_length()} rows"
