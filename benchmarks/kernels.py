@@ -90,7 +90,7 @@ def gradients(kind: str) -> Iterator[Case]:
     from dbrx_jax.kernels.tpu import grouped_matmul as tpu_grouped_matmul
 
     gradient: Any = (gpu_grouped_gradient if kind == "gpu" else tpu_grouped_matmul).grouped_gradient
-    F, D, P, E = tiles.CONFIG.ffn_hidden_size, tiles.CONFIG.d_model, tiles.MANY_ROWS, 2
+    F, D, P, E = tiles.CONFIG.ffn_hidden_size, tiles.CONFIG.d_model, tiles.PREFILL_ROWS, 2
     for M, C in ((F, D), (D, F)):
         rows = [jax.ShapeDtypeStruct((P, n), jnp.bfloat16) for n in (M, C)]
         yield Case(f"gradient, {M} x {C}, {P} rows", lambda a, b: gradient(a, b, jnp.full(E, P // E, jnp.int32)), rows)

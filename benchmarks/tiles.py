@@ -30,8 +30,8 @@ from dbrx_jax.quantization.array import abstract
 
 CONFIG = DbrxConfig.from_name("132b-instruct")
 WEIGHTS = ("bfloat16", "int8", "int4-128")
-FEW_ROWS = (1, 8, 64)
-MANY_ROWS = 4096
+DECODE_ROWS = (1, 8, 64)
+PREFILL_ROWS = 4096
 Tiles = Any  # one of the kernels' tuples
 
 
@@ -56,13 +56,13 @@ def cases(kind: str, config: DbrxConfig = CONFIG, weights: tuple[str, ...] = WEI
     F, D, K = config.ffn_hidden_size, config.d_model, config.moe_top_k
     for text, experts in itertools.product(weights, (1, 2) if kind == "tpu" else (2, config.moe_num_experts)):
         w1, w2 = (_weight(text, (experts, F, D), (c,)) for c in (-1, -2))
-        for rows in FEW_ROWS:
-            yield (_few_tpu if kind == "tpu" else _few_gpu)(rows, min(experts, rows * K), w1, w2)
+        for rows in DECODE_ROWS:
+            yield (_tpu_decode_case if kind == "tpu" else _gpu_decode_case)(rows, min(experts, rows * K), w1, w2)
         for weight, contracted in ((w1, 1), (w2, 0)):
-            yield _many(kind, _rows(MANY_ROWS, (F, D)[contracted]), weight, contracted)
+            yield _grouped_case(kind, _rows(PREFILL_ROWS, (F, D)[contracted]), weight, contracted)
 
 
-def _few_tpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
+def _tpu_decode_case(rows: int, places: int, w1: Any, w2: Any) -> Case:
     from dbrx_jax.kernels.tpu import decode_experts as module
     from dbrx_jax.kernels.tpu.packed_weights import tiles_name
 
@@ -75,7 +75,7 @@ def _few_tpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
     return Case([slot], (x, w1, w1, w2), call)
 
 
-def _few_gpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
+def _gpu_decode_case(rows: int, places: int, w1: Any, w2: Any) -> Case:
     from dbrx_jax.kernels.gpu import decode_experts as module
     from dbrx_jax.kernels.gpu.packed_weights import pack
 
@@ -93,7 +93,7 @@ def _few_gpu(rows: int, places: int, w1: Any, w2: Any) -> Case:
     return Case(slots, (x, w1, w1, w2), call)
 
 
-def _many(kind: str, rows: Any, weight: Any, contracted: int) -> Case:
+def _grouped_case(kind: str, rows: Any, weight: Any, contracted: int) -> Case:
     module: Any
     if kind == "tpu":
         from dbrx_jax.kernels.tpu import grouped_matmul as module

@@ -19,7 +19,7 @@ from dbrx_jax.kernels.dispatch import ExpertKernels, expert_kernels
 from dbrx_jax.kernels.xla import experts as xla
 from dbrx_jax.ops.experts import ExpertWeights
 
-# Up to so many tokens, each expert that has some runs on all of them.
+# Most tokens of a small batch, in which each active expert runs on all tokens.
 SMALL_BATCH = {"cpu": 1}
 SMALL_BATCH_ON_ACCELERATOR = 256
 
@@ -37,9 +37,9 @@ def apply_experts(
     """Applies the routed experts to each token: the sum of :func:`reference_experts`, without the other experts.
 
     Args:
-      experts: numbers below 0 or from E on are experts of other devices: what they give is left out.
+      experts: numbers below 0 or from E on are experts of other devices, whose outputs are left out.
       valid: False for rows whose output does not matter (padding); they cost nothing and give 0.
-      platform: that of the devices, which decides on the arrangement.
+      platform: the platform of the devices, which selects the implementation.
       tile: rows of every matrix product, whatever N is, so that no bit of a row's result depends on N;
         None leaves that to the platform.
     """
@@ -57,25 +57,25 @@ class ExpertDispatch(NamedTuple):
     """The implementation that applies the experts."""
 
     platform: str
-    small_batch: bool  # tokens, or many
-    tile: int  # rows of a product of many tokens
-    kernels: ExpertKernels | None  # or XLA's own products
+    small_batch: bool  # each active expert runs on all rows; else rows are sorted by expert
+    tile: int  # rows of a matmul of sorted tokens
+    kernels: ExpertKernels | None  # None: plain XLA
 
 
 def _dispatch(
     x: Array, experts: Array, expert_weights: ExpertWeights, platform: str, tile: int | None
 ) -> ExpertDispatch:
-    """Chosen by platform, shapes and dtype. Kernels are not for products of a given number of rows."""
+    """Selects by platform, shapes and dtype. Kernels are not used where `tile` fixes the rows of a matmul."""
     tokens = x.shape[0]
     kernels = expert_kernels(platform) if tile is None and expert_weights.stacked else None
     if kernels is not None and kernels.supports_decode(x, *expert_weights):
         return ExpertDispatch(platform, True, 0, kernels)
-    few = tile is None and tokens <= SMALL_BATCH.get(platform, SMALL_BATCH_ON_ACCELERATOR)
+    small_batch = tile is None and tokens <= SMALL_BATCH.get(platform, SMALL_BATCH_ON_ACCELERATOR)
     if kernels is not None and kernels.supports_grouped(x, *expert_weights):
         return ExpertDispatch(platform, False, xla.TILE_ON_ACCELERATOR, kernels)
     if tile is None:
         tile = xla.tile_rows(experts, expert_weights) if platform == "cpu" else xla.TILE_ON_ACCELERATOR
-    return ExpertDispatch(platform, few, tile, None)
+    return ExpertDispatch(platform, small_batch, tile, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

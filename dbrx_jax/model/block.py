@@ -24,7 +24,7 @@ class Norm(nnx.Module):
     """Layer normalisation with a scale only."""
 
     def __init__(self, config: DbrxConfig, init: Init):
-        self.scale = init.ones((config.d_model,), ("whole",))
+        self.scale = init.ones((config.d_model,), ("replicated",))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return layer_norm(x, self.scale[...])

@@ -37,7 +37,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: DbrxConfig, init: Init):
         E, D = config.moe_num_experts, config.d_model
-        self.router = init.normal((E, D), ("whole", "whole"), config.initializer_range)
+        self.router = init.normal((E, D), ("replicated", "replicated"), config.initializer_range)
         arrays = init.partition.expert_arrays(E)
         self.experts = nnx.List([Expert(config, init, E // arrays) for _ in range(arrays)])
         self.num_experts = E

@@ -41,8 +41,8 @@ def linear(
     if platform != "cpu":
         return _elsewhere(x, weight, contracted, dtype)
     rows = x.shape[0]
-    if (few := small_batch_matmul(x, weight, contracted)) is not None:
-        return few.astype(dtype)
+    if (result := small_batch_matmul(x, weight, contracted)) is not None:
+        return result.astype(dtype)
     if contracted == 1 and _goes_left(weight, x):
         return _transposed(_product(weight, x, 1).astype(dtype))
     plain = weight.dtype == jnp.float32 and not isinstance(weight, QuantizedArray)

@@ -39,7 +39,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "embed": ("expert", "fsdp"),
     "head_dim": (),
-    "whole": (),  # norms and routers: small, and needed whole everywhere
+    "replicated": (),  # norms and routers: small, and needed whole everywhere
 }
 # Vocabulary entries that share one draw of random numbers; a device holds a multiple of it.
 VOCAB_BLOCK = 32

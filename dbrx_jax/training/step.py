@@ -26,22 +26,22 @@ class Losses(NamedTuple):
 
 
 def losses(
-    model: CausalLM, tokens: Int[Array, "B T"], target_mask: Float[Array, "B T"], jitter_key: Array | None = None
+    model: CausalLM, tokens: Int[Array, "B T"], loss_mask: Float[Array, "B T"], jitter_key: Array | None = None
 ) -> Losses:
     """Next-token cross entropy and the load-balancing loss. On a mesh, what each device runs, on its rows.
 
     Args:
       tokens: a batch of token ids, packed without padding; position t predicts token t + 1.
-      target_mask: 1 for tokens that are to be learnt; the first of a row is never predicted.
+      loss_mask: 1 for tokens that count in the loss; the first of a row is never predicted.
       jitter_key: random key of the router's jitter, where the configuration has one.
     """
-    inputs, targets, weight = tokens[:, :-1], tokens[:, 1:], target_mask[:, 1:].astype(jnp.float32)
+    inputs, targets, weight = tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:].astype(jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     states, routings = model.hidden(inputs, jnp.ones(inputs.shape, bool), positions, jitter_key)
     partition = model.partition.with_tokens_split(inputs.shape[1])
-    learnt = -log_probability(model.logits(partition.gather_tokens(states[-1])), targets, partition)
+    nll = -log_probability(model.logits(partition.gather_tokens(states[-1])), targets, partition)
     total = partition.psum(weight.sum(), *BATCH_AXES)
-    cross_entropy = partition.psum(jnp.sum(learnt * weight), *BATCH_AXES) / jnp.maximum(total, 1)
+    cross_entropy = partition.psum(jnp.sum(nll * weight), *BATCH_AXES) / jnp.maximum(total, 1)
     balance = load_balancing_loss(routings, partition=partition)
     return Losses(cross_entropy + model.config.moe_loss_weight * balance, cross_entropy, balance)
 
@@ -49,22 +49,22 @@ def losses(
 def make_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, Any, Losses, Array]]:
-    """A jitted step(params, optimizer_state, tokens, target_mask, key) -> params, optimizer_state, losses, norm.
+    """A jitted step(params, optimizer_state, tokens, loss_mask, key) -> params, optimizer_state, losses, norm.
 
     `key` is the random key of the router's jitter, None where there is none; `norm` is that of the gradients.
     `params` is the model's state as nnx.split gives it beside `graph`; it and the optimiser's state are donated.
     """
 
-    def step(params, optimizer_state, tokens, target_mask, key=None):
+    def step(params, optimizer_state, tokens, loss_mask, key=None):
         partition = nnx.merge(graph, params).partition
         rows, same = partition.array_spec(BATCH_AXES, None), partition.array_spec()
         inside = (parameter_partition_specs(params, partition), rows, rows, same)
 
-        def run(params, tokens, target_mask, key):
-            return losses(nnx.merge(graph, params), tokens, target_mask, key)
+        def run(params, tokens, loss_mask, key):
+            return losses(nnx.merge(graph, params), tokens, loss_mask, key)
 
         def loss(params):
-            result = partition.shard_map(run, inside, Losses(same, same, same))(params, tokens, target_mask, key)
+            result = partition.shard_map(run, inside, Losses(same, same, same))(params, tokens, loss_mask, key)
             return result.total, result
 
         gradients, result = jax.grad(loss, has_aux=True)(params)

@@ -115,7 +115,7 @@ def test_a_row_does_not_depend_on_the_others_bit_for_bit(tokens, seed, skew):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_few_tokens_leave_unchosen_experts_unread(tokens):
+def test_small_batches_leave_inactive_experts_unread(tokens):
     x, weights, chosen, expert_weights = problem(tokens, 6, 2, 0.0, 5)
     chosen[:] = [1, 4]
     poison = ExpertWeights(

@@ -128,7 +128,7 @@ def test_a_plain_weight_is_not_copied(rows):
 
 @pytest.mark.parametrize("form", [None, "int8", "int4", "int4-32"])
 @pytest.mark.parametrize(("rows", "contracted"), [(1, 0), (1, 1), (2, 1), (MAX_ROWS, 1)])
-def test_few_rows_in_programs_that_add_in_any_order(form, rows, contracted):
+def test_small_batches_in_programs_that_reorder_sums(form, rows, contracted):
     """As decoding on a CPU is compiled; what is not finite stays so, in its own row."""
     w = weight(form, (160, 96), (contracted - 2,))
     x = np.random.default_rng(1).normal(size=(rows, w.shape[contracted])).astype(np.float32)
@@ -148,7 +148,7 @@ def test_few_rows_in_programs_that_add_in_any_order(form, rows, contracted):
         np.testing.assert_array_equal(spoiled[1:], np.asarray(y)[1:])
 
 
-def test_what_few_rows_leaves_to_others():
+def test_small_batch_matmul_refuses_what_it_does_not_support():
     x = jnp.ones((1, 96))
     assert small_batch_matmul(jnp.ones((MAX_ROWS + 1, 96)), weight(None, (64, 96), (-1,)), 1) is None
     assert MAX_ROWS < ROW_TILE  # whose products are the same in all programs

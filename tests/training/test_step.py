@@ -14,10 +14,10 @@ from tests.conftest import CASES
 from tests.model.test_causal_lm import TINY
 
 
-def evaluate(model, tokens, target_mask):
+def evaluate(model, tokens, loss_mask):
     """The losses, compiled as a whole, which takes less time than operation by operation."""
     graph, params = nnx.split(model)
-    return jax.jit(lambda p: losses(nnx.merge(graph, p), tokens, target_mask))(params)
+    return jax.jit(lambda p: losses(nnx.merge(graph, p), tokens, loss_mask))(params)
 
 
 @pytest.mark.parametrize("case", CASES)

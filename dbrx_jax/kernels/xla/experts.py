@@ -11,12 +11,12 @@ from dbrx_jax.ops.experts import ExpertWeights, expert_mlp, group
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
-# Rows of one matrix product in the grouped arrangement. On a CPU, where padding costs, about as many as an
-# expert has, up to where more are hardly faster, which with quantised weights is later; elsewhere so many that the
-# product takes longer than reading the weights.
+# Rows of one matmul of sorted tokens. On a CPU, where padding costs, about as many as an expert has, up to where
+# more are hardly faster, which is later with quantised weights; elsewhere so many that the matmul takes longer than
+# reading the weights.
 MIN_TILE, MAX_TILE, MAX_TILE_QUANTIZED = 4, 32, 64
 TILE_ON_ACCELERATOR = 512
-# Up to so many tokens, an expert that no token chose is likely, and is skipped.
+# Up to so many tokens inactive experts are likely, and are skipped.
 SKIP_TOKENS = 16
 
 
