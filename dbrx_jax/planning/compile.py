@@ -1,4 +1,4 @@
-"""Compiles a model for accelerators that are not attached. Needs the extra [compile]."""
+"""Deviceless compilation: memory, HBM traffic and collectives of a model, from XLA. Needs the extra [compile]."""
 
 import dataclasses
 import math
@@ -19,54 +19,53 @@ from dbrx_jax.planning import hlo, targets
 from dbrx_jax.planning.plan import PREFILL, Setting, cache_bytes, memory, messages
 from dbrx_jax.sharding.partition import CONTEXT_AXIS, make_mesh
 
-# Without a card XLA cannot try out how often to split a product's sum, and splits the small ones often, with
-# partial sums that a card would hold in its cache but that count as traffic here.
+# Without a GPU XLA cannot autotune split-K. It then splits small matmuls often, and their partial sums count as
+# HBM traffic here although a GPU would keep them in its cache.
 CUDA_OPTIONS = {"xla_gpu_experimental_force_split_k": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One program, by its optimised HLO; bytes of one device."""
+    """Analysis of one compiled program's optimised HLO; bytes are of one device."""
 
     program: str  # "decode" or "prefill"
     compile_seconds: float
     arguments: int
     temporaries: int
-    total: int  # arguments, temporaries, and outputs that are no arguments
-    planned: int  # the estimate of the same, see :func:`dbrx_jax.planning.plan.memory`
-    traffic: int  # read and written in HBM, with every position of the cache live
-    least_traffic: int  # all weights and the live cache read once
-    collectives: dict[str, int]  # how many of each kind
-    moved: int  # bytes that the device sends in them, around rings
+    total: int  # arguments, temporaries, and outputs that do not alias arguments
+    planned: int  # estimate of `total` by :func:`dbrx_jax.planning.plan.memory`
+    traffic: int  # bytes read from and written to HBM, with every position of the cache live
+    least_traffic: int  # lower bound: all weights and the live cache read once
+    collectives: dict[str, int]  # number of each kind
+    moved: int  # bytes that the device sends in them, in ring algorithms
     planned_moved: int
     weights_moved: list[str]  # parameters that are operands of collectives
     largest_temporary: str
-    expert_copies: list[str]  # temporaries with a whole weight of an expert in them, as floats
+    expert_copies: list[str]  # shapes of temporaries with a whole dequantised or copied expert weight
 
 
 def compile_programs(setting: Setting) -> list[Compiled]:
-    """A decode step of the whole batch, and a chunk of a prompt of one row (of each group of devices).
+    """Compiles a decode step of the whole batch, and one prefill chunk of one row in each data-parallel group.
 
     Raises:
-      PlanError: the compiler is not installed, or it does not fit.
+      PlanError: the compiler is not installed, or the program does not fit.
     """
-    mesh = make_mesh(setting.axes, targets.devices(setting.target.name, _chips(setting)))
+    chips = setting.devices // setting.target.devices_per_chip
+    mesh = make_mesh(setting.axes, targets.devices(setting.target.name, chips))
     lowered = _lower(setting, mesh)
     prefill = next(program for name, program in lowered.items() if name.startswith("prefill"))
     return [_compile(setting, "decode", lowered["decode"]), _compile(setting, "prefill", prefill)]
-
-
-def _chips(setting: Setting) -> int:
-    return setting.devices // setting.target.devices_per_chip
 
 
 def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
     model_state = split_model(
         CausalLM(setting.config, rngs=None, dtype=setting.dtype, mesh=mesh, quantization=setting.quantization)
     )
-    number, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    kinds: Any = (Sampling, Settings)  # with shapes in them rather than arrays
-    settings = kinds[1](kinds[0](number, whole, number, number, number), None, jax.ShapeDtypeStruct((8,), jnp.int32))
+    float32, int32 = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    make_sampling: Any = Sampling  # of shapes rather than arrays
+    make_settings: Any = Settings
+    sampling = make_sampling(float32, int32, float32, float32, float32)
+    settings = make_settings(sampling, None, jax.ShapeDtypeStruct((8,), jnp.int32))
     rows = setting.rows * setting.partition.size("data", "fsdp")
     cache_dtype = jnp.dtype(setting.cache_dtype or setting.dtype)
     return dict(lower(model_state, settings, False, False, rows, setting.positions, cache_dtype))
@@ -86,13 +85,13 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     sizes, text = program.memory_analysis(), program.as_text()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     total = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    local = setting.positions // setting.partition.size(CONTEXT_AXIS)
-    trips = {"cache_blocks": math.ceil(local / CACHE_BLOCK)}
+    local_positions = setting.positions // setting.partition.size(CONTEXT_AXIS)
+    trips = {"cache_blocks": math.ceil(local_positions / CACHE_BLOCK)}
     traffic = hlo.hbm_traffic(text, trips)
-    found = hlo.collectives(text, trips)
-    kinds: dict[str, int] = {}
-    for collective in found:
-        kinds[collective.kind] = kinds.get(collective.kind, 0) + collective.runs
+    collectives = hlo.collectives(text, trips)
+    runs_by_kind: dict[str, int] = {}
+    for collective in collectives:
+        runs_by_kind[collective.kind] = runs_by_kind.get(collective.kind, 0) + collective.runs
     tokens, split_tokens = (setting.rows, False) if name == "decode" else (PREFILL, True)
     buffers = hlo.largest_temporaries(text)
     return Compiled(
@@ -104,17 +103,17 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
         planned=memory(setting).total,
         traffic=traffic.read + traffic.written,
         least_traffic=sum(memory(setting).parameters.values()) + cache_bytes(setting),
-        collectives=kinds,
-        moved=round(sum(hlo.bytes_moved(c) * c.runs for c in found)),
+        collectives=runs_by_kind,
+        moved=round(sum(hlo.bytes_moved(c) * c.runs for c in collectives)),
         planned_moved=round(sum(m.moved for m in messages(setting, tokens, split_tokens))),
-        weights_moved=sorted({p for c in found for p in c.parameters if p.startswith("model_state")}),
+        weights_moved=sorted({p for c in collectives for p in c.parameters if p.startswith("model_state")}),
         largest_temporary=f"{buffers[0].shape} ({buffers[0].bytes / 1e6:.1f} MB)" if buffers else "",
         expert_copies=sorted({t.shape for t in buffers if _holds_expert(t.shape, setting)}),
     )
 
 
 def _holds_expert(shape: str, setting: Setting) -> bool:
-    """Returns whether a shape such as bf16[2,10752,6144] is that of a device's shard of an expert weight."""
+    """Returns whether a shape such as bf16[2,10752,6144] has the sizes of a device's shard of an expert weight."""
     dtype, _, dims = shape.rstrip("]").partition("[")
     inner = setting.config.ffn_hidden_size // setting.partition.size("tensor")
     return dtype in ("bf16", "f32") and {str(inner), str(setting.config.d_model)} <= set(dims.split(","))

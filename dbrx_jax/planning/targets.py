@@ -1,9 +1,7 @@
-"""The accelerators that we plan and compile for, and devices of theirs that exist only for the compiler.
-
-Needs the extra ``compile``; no TPU or GPU. Figures are per JAX device, which on tpu7x is half a chip.
-"""
+"""Specifications of the supported TPUs and GPUs, and their JAX devices for deviceless compilation."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from dbrx_jax.errors import PlanError
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of accelerator; every figure is of one JAX device.
+    """Specification of one kind of accelerator, per JAX device (on tpu7x half a chip).
 
     Peaks are dense. TPU figures other than memory: docs.cloud.google.com/tpu/docs, the pages v5e, v5p,
     v6e and tpu7x. GPU figures: NVIDIA's data sheets of the SXM cards.
@@ -22,9 +20,9 @@ class Target:
 
     name: str
     platform: str  # "tpu" or "cuda"
-    # Usable bytes. TPU: the limit that the compiler states when a program is too large ("exceeds available
-    # HBM (15.75G)"; it prints two decimals of GiB). GPU: the driver's total, which no compiler enforces;
-    # JAX takes three quarters of it unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+    # TPU: the compiler's limit, from its error for a program that is too large ("exceeds available HBM (15.75G)",
+    # in GiB with two decimals). GPU: the driver's total, which no compiler enforces; JAX allocates three quarters
+    # of it unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
     hbm_bytes: int
     hbm_bandwidth: float  # bytes/s
     bf16_flops: float  # FLOP/s
@@ -47,50 +45,31 @@ TARGETS = {
     )
 }
 
-_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_CUBE = {
-    1: "1x1x1",
-    4: "2x2x1",
-    8: "2x2x2",
-    16: "2x2x4",
-    32: "2x4x4",
-    64: "4x4x4",
-    128: "4x4x8",
-    256: "4x8x8",
-    512: "8x8x8",
-}
-_SLICES = {
-    "v5e": _FLAT,
-    "v6e": _FLAT,
-    "v5p": _CUBE,
-    "tpu7x": _CUBE,
-    "h100": {n: f"1x1x{n}" for n in (1, 2, 4, 8)},  # slices x hosts x cards
-    "h200": {n: f"1x1x{n}" for n in (1, 2, 4, 8)},
-}
+
+def _by_chips(*topologies: str) -> dict[int, str]:
+    return {math.prod(map(int, topology.split("x"))): topology for topology in topologies}
+
+
+_2D = _by_chips("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_3D = _by_chips("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_GPU = _by_chips("1x1x1", "1x1x2", "1x1x4", "1x1x8")  # slices x hosts x GPUs
+_SLICES = {"v5e": _2D, "v6e": _2D, "v5p": _3D, "tpu7x": _3D, "h100": _GPU, "h200": _GPU}
 
 
 def target(kind: str) -> Target:
-    """The figures of a kind of accelerator.
-
-    Raises:
-      PlanError: there is no such kind.
-    """
+    """Returns the specification of a kind of accelerator, or raises PlanError."""
     if kind not in TARGETS:
         raise PlanError(f"no accelerator is called {kind!r}: choose one of {', '.join(TARGETS)}")
     return TARGETS[kind]
 
 
 def slice_sizes(kind: str) -> tuple[int, ...]:
-    """Numbers of chips of the usual slices, the smallest first."""
+    """Numbers of chips in the usual slices, in ascending order."""
     return tuple(_SLICES[kind])
 
 
 def topology_for(kind: str, chips: int) -> str:
-    """The usual slice of so many chips, such as "8x8" for 64 chips of v5e.
-
-    Raises:
-      PlanError: there is no such kind, or no usual slice of this size.
-    """
+    """The topology of the usual slice with `chips` chips, such as "8x8" for 64 chips of v5e, or raises PlanError."""
     target(kind)
     slices = _SLICES[kind]
     if chips not in slices:
@@ -99,7 +78,7 @@ def topology_for(kind: str, chips: int) -> str:
 
 
 def devices(kind: str, slice_: int | str) -> list[Any]:
-    """The JAX devices of a slice, for lowering and compiling only: nothing can be put on them.
+    """JAX devices of a slice that is not attached: for lowering and compiling only, they hold no arrays.
 
     Args:
       kind: a name of :data:`TARGETS`.
@@ -108,7 +87,7 @@ def devices(kind: str, slice_: int | str) -> list[Any]:
     Raises:
       PlanError: the kind or the slice is unknown, or the compiler is not installed.
     """
-    wanted = target(kind)
+    accelerator = target(kind)
     topology = topology_for(kind, slice_) if isinstance(slice_, int) else slice_
     if topology not in _SLICES[kind].values():
         raise PlanError(f"{kind} has no slice {topology!r}: choose one of {', '.join(_SLICES[kind].values())}")
@@ -116,23 +95,26 @@ def devices(kind: str, slice_: int | str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        if wanted.platform == "tpu":
-            one = {"chips_per_host_bounds": (1, 1, 1)} if topology in ("1x1", "1x1x1") else {}
+        if accelerator.platform == "tpu":
+            options = {"chips_per_host_bounds": (1, 1, 1)} if topology in ("1x1", "1x1x1") else {}
             with _without_metadata_server():
-                found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{topology}", **one)
+                description = topologies.get_topology_desc(
+                    platform="tpu", topology_name=f"{kind}:{topology}", **options
+                )
         else:
-            found = topologies.get_topology_desc(platform="cuda", target_config=_card(wanted), topology=topology)
+            proto = _gpu_target_config(accelerator)
+            description = topologies.get_topology_desc(platform="cuda", target_config=proto, topology=topology)
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError, ImportError) as error:
         raise PlanError(
             f"cannot compile for {kind}: pip install 'dbrx-jax[compile]' ({str(error).splitlines()[0]:.200})"
         ) from None
-    return list(found.devices)
+    return list(description.devices)
 
 
 @contextlib.contextmanager
 def _without_metadata_server() -> Iterator[None]:
-    """libtpu asks a machine in Google's cloud who it is; elsewhere it waits, then fails. It reads these once."""
-    wanted = {
+    """Keeps libtpu from asking Google Cloud's metadata server about this host: elsewhere it waits, then fails."""
+    variables = {  # libtpu reads them once
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # these two only silence warnings: the topology is named
@@ -140,25 +122,25 @@ def _without_metadata_server() -> Iterator[None]:
         "TPU_LOG_DIR": "disabled",
         "TPU_MIN_LOG_LEVEL": "3",
     }
-    added = {key: value for key, value in wanted.items() if key not in os.environ}
+    added = {key: value for key, value in variables.items() if key not in os.environ}
     os.environ.update(added)
     try:
         yield
-    finally:  # a TPU of this machine must still be found
+    finally:  # so that JAX still finds a TPU of this machine
         for key in added:
             os.environ.pop(key, None)
 
 
-def _card(wanted: Target) -> str:
-    """The text proto (xla.GpuTargetConfigProto) of a Hopper SXM card; data sheet figures."""
-    name = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e"}[wanted.name]
+def _gpu_target_config(gpu: Target) -> str:
+    """The xla.GpuTargetConfigProto of a Hopper SXM card as text, with the data sheet's figures."""
+    name = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e"}[gpu.name]
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {int(wanted.hbm_bandwidth)} l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: {wanted.hbm_bytes} shared_memory_per_block_optin: 232448
+  memory_bandwidth: {int(gpu.hbm_bandwidth)} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {gpu.hbm_bytes} shared_memory_per_block_optin: 232448
   cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
