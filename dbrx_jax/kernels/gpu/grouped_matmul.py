@@ -89,7 +89,7 @@ def _quantized(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedT
             if weight.group is None:
                 totals = _scaled(block, totals, scale)
             packed = plgpu.layout_cast(_packed(totals), plgpu.Layout.WGMMA_TRANSPOSED)
-            out_tile.transpose((1, 0))[...] = packed
+            _store_transposed(out_tile, packed)
             plgpu.commit_smem()
             _store(out_tile, out, tile, start, end, pl.ds(channel * tiles.channels, tiles.channels))
 
@@ -116,6 +116,15 @@ def _scaled(block: Block, totals: tuple[Array, ...], ref: Any) -> list[Array]:
     own = by_channel(ref.at[pl.ds(block.channel * block.tiles.channels, block.tiles.channels)])
     scales = [own.astype(jnp.float32)] if block.weight.outputs == 1 else split_scales(own)
     return [t * lax.broadcast_in_dim(s, t.shape, (0,)) for t, s in zip(totals, scales, strict=True)]
+
+
+def _store_transposed(tile: Any, values: Array) -> None:
+    """Stores values (channels, rows) in a tile (rows, channels) of shared memory."""
+    store: Any = getattr(plgpu, "store", None)
+    if store is None:  # jax 0.11, which finds the layout itself
+        tile.transpose((1, 0))[...] = values
+    else:
+        store(tile.transpose((1, 0)), values, optimized=False)
 
 
 def _packed(totals: Any) -> Array:
