@@ -1,4 +1,4 @@
-"""The command: python -m benchmarks.gpu [--seconds 480] [--toy] [--part NAME]
+"""The command: python -m benchmarks.gpu [--seconds 1000] [--toy] [--part NAME]
 
 Runs parts in the order of their worth, each in a process of its own with a limit, until the seconds are used up.
 Checks come first; one that finds a wrong result ends the run. Every figure is written when it is known.
@@ -69,7 +69,7 @@ PARTS = {
     "prefill-int4": Part(80, partial(speed.prefill, precision="int4"), True),
     "prefill-bfloat16": Part(60, partial(speed.prefill, precision="bfloat16"), True),
     "decode-int8": Part(100, partial(speed.decode, precision="int8"), True),
-    "load-int4": Part(150, partial(speed.load, precision="int4"), True),
+    "load-int4": Part(300, partial(speed.load, precision="int4"), True),
 }
 
 
@@ -140,7 +140,7 @@ def _add(output: Path, name: str, row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=DESCRIPTION)
-    parser.add_argument("--seconds", type=float, default=480, help="for the whole run; 480 by default")
+    parser.add_argument("--seconds", type=float, default=1000, help="for the whole run; 1000 by default")
     parser.add_argument("--toy", action="store_true", help="a tiny model on any device, without the peer")
     parser.add_argument("--part", choices=[*PARTS, "reference-model"], help="only this one, here, without a limit")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON to write")
