@@ -18,8 +18,8 @@ TOKENS = 32768
 QUERIES = 512  # that the reference looks from at a time: all scores at once would be 17 GB
 CONFIG = DbrxConfig(
     d_model=48,
-    n_heads=4,
-    kv_n_heads=2,
+    n_heads=2,
+    kv_n_heads=1,
     n_layers=2,
     max_seq_len=TOKENS,
     vocab_size=96,
@@ -44,13 +44,17 @@ def experts(x, routing, weights):
 
 
 def reference_last_logits(model, ids):
-    """Attention and experts by their definitions, some queries after others; the rest is the model's."""
+    """Attention and experts by their definitions, QUERIES at a time; the rest is the model's.
+
+    The last block computes only the last QUERIES positions: nothing else reaches the last logits.
+    """
     positions, partition = np.arange(ids.shape[1])[None], model.partition
     x = model.embed(ids, partition)
     for block in model.blocks:
+        first = ids.shape[1] - QUERIES if block is model.blocks[-1] else 0
         q, k, v = block.attention._project_in(block.norm_1(x), positions, partition)
-        rows = [attention_rows(q[:, i : i + QUERIES], k, v, i) for i in range(0, ids.shape[1], QUERIES)]
-        x = x + block.attention._project_out(jnp.concatenate(rows, axis=1), partition)
+        rows = [attention_rows(q[:, i : i + QUERIES], k, v, i) for i in range(first, ids.shape[1], QUERIES)]
+        x = x[:, first:] + block.attention._project_out(jnp.concatenate(rows, axis=1), partition)
         normed = block.norm_2(x)
         y = experts(normed[0], block.moe.route(normed, partition), block.moe._weights(partition))
         x = x + y[None]
