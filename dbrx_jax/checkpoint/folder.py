@@ -10,14 +10,17 @@ from dbrx_jax.checkpoint.parameters import parameter_specs
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.quantization import Quantization
 
-# In a folder that a conversion is at work in, or was killed in; gone when it is complete.
+# Marks a folder whose conversion is running or was killed; deleted when the conversion is complete.
 PLAN = "conversion.json"
-# Rows are read so many bytes at a time.
+# Bytes of rows that are read at a time.
 BLOCK = 32 << 20
 
 
 class CheckpointFolder(Protocol):
-    """A complete checkpoint, by the model's parameters in their published two-dimensional shape."""
+    """A complete checkpoint, read by parameter name in the published two-dimensional shapes.
+
+    Methods that read raise CheckpointError if a file is missing, damaged or shorter than it was when opened.
+    """
 
     @property
     def path(self) -> Path: ...
@@ -42,33 +45,35 @@ class CheckpointFolder(Protocol):
 
     @property
     def quantization(self) -> Quantization | None:
-        """The quantisation of its weights, None unless they are quantised in the project's own formats."""
+        """The quantisation of its weights; None unless they are in one of the project's own formats."""
         ...
 
     def dtype(self) -> np.dtype:
-        """The one dtype of all weights, after dequantising."""
+        """Returns the one dtype of all weights after dequantising; raises CheckpointError if they have several."""
         ...
 
-    def parameter_dtype(self, parameter: str) -> np.dtype: ...
+    def parameter_dtype(self, parameter: str) -> np.dtype:
+        """Returns the dtype of one parameter after dequantising."""
+        ...
 
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a parameter, read into memory and dequantised."""
+        """Reads rows of a parameter into memory, dequantised."""
         ...
 
     def stored_rows(self, parameter: str, part: str, start: int, stop: int) -> np.ndarray:
-        """Rows (along the first dimension) of the "values" or "scale" of a quantised parameter, as they are stored."""
+        """Reads rows (first dimension) of the "values" or "scale" of a quantised parameter, as they are stored."""
         ...
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
-        """File, offset and length of the bytes of some rows, if they are stored in the needed form; else None."""
+        """Returns file, offset and length of the bytes of rows; None if they must be decoded or transposed first."""
         ...
 
 
 def shape_of(folder: CheckpointFolder, parameter: str) -> tuple[int, ...]:
-    """A parameter's published shape."""
+    """Returns a parameter's published shape."""
     return stored_shape(parameter_specs(folder.config)[parameter])
 
 
 def rows_per_block(shape: tuple[int, ...], itemsize: int) -> int:
-    """Rows that make about BLOCK bytes."""
+    """Returns the number of rows that make about BLOCK bytes."""
     return max(1, BLOCK // max(1, int(np.prod(shape[1:])) * itemsize))

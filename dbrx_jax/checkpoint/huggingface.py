@@ -1,4 +1,4 @@
-"""A Hugging Face folder of safetensors files: checked as a whole before any of it is used."""
+"""HuggingFaceFolder: reads a folder of safetensors files, after checking it as a whole."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dbrx_jax.checkpoint.layouts import Layout, SourceTensor, expand, recognise
+from dbrx_jax.checkpoint.layouts import Layout, SourceTensor, TensorRows, expand, recognise
 from dbrx_jax.checkpoint.stored_tensors import Fp8Tensor, MlxTensor, PlainTensor, StoredTensor
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import CheckpointError, ConfigError
@@ -27,29 +27,35 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-MAX_HEADER = 100_000_000  # bytes, as safetensors has it
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's limit
 FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceFolder:
-    """A checkpoint in a published layout, complete and of the sizes that its config.json gives."""
+    """A complete checkpoint in a published layout, whose tensors match its config.json.
+
+    Args:
+      tensors, stored: by tensor name, the layout's description and the tensor in its files.
+      tensor_quantization: how tensors are quantised, for people.
+      locations: by parameter name, its tensor's name and its rows in it.
+    """
 
     path: Path
     config: DbrxConfig
     layout: Layout
-    tensors: dict[str, SourceTensor]  # what the layout says of each
+    tensors: dict[str, SourceTensor]
     stored: dict[str, StoredTensor]
-    packing: str | None  # how weights are quantised, in words
-    places: dict[str, tuple[str, int, int]]  # parameter -> tensor, first row, row behind the last
+    tensor_quantization: str
+    locations: dict[str, tuple[str, TensorRows]]
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
         """Reads config.json, the index and every file's header.
 
         Raises:
-          CheckpointError: a file is missing or damaged, or a tensor is missing, unknown or of the
-            wrong shape or dtype; the first one is named.
+          CheckpointError: a file is missing or damaged, or a tensor is missing, unknown or of the wrong shape
+            or dtype; the message names the first one.
           ConfigError: config.json is missing or cannot be used.
         """
         folder = location(path)
@@ -59,113 +65,101 @@ class HuggingFaceFolder:
         try:
             plain, total_size = _read_folder(folder)
             quantization = _mlx_quantization(read_json(folder / "config.json"))
-        except ConfigError as error:  # what cannot be read, said in the checkpoint's words
+        except ConfigError as error:  # an unreadable index or config is an error of the checkpoint
             raise CheckpointError(str(error)) from None
         layout = recognise(plain)
         tensors = expand(layout, config)
-        stored = _join_quantized(plain, tensors, quantization)
-        _compare(folder, tensors, stored)
+        stored = _pair_with_scales(plain, tensors, quantization)
+        _check_tensors(folder, tensors, stored)
         size = sum(t.nbytes for t in plain.values())
         if total_size is not None and total_size != size:
             raise CheckpointError(
                 f"{folder / INDEX}: total_size is {total_size!r:.40} and the tensors have {size} bytes; "
                 "find the right files, or mend that number"
             )
-        kinds = {t.quantization for t in stored.values() if t.quantization}
-        places = {p.parameter: (name, p.start, p.stop) for name, tensor in tensors.items() for p in tensor.parts}
-        return cls(folder, config, layout, tensors, stored, ", ".join(sorted(kinds)) or None, places)
+        kinds = sorted({t.quantization for t in stored.values() if t.quantization})
+        locations = {rows.parameter: (name, rows) for name, tensor in tensors.items() for rows in tensor.parts}
+        return cls(folder, config, layout, tensors, stored, ", ".join(kinds), locations)
 
     @property
     def description(self) -> str:
         """The layout, and how weights are quantised."""
-        return f"{self.layout.name} layout" + (f", {self.packing}" if self.packing else "")
+        return f"{self.layout.name} layout" + (f", {self.tensor_quantization}" if self.tensor_quantization else "")
 
     @property
     def quantization(self) -> None:
-        """None: tensors that such a folder stores quantised are dequantised when they are read."""
+        """None: quantised tensors are dequantised when they are read."""
         return None
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files."""
         return sorted({file for tensor in self.stored.values() for file in tensor.files})
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors as they are stored."""
         return sum(tensor.nbytes for tensor in self.stored.values())
 
     def dtype(self) -> np.dtype:
-        """The one dtype of all weights, after dequantising.
-
-        Raises:
-          CheckpointError: they have several.
-        """
         dtypes = {t.dtype: name for name, t in self.stored.items()}
         if len(dtypes) > 1:
-            found = " and ".join(f"{dtype} ({name})" for dtype, name in list(dtypes.items())[:2])
-            raise CheckpointError(f"{self.path}: holds tensors of {found}; choose one with dtype, such as bfloat16")
+            examples = " and ".join(f"{dtype} ({name})" for dtype, name in list(dtypes.items())[:2])
+            raise CheckpointError(f"{self.path}: holds tensors of {examples}; choose one with dtype, such as bfloat16")
         return next(iter(dtypes))
 
     def parameter_dtype(self, parameter: str) -> np.dtype:
-        return self.stored[self.places[parameter][0]].dtype
+        return self.stored[self.locations[parameter][0]].dtype
 
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a parameter in its published two-dimensional shape, read into memory.
-
-        Raises:
-          CheckpointError: the file has become shorter since it was opened.
-        """
-        name, first, last = self.places[parameter]
+        name, rows = self.locations[parameter]
         if self.tensors[name].transposed:
             return self.stored[name].rows(0, self.tensors[name].shape[0]).T[start:stop]
-        return self.stored[name].rows(first + start, min(first + stop, last))
+        return self.stored[name].rows(rows.start + start, min(rows.start + stop, rows.stop))
 
     def stored_rows(self, parameter: str, part: str, start: int, stop: int) -> np.ndarray:
-        raise NotImplementedError("nothing here is quantised in the project's own way")
+        raise NotImplementedError("a Hugging Face folder has no weights in the project's own formats")
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
-        """File, offset and length of the bytes of some rows, if they are stored in the needed form; else None."""
-        name, first, _ = self.places[parameter]
+        name, rows = self.locations[parameter]
         stored = self.stored[name]
         if not isinstance(stored, PlainTensor) or self.tensors[name].transposed:
             return None
-        return [(stored.file, stored.offset + (first + start) * stored.row_bytes, (stop - start) * stored.row_bytes)]
+        offset = stored.offset + (rows.start + start) * stored.row_bytes
+        return [(stored.file, offset, (stop - start) * stored.row_bytes)]
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, PlainTensor], Any]:
-    """Every tensor of the folder, and the index's total_size where there is one."""
+    """Returns every tensor of the folder by name, and the index's total_size if it has one."""
     if not (folder / INDEX).exists():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder}: holds no *.safetensors files")
-        found: dict[str, PlainTensor] = {}
+        tensors: dict[str, PlainTensor] = {}
         for file in files:
             for name, tensor in _read_header(folder, file.name).items():
-                if name in found:
-                    raise CheckpointError(f"{name}: is in both {found[name].file.name} and {file.name} in {folder}")
-                found[name] = tensor
-        return found, None
+                if name in tensors:
+                    raise CheckpointError(f"{name}: is in both {tensors[name].file.name} and {file.name} in {folder}")
+                tensors[name] = tensor
+        return tensors, None
     weight_map, total_size = _read_index(folder / INDEX)
     headers = {name: _read_header(folder, name) for name in sorted(set(weight_map.values()))}
-    for home, header in headers.items():
+    for file_name, header in headers.items():
         for name in header:
-            if weight_map.get(name) != home:
-                raise CheckpointError(f"{folder / home}: holds {name}, which {INDEX} does not place there")
-    for name, home in weight_map.items():
-        if name not in headers[home]:
-            raise CheckpointError(f"{folder / home}: does not hold {name}, which {INDEX} places there")
-    return {name: headers[home][name] for name, home in weight_map.items()}, total_size
+            if weight_map.get(name) != file_name:
+                raise CheckpointError(f"{folder / file_name}: holds {name}, which {INDEX} does not place there")
+    for name, file_name in weight_map.items():
+        if name not in headers[file_name]:
+            raise CheckpointError(f"{folder / file_name}: does not hold {name}, which {INDEX} places there")
+    return {name: headers[file_name][name] for name, file_name in weight_map.items()}, total_size
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], Any]:
-    """weight_map and metadata.total_size."""
+    """Returns the index's weight_map and its metadata.total_size."""
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: expected an object weight_map from tensors to files")
     for name, file in weight_map.items():
-        # A plain name in this folder: neither a path nor a way out of it.
+        # Only a file directly in this folder: a path could lead out of it.
         if (
             not isinstance(file, str)
             or Path(file).name != file
@@ -182,7 +176,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], Any]:
 
 
 def _read_header(folder: Path, name: str) -> dict[str, PlainTensor]:
-    """The tensors of one file; safetensors' own library checks the header against the file first."""
+    """Returns the tensors of one file by name."""
     file = folder / name
     try:
         check_link(folder, file)
@@ -192,28 +186,28 @@ def _read_header(folder: Path, name: str) -> dict[str, PlainTensor]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
     header.pop("__metadata__", None)
-    result = {}
+    tensors = {}
     for tensor, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"{file}: {tensor}: expected dtype F32, BF16 or F16, got {entry['dtype']}")
         offset = 8 + length + entry["data_offsets"][0]
-        result[tensor] = PlainTensor(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    return result
+        tensors[tensor] = PlainTensor(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return tensors
 
 
 def _checked_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header and its length in bytes, when safetensors' own library finds the file whole."""
+    """Returns the header and its length in bytes, after the safetensors library has checked it against the file."""
     with file.open("rb") as f:
-        begin = f.read(8)
-        (length,) = struct.unpack("<Q", begin.ljust(8, b"\0"))
+        length_bytes = f.read(8)
+        (length,) = struct.unpack("<Q", length_bytes.ljust(8, b"\0"))
         if not is_remote(file):
             with safe_open(file, "numpy"):
                 pass
             return json.loads(f.read(length)), length
         text = f.read(min(length, MAX_HEADER))
-    # The library reads local files alone: one with the same header, and nothing where the tensors are.
+    # The library reads only local files: give it a sparse file with the same header and size.
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as local:
-        local.write(begin + text)
+        local.write(length_bytes + text)
         local.truncate(file.stat().st_size)
         local.flush()
         with safe_open(local.name, "numpy"):
@@ -222,25 +216,21 @@ def _checked_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def check_link(folder: Path, file: Path) -> None:
-    """A link may lead within the folder, or into blobs/ as in the hub's cache, and nowhere else.
+    """Checks that a symbolic link stays in the folder, or leads into blobs/ as in the hub's cache.
 
     Raises:
       CheckpointError: it leads elsewhere.
     """
     if not file.is_symlink():
         return
-    target, home = file.resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs"
-    if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == blobs):
+    target, folder = file.resolve(), folder.resolve()
+    blobs = folder.parent.parent / "blobs"
+    if not target.is_relative_to(folder) and not (folder.parent.name == "snapshots" and target.parent == blobs):
         raise CheckpointError(f"{file}: is a link out of the folder, to {target}; put the file itself there")
 
 
 def _mlx_quantization(config: Any) -> tuple[int, int] | None:
-    """Bits and group size of MLX's affine quantisation, from config.json.
-
-    Raises:
-      CheckpointError: they are of a kind that is not known here.
-    """
+    """Returns bits and group size of MLX's affine quantisation from config.json; None if it names none."""
     entry = config.get("quantization")
     if entry is None:
         return None
@@ -252,10 +242,10 @@ def _mlx_quantization(config: Any) -> tuple[int, int] | None:
     return bits, group
 
 
-def _join_quantized(
+def _pair_with_scales(
     plain: dict[str, PlainTensor], tensors: dict[str, SourceTensor], mlx: tuple[int, int] | None
 ) -> dict[str, StoredTensor]:
-    """Weights together with the scales that belong to them."""
+    """Replaces quantised weights, their scales and biases by one tensor each."""
     result: dict[str, StoredTensor] = dict(plain)
     for name in tensors.keys() & plain.keys():
         weight, stem = plain[name], name.removesuffix(".weight")
@@ -278,8 +268,8 @@ def _join_quantized(
     return result
 
 
-def _compare(folder: Path, tensors: Mapping[str, SourceTensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Compares the tensors of the folder with those that the configuration asks for."""
+def _check_tensors(folder: Path, tensors: Mapping[str, SourceTensor], stored: Mapping[str, StoredTensor]) -> None:
+    """Checks names, shapes and dtypes of the stored tensors against those that the configuration asks for."""
     if missing := [name for name in tensors if name not in stored]:
         raise CheckpointError(f"{folder}: {missing[0]} is missing{_more(missing)}")
     if unknown := [name for name in stored if name not in tensors]:

@@ -1,8 +1,8 @@
 """Tensor names and shapes of published checkpoint layouts, as tables from tensors to the model's parameters.
 
-A row is one tensor and the parameters stacked in it along its first axis. `{i}` stands for every block, `{e}` for
-every expert; on the right side alone, the tensor holds all experts one after another. Names that end in `.T` are
-stored transposed. A layout joins three tables: COMMON, one of ATTENTION and one of EXPERTS.
+An entry maps a tensor to the parameters stacked in it along its first axis. `{i}` stands for every block, `{e}` for
+every expert; with `{e}` only on the right side, the tensor holds all experts one after another. Parameters with the
+suffix `.T` are stored transposed. A layout has three tables: COMMON, one of ATTENTION and one of EXPERTS.
 """
 
 import dataclasses
@@ -58,34 +58,31 @@ class Layout:
     table: Table
 
 
-def _layouts() -> dict[tuple[str, str], Layout]:
-    result = {}
-    for experts, expert_table in EXPERTS.items():
-        for attention, table in ATTENTION.items():
-            name = experts if attention == "fused" else f"{experts}, {attention}"
-            result[experts, attention] = Layout(name, {**COMMON, **table, **expert_table})
-    return result
-
-
-LAYOUTS = _layouts()
+LAYOUTS = {
+    (experts, attention): Layout(
+        experts if attention == "fused" else f"{experts}, {attention}", {**COMMON, **attention_table, **expert_table}
+    )
+    for experts, expert_table in EXPERTS.items()
+    for attention, attention_table in ATTENTION.items()
+}
 FUSED = LAYOUTS["fused", "fused"]  # as DBRX was published
 
 
 def recognise(names: Collection[str]) -> Layout:
-    """The layout of a checkpoint with tensors of these names; the published one where none fits better."""
+    """Returns the layout of a checkpoint with tensors of these names; tables default to the published ones."""
 
-    def first_of(tables: Mapping[str, Table]) -> str:
+    def first_match(tables: Mapping[str, Table]) -> str:
         for kind, table in tables.items():
             if any(pattern.format(i=0, e=0) in names for pattern in table):
                 return kind
         return "fused"
 
-    return LAYOUTS[first_of(EXPERTS), first_of(ATTENTION)]
+    return LAYOUTS[first_match(EXPERTS), first_match(ATTENTION)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """The rows of a tensor that hold one parameter."""
+class TensorRows:
+    """Rows of a tensor that hold one parameter."""
 
     parameter: str
     start: int
@@ -94,45 +91,47 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class SourceTensor:
-    """A tensor that a checkpoint must hold: its shape, and the parameters in it."""
+    """A tensor that a checkpoint must hold: its stored shape, and the parameters in it."""
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    transposed: bool = False  # the parameter is the transpose of what is stored
+    parts: tuple[TensorRows, ...]
+    transposed: bool = False  # relative to its only parameter
 
 
 def expand(layout: Layout, config: DbrxConfig) -> dict[str, SourceTensor]:
-    """Every tensor that a checkpoint of this configuration holds in this layout, by name."""
+    """Returns every tensor that a checkpoint of this configuration has in this layout, by name."""
     specs = parameter_specs(config)
-    result = {}
+    tensors = {}
     for pattern, parameters in layout.table.items():
         for i in range(config.n_layers) if "{i}" in pattern else (0,):
             experts = range(config.moe_num_experts)
             if "{e}" in pattern:
                 for e in experts:
-                    result[pattern.format(i=i, e=e)] = _stack(specs, [p.format(i=i, e=e) for p in parameters])
+                    tensors[pattern.format(i=i, e=e)] = _stack(specs, [p.format(i=i, e=e) for p in parameters])
             else:
                 names = dict.fromkeys(p.format(i=i, e=e) for p in parameters for e in experts)
-                result[pattern.format(i=i)] = _stack(specs, list(names))
-    return result
+                tensors[pattern.format(i=i)] = _stack(specs, list(names))
+    return tensors
 
 
 def _stack(specs: Mapping[str, ParameterSpec], names: list[str]) -> SourceTensor:
+    """Describes the tensor that holds these parameters one after another."""
     if names[0].endswith(".T"):
         (name,) = (n.removesuffix(".T") for n in names)
         rows, columns = stored_shape(specs[name])
-        return SourceTensor((columns, rows), (Part(name, 0, columns),), transposed=True)
+        return SourceTensor((columns, rows), (TensorRows(name, 0, columns),), transposed=True)
     parts, start = [], 0
     for name in names:
         rows = stored_shape(specs[name])[0]
-        parts.append(Part(name, start, start + rows))
+        parts.append(TensorRows(name, start, start + rows))
         start += rows
     return SourceTensor((start, *stored_shape(specs[names[0]])[1:]), tuple(parts))
 
 
 def stored_shape(spec: ParameterSpec) -> tuple[int, ...]:
-    """A parameter's shape in published checkpoints, where heads and the elements of a head are one axis."""
+    """Returns a parameter's shape in published checkpoints, where heads and head_dim are one axis."""
     if "head_dim" not in spec.axes:
         return spec.shape
-    at = spec.axes.index("head_dim")
-    return (*spec.shape[: at - 1], math.prod(spec.shape[at - 1 : at + 1]), *spec.shape[at + 1 :])
+    head_dim = spec.axes.index("head_dim")
+    heads_and_elements = math.prod(spec.shape[head_dim - 1 : head_dim + 1])
+    return (*spec.shape[: head_dim - 1], heads_and_elements, *spec.shape[head_dim + 1 :])

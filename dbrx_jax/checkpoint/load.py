@@ -1,4 +1,4 @@
-"""Loading a model from a folder: one that dbrx-convert wrote, or a Hugging Face folder."""
+"""Loads a model from an Orbax or Hugging Face folder, each shard straight to its device."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.checkpoint.layouts import stored_shape
 from dbrx_jax.checkpoint.open import open_folder
-from dbrx_jax.checkpoint.parameters import Network, array_layouts, model_from_arrays, parameter_specs
+from dbrx_jax.checkpoint.parameters import ArrayLayout, Network, array_layouts, model_from_arrays, parameter_specs
 from dbrx_jax.checkpoint.quantized import read_quantized
 from dbrx_jax.config import DTYPES
 from dbrx_jax.errors import CheckpointError
@@ -37,63 +37,61 @@ def load_model(
     """Loads a checkpoint into a network of this class; see :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`."""
     if dtype is not None and str(np.dtype(dtype)) not in DTYPES:
         raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
-    asked = Quantization.parse(quantization)
+    requested = Quantization.parse(quantization)
     folder = open_folder(path)
-    stored_quantization = folder.quantization
-    if asked is not None and stored_quantization is not None and asked != stored_quantization:
+    stored = folder.quantization
+    if requested is not None and stored is not None and requested != stored:
         raise CheckpointError(
-            f"{path}: its weights are {stored_quantization} already, and {asked} is asked for; "
-            "load what it was made from"
+            f"{path}: its weights are {stored} already, and {requested} is asked for; load what it was made from"
         )
-    use = stored_quantization if asked is None else asked
+    quantization = stored if requested is None else requested
     target = np.dtype(folder.dtype() if dtype is None else dtype)
     if isinstance(mesh, str):
         mesh = find_mesh(mesh)
     if mesh is not None:
         check_mesh(folder.config, mesh)
-    select_implementation(attention_implementation, Partition(mesh).platform)  # or raises, before anything is read
-    placed = array_layouts(folder.config, mesh, use, target)
+    select_implementation(attention_implementation, Partition(mesh).platform)  # raises before any weight is read
+    layouts = array_layouts(folder.config, mesh, quantization, target)
 
-    def read(name: str) -> Any:
-        array = placed[name]
-        forms = [None if use is None else use.format_of(parameter) for parameter in array.parameters]
-        readers = [_Reader(folder, p, form, target) for p, form in zip(array.parameters, forms, strict=True)]
-        found = {part: _array(readers, part, shape, spec, mesh) for part, shape, spec in array.leaves()}
-        return dataclasses.replace(array.value, **found) if "values" in found else found[""]
+    def read(layout: ArrayLayout) -> Any:
+        formats = [None if quantization is None else quantization.format_of(name) for name in layout.parameters]
+        readers = [_ParameterReader(folder, *named, target) for named in zip(layout.parameters, formats, strict=True)]
+        leaves = {part: _read(readers, part, leaf, spec, mesh) for part, leaf, spec in layout.leaves()}
+        return layout.from_leaves(leaves)
 
     with ThreadPoolExecutor(READERS) as pool:
-        arrays = dict(zip(placed, pool.map(read, placed), strict=True))
+        arrays = dict(zip(layouts, pool.map(read, layouts.values()), strict=True))
     config = dataclasses.replace(folder.config, dtype=target.name)
     return model_from_arrays(
         network,
         config,
         arrays,
         mesh,
-        quantization=use,
+        quantization=quantization,
         all_to_all=all_to_all,
         attention_implementation=attention_implementation,
     )
 
 
-class _Reader:
-    """A parameter's rows (along its first dimension) in memory, from which a CPU uses them.
+class _ParameterReader:
+    """Reads rows (first dimension) of one parameter, cast or quantised to the format of the model.
 
-    What is quantised here is kept, so that neither scales nor other devices' parts take doing it again.
+    Caches what it quantises: values and scales, and the shards of several devices, come from the same rows.
     """
 
-    def __init__(self, folder: CheckpointFolder, name: str, form: Format | None, dtype: np.dtype):
-        self.folder, self.name, self.form, self.dtype = folder, name, form, dtype
+    def __init__(self, folder: CheckpointFolder, name: str, format: Format | None, dtype: np.dtype):
+        self.folder, self.name, self.format, self.dtype = folder, name, format, dtype
         self.spec = parameter_specs(folder.config)[name]
-        self.made: dict[tuple[int, int], QuantizedArray] = {}
+        self.cache: dict[tuple[int, int], QuantizedArray] = {}
 
     def shape(self, part: str) -> tuple[int, ...]:
-        if self.form is None:
+        if self.format is None:
             return self.spec.shape
-        return tuple(getattr(self.spec.quantized(self.form, self.dtype), part).shape)
+        return tuple(getattr(self.spec.quantized(self.format, self.dtype), part).shape)
 
     def rows(self, part: str, start: int, stop: int) -> np.ndarray:
-        """Rows of the parameter (part ""), or of its "values" or "scale"."""
-        if self.form is None:
+        """Reads rows of the parameter (part ""), or of its "values" or "scale"."""
+        if self.format is None:
             factor = stored_shape(self.spec)[0] // self.spec.shape[0]
             rows = self.folder.rows(self.name, start * factor, stop * factor).astype(self.dtype, copy=False)
         elif self.folder.quantization is not None:
@@ -106,46 +104,48 @@ class _Reader:
         return np.ascontiguousarray(rows).reshape(stop - start, *self.shape(part)[1:])
 
     def _quantized(self, start: int, stop: int) -> QuantizedArray:
-        assert self.form is not None
-        if (start, stop) not in self.made:
-            made = read_quantized(self.folder, self.name, self.form, self.dtype, start, stop)
-            self.made[start, stop] = made
-        return self.made[start, stop]
+        assert self.format is not None
+        if (start, stop) not in self.cache:
+            rows = read_quantized(self.folder, self.name, self.format, self.dtype, start, stop)
+            self.cache[start, stop] = rows
+        return self.cache[start, stop]
 
 
-def _array(
-    readers: list[_Reader], part: str, shape: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh | None
+def _read(
+    readers: list[_ParameterReader], part: str, leaf: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh | None
 ) -> jax.Array:
-    """An array of a model: of each shard that belongs to a device here, its rows are read and its columns kept."""
+    """Reads a leaf of a model's array to its devices, or on a mesh the shards of this process' devices."""
     if mesh is None:
         if len(readers) == 1:
-            return jax.device_put(readers[0].rows(part, 0, shape.shape[0]))
-        return jax.device_put(_together(readers, part, [(0, n) for n in shape.shape[1:]], shape.dtype))
-    shards: dict[tuple, np.ndarray] = {}  # by place: copies of a shard are read once
+            return jax.device_put(readers[0].rows(part, 0, leaf.shape[0]))
+        return jax.device_put(_read_stacked(readers, part, [(0, n) for n in leaf.shape[1:]], leaf.dtype))
+    shards: dict[tuple, np.ndarray] = {}  # by bounds: replicas of a shard are read once
 
-    def shard(index: Any) -> np.ndarray:
-        bounds = [s.indices(n)[:2] for s, n in zip(index, shape.shape, strict=True)]
+    def read_shard(index: Any) -> np.ndarray:
+        bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)]
         if (key := tuple(bounds)) not in shards:
             if len(readers) > 1:
                 (first, last), *rest = bounds
-                shards[key] = _together(readers[first:last], part, rest, shape.dtype)
+                shards[key] = _read_stacked(readers[first:last], part, rest, leaf.dtype)
             else:
-                shards[key] = _block(readers[0], part, bounds, shape.dtype)
+                shards[key] = _read_block(readers[0], part, bounds, leaf.dtype)
         return shards[key]
 
-    return jax.make_array_from_callback(shape.shape, NamedSharding(mesh, spec), shard)
+    return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), read_shard)
 
 
-def _together(readers: list[_Reader], part: str, bounds: list[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
+def _read_stacked(
+    readers: list[_ParameterReader], part: str, bounds: list[tuple[int, int]], dtype: np.dtype
+) -> np.ndarray:
     """Stacks the same block of several parameters, reading one after another to save memory."""
-    array = np.empty((len(readers), *(b - a for a, b in bounds)), dtype)
+    array = np.empty((len(readers), *(stop - start for start, stop in bounds)), dtype)
     for i, reader in enumerate(readers):
-        array[i] = _block(reader, part, bounds, dtype)
+        array[i] = _read_block(reader, part, bounds, dtype)
     return array
 
 
-def _block(reader: _Reader, part: str, bounds: list[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
-    """A block of a parameter, with zeros in rows past its end."""
+def _read_block(reader: _ParameterReader, part: str, bounds: list[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
+    """Reads a block of a parameter, with zeros for rows past its end."""
     (start, stop), *rest = bounds
     last = min(stop, reader.shape(part)[0])
     if last <= start:

@@ -10,10 +10,10 @@ from dbrx_jax.files import location
 
 
 def open_folder(path: str | Path) -> CheckpointFolder:
-    """Opens a checkpoint of either kind.
+    """Opens a complete checkpoint of either kind.
 
     Raises:
-      CheckpointError, ConfigError: it is neither, or not complete.
+      CheckpointError, ConfigError: the folder is not one.
     """
     path = location(path)
     if (path / PLAN).exists():

@@ -1,4 +1,4 @@
-"""An Orbax checkpoint as to_orbax writes it, read array by array."""
+"""OrbaxFolder: reads an Orbax checkpoint that to_orbax wrote, array by array."""
 
 import dataclasses
 import hashlib
@@ -22,8 +22,8 @@ from dbrx_jax.quantization import Format, Quantization, QuantizedArray
 from dbrx_jax.quantization.array import SCALE_DTYPES, VALUE_DTYPES
 
 FORMAT_VERSION = 1
-QUANTIZED_VERSION = 2  # of a checkpoint whose weights are quantised
-MANIFEST = "dbrx_jax.json"  # what marks a folder as a checkpoint of ours: written last
+QUANTIZED_VERSION = 2  # format version of checkpoints with quantised weights
+MANIFEST = "dbrx_jax.json"  # written last: its presence marks a complete checkpoint
 PARAMS = "params"
 STATE = "state"  # Orbax's name for the one tree of a checkpoint
 FLOATS = {"<f4": np.dtype(np.float32), "<f2": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -32,47 +32,47 @@ DTYPES = {**FLOATS, "|i1": np.dtype(np.int8), "|u1": np.dtype(np.uint8)}
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array's folder: uncompressed in chunks of whole rows, or to be read by tensorstore."""
+    """An array's folder in zarr 2 format."""
 
     folder: Path
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk_rows: int
-    plain: bool  # a chunk's file is its elements and nothing else
+    plain: bool  # uncompressed in chunks of whole rows; other arrays are read by tensorstore
 
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def pieces(self, start: int, stop: int) -> list[tuple[Path, int, int]]:
-        """File, offset and length of the bytes of some rows."""
-        result = []
+        """Returns file, offset and length of the bytes of rows of a plain array."""
+        pieces = []
         while start < stop:
-            chunk, within = divmod(start, self.chunk_rows)
-            rows = min(stop - start, self.chunk_rows - within)
+            chunk, first = divmod(start, self.chunk_rows)
+            num_rows = min(stop - start, self.chunk_rows - first)
             file = self.folder / chunk_name(chunk, len(self.shape))
-            result.append((file, within * self.row_bytes, rows * self.row_bytes))
-            start += rows
-        return result
+            pieces.append((file, first * self.row_bytes, num_rows * self.row_bytes))
+            start += num_rows
+        return pieces
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Some rows, read into memory.
+        """Reads rows into memory.
 
         Raises:
           CheckpointError: a file is missing, too short or damaged.
         """
         if not self.plain:
-            return _decoded(self, start, stop)
+            return _read_with_tensorstore(self, start, stop)
         return read_bytes(self.pieces(start, stop)).view(self.dtype).reshape(stop - start, *self.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
 class OrbaxFolder:
-    """A complete Orbax checkpoint of dbrx-convert's.
+    """A complete Orbax checkpoint that dbrx-convert wrote.
 
     Args:
-      arrays: by the parameters' names; of a quantised one, `NAME.values` and `NAME.scale`.
-      quantized: the shapes of those parameters.
+      arrays: by parameter name; for a quantised parameter `NAME.values` and `NAME.scale`.
+      quantized: shapes of the quantised parameters.
     """
 
     path: Path
@@ -84,7 +84,7 @@ class OrbaxFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Reads config.json, the manifest and every array's description.
+        """Reads config.json, the manifest and every array's metadata.
 
         Raises:
           CheckpointError: an array is missing, damaged, or not of the shape and dtype that config.json and
@@ -97,41 +97,34 @@ class OrbaxFolder:
         quantization = _read_quantization(folder, manifest)
         arrays, quantized = {}, {}
         for name, spec in parameter_specs(config).items():
-            place = folder / PARAMS / STATE / name
-            form = quantization.format_of(name) if quantization else None
-            if form is None:
-                array = arrays[name] = read_array(place)
+            array_folder = folder / PARAMS / STATE / name
+            format = quantization.format_of(name) if quantization else None
+            if format is None:
+                array = arrays[name] = read_array(array_folder)
                 if array.shape != spec.shape:
                     raise CheckpointError(f"{array.folder}: config.json asks for shape {spec.shape}, got {array.shape}")
                 if array.dtype not in FLOATS.values():
                     raise CheckpointError(f"{array.folder}: expected floats, got {array.dtype}; convert again")
             else:
-                values, scale = (read_array(place.with_name(f"{name}.{part}")) for part in ("values", "scale"))
-                quantized[name] = _check_quantized(spec, form, values, scale)
+                values, scale = (read_array(array_folder.with_name(f"{name}.{part}")) for part in ("values", "scale"))
+                quantized[name] = _check_quantized(spec, format, values, scale)
                 arrays |= {f"{name}.values": values, f"{name}.scale": scale}
         return cls(folder, config, arrays, manifest, quantization, quantized)
 
     @property
     def description(self) -> str:
-        words = ["Orbax", *([str(self.quantization)] if self.quantization else [])]
-        return ", ".join([*words, "compressed"] if self.manifest.get("compressed") else words)
+        quantization = f", {self.quantization}" if self.quantization else ""
+        return f"Orbax{quantization}" + (", compressed" if self.manifest.get("compressed") else "")
 
     @property
     def files(self) -> list[Path]:
-        """The arrays' files."""
         return sorted(f for array in self.arrays.values() for f in array.folder.iterdir())
 
     @property
     def size(self) -> int:
-        """Bytes of all weights."""
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.arrays.values())
 
     def dtype(self) -> np.dtype:
-        """The one dtype of all weights, of quantised ones that of their scales.
-
-        Raises:
-          CheckpointError: they have several.
-        """
         dtypes = {self.parameter_dtype(name) for name in parameter_specs(self.config)}
         if len(dtypes) > 1:
             raise CheckpointError(f"{self.path}: holds arrays of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
@@ -141,48 +134,36 @@ class OrbaxFolder:
         return self.arrays[f"{parameter}.scale" if parameter in self.quantized else parameter].dtype
 
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a parameter in its published two-dimensional shape, read into memory and dequantised.
-
-        Raises:
-          CheckpointError: a file is missing, too short or damaged.
-        """
         spec = parameter_specs(self.config)[parameter]
         shape = stored_shape(spec)
-        factor = shape[0] // spec.shape[0]  # published rows a row of the array
+        factor = shape[0] // spec.shape[0]  # published rows per row of the array
         first, last = start // factor, -(-stop // factor)
-        read = self._dequantized if parameter in self.quantized else self._plain
-        rows = read(parameter, first, last).reshape(-1, *shape[1:])
-        return rows[start - first * factor : stop - first * factor]
-
-    def _plain(self, parameter: str, start: int, stop: int) -> np.ndarray:
-        return self.arrays[parameter].rows(start, stop)
+        if parameter in self.quantized:
+            rows = self._dequantized(parameter, first, last)
+        else:
+            rows = self.arrays[parameter].rows(first, last)
+        return rows.reshape(-1, *shape[1:])[start - first * factor : stop - first * factor]
 
     def _dequantized(self, parameter: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a quantised parameter; where they are what is summed over, whole groups are read (or pairs)."""
-        like = self.quantized[parameter]
-        summed = like.contracted[-1] == -like.ndim
-        unit = (like.group or 2) if summed else 1
-        first, last = start // unit * unit, min(-(-stop // unit) * unit, like.shape[0])
-        halves = 2 if summed and like.kind == "int4" else 1
-        each = like.shape[0] // like.scale.shape[0]  # rows that share a scale
+        """Dequantises rows of a parameter; reads whole groups (or packed pairs) where rows are contracted."""
+        shapes = self.quantized[parameter]
+        rows_contracted = shapes.contracted[-1] == -shapes.ndim
+        unit = (shapes.group or 2) if rows_contracted else 1
+        first, last = start // unit * unit, min(-(-stop // unit) * unit, shapes.shape[0])
+        packed = 2 if rows_contracted and shapes.kind == "int4" else 1  # rows per stored row
+        rows_per_scale = shapes.shape[0] // shapes.scale.shape[0]
         array = dataclasses.replace(
-            like,
-            values=self.stored_rows(parameter, "values", first // halves, -(-last // halves)),
-            scale=self.stored_rows(parameter, "scale", first // each, -(-last // each)),
+            shapes,
+            values=self.stored_rows(parameter, "values", first // packed, -(-last // packed)),
+            scale=self.stored_rows(parameter, "scale", first // rows_per_scale, -(-last // rows_per_scale)),
         )
         return array.dequantize()[start - first : stop - first]
 
     def stored_rows(self, parameter: str, part: str, start: int, stop: int) -> np.ndarray:
-        """Rows of the "values" or "scale" of a quantised parameter, as they are stored.
-
-        Raises:
-          CheckpointError: a file is missing, too short or damaged.
-        """
         rows = self.arrays[f"{parameter}.{part}"].rows(start, stop)
         return rows if part == "scale" else rows.view(VALUE_DTYPES[self.quantized[parameter].kind])
 
     def pieces(self, parameter: str, start: int, stop: int) -> list[tuple[Path, int, int]] | None:
-        """File, offset and length of the bytes of some rows, if they are stored in the needed form; else None."""
         array = self.arrays.get(parameter)
         if array is None:  # quantised
             return None
@@ -198,10 +179,10 @@ def is_orbax(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint's folder.
+    """Reads the manifest of a checkpoint's folder.
 
     Raises:
-      CheckpointError: it is damaged, or of a format that this release does not read.
+      CheckpointError: it is damaged, or its format_version is not one that this release reads.
     """
     try:
         manifest = read_json(path / MANIFEST)
@@ -217,7 +198,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | None:
-    """Reads the quantisation from the manifest, which has one from format 2 on."""
+    """Parses the manifest's quantisation, present from format version 2 on."""
     text = manifest.get("quantization")
     if (manifest["format_version"] == QUANTIZED_VERSION) != isinstance(text, str):
         raise CheckpointError(
@@ -229,48 +210,41 @@ def _read_quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantizatio
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from None
 
 
-def _check_quantized(spec: ParameterSpec, form: Format, values: StoredArray, scale: StoredArray) -> QuantizedArray:
-    """The shapes of a quantised parameter, as which its two arrays are stored."""
+def _check_quantized(spec: ParameterSpec, format: Format, values: StoredArray, scale: StoredArray) -> QuantizedArray:
+    """Returns a quantised parameter's shapes, after checking its two stored arrays against them."""
     if scale.dtype.name not in SCALE_DTYPES:
         raise CheckpointError(f"{scale.folder}: expected dtype {' or '.join(SCALE_DTYPES)}, got {scale.dtype}")
     try:
-        like = spec.quantized(form, scale.dtype)
+        shapes = spec.quantized(format, scale.dtype)
     except QuantizationError as error:
         raise CheckpointError(f"{values.folder}: {error}") from None
-    dtype = stored_dtype(like.values.dtype)
-    for array, want in ((values, like.values), (scale, like.scale)):
-        if array.shape != want.shape:
-            raise CheckpointError(
-                f"{array.folder}: {form} asks for shape {want.shape}, got {array.shape}; convert again"
-            )
+    dtype = stored_dtype(shapes.values.dtype)
+    for array, shape in ((values, shapes.values.shape), (scale, shapes.scale.shape)):
+        if array.shape != shape:
+            raise CheckpointError(f"{array.folder}: {format} asks for shape {shape}, got {array.shape}; convert again")
     if values.dtype != dtype:
-        raise CheckpointError(f"{values.folder}: {form} asks for dtype {dtype}, got {values.dtype}; convert again")
-    return like
+        raise CheckpointError(f"{values.folder}: {format} asks for dtype {dtype}, got {values.dtype}; convert again")
+    return shapes
 
 
 def stored_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype that an array is stored in: zarr 2 has no 8-bit floats, so those are bytes."""
+    """Returns the dtype that an array is stored in: zarr 2 has no 8-bit floats, so those are bytes."""
     return np.dtype(np.uint8) if dtype == VALUE_DTYPES["fp8"] else dtype
 
 
 def read_array(folder: Path) -> StoredArray:
-    """An array's description, checked against its files."""
+    """Reads an array's metadata and checks it against the array's files."""
     try:
         data = read_json(folder / METADATA)
         shape, chunk, dtype = tuple(data["shape"]), tuple(data["chunks"]), DTYPES[data["dtype"]]
-        raw = (data["compressor"], data["filters"], data["order"], data["dimension_separator"]) == (
-            None,
-            None,
-            "C",
-            ".",
-        )
-        plain = raw and chunk[1:] == shape[1:]
-        whole = all(isinstance(n, int) and n > 0 for n in (*shape, *chunk)) and len(chunk) == len(shape) > 0
+        storage = tuple(data[key] for key in ("compressor", "filters", "order", "dimension_separator"))
+        plain = storage == (None, None, "C", ".") and chunk[1:] == shape[1:]
+        valid = all(isinstance(n, int) and n > 0 for n in (*shape, *chunk)) and len(chunk) == len(shape) > 0
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, IndexError):
         raise CheckpointError(f"{folder / METADATA}: not the description of an array of weights") from None
-    if not whole:
+    if not valid:
         raise CheckpointError(f"{folder / METADATA}: not the description of an array of weights")
     array = StoredArray(folder, shape, dtype, chunk[0], plain)
     for index in range(-(-shape[0] // chunk[0])) if plain else ():
@@ -281,15 +255,15 @@ def read_array(folder: Path) -> StoredArray:
 
 
 def digest_of(array: StoredArray) -> str:
-    """SHA-256 of an array's bytes."""
-    result, step = hashlib.sha256(), rows_per_block(array.shape, array.dtype.itemsize)
+    """Returns the SHA-256 digest of an array's bytes."""
+    digest, step = hashlib.sha256(), rows_per_block(array.shape, array.dtype.itemsize)
     for start in range(0, array.shape[0], step):
         rows = array.rows(start, min(start + step, array.shape[0]))
-        result.update(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data)
-    return result.hexdigest()
+        digest.update(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
 
 
-def _decoded(array: StoredArray, start: int, stop: int) -> np.ndarray:
+def _read_with_tensorstore(array: StoredArray, start: int, stop: int) -> np.ndarray:
     import tensorstore
 
     if is_remote(array.folder):

@@ -1,4 +1,4 @@
-"""Parameters quantised while they are read: the same bits whether they are stored or used at once."""
+"""Quantises parameters while they are read, to the same bits for the converter and for loading."""
 
 import dataclasses
 
@@ -12,29 +12,29 @@ from dbrx_jax.quantization import Format, QuantizedArray, quantize
 
 
 def read_quantized(
-    folder: CheckpointFolder, parameter: str, form: Format, dtype: DTypeLike, start: int, stop: int
+    folder: CheckpointFolder, parameter: str, format: Format, dtype: DTypeLike, start: int, stop: int
 ) -> QuantizedArray:
-    """Rows of a parameter (along its first dimension) quantised, some of them as floats in memory at a time.
+    """Reads and quantises rows (first dimension) of a parameter, with one block of float rows in memory at a time.
 
     Args:
-      start, stop: all rows, where they are what is summed over (an expert's w2).
       dtype: of the scales.
+      start, stop: must be all rows if the first dimension is contracted (an expert's w2).
 
     Raises:
-      CheckpointError: a weight is infinite or NaN, or the folder's files are no longer what they were.
+      CheckpointError: a weight is infinite or NaN, or the folder's files have changed.
       QuantizationError: the format does not fit the parameter.
     """
     spec = parameter_specs(folder.config)[parameter]
-    shapes = spec.quantized(form, dtype)
-    factor = shape_of(folder, parameter)[0] // spec.shape[0]  # a row of heads is several published rows
-    summed = -len(spec.shape) in spec.contracted
-    step = stop - start if summed else rows_per_block(spec.shape, folder.parameter_dtype(parameter).itemsize)
+    shapes = spec.quantized(format, dtype)
+    factor = shape_of(folder, parameter)[0] // spec.shape[0]  # published rows per row: a head is head_dim of them
+    rows_contracted = -len(spec.shape) in spec.contracted
+    step = stop - start if rows_contracted else rows_per_block(spec.shape, folder.parameter_dtype(parameter).itemsize)
     result = None
     for first in range(start, stop, step):
         last = min(first + step, stop)
         rows = folder.rows(parameter, first * factor, last * factor).reshape(last - first, *spec.shape[1:])
         try:
-            block = quantize(rows, form, spec.contracted, dtype)
+            block = quantize(rows, format, spec.contracted, dtype)
         except QuantizationError as error:
             raise CheckpointError(f"{folder.path}: {parameter}: {error}") from None
         if first == start and last == stop:

@@ -1,4 +1,4 @@
-"""Tensors stored in safetensors files: plain, or quantised together with their scales."""
+"""Tensors in safetensors files: plain, or quantised and dequantised when read (MLX, FP8)."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ class PlainTensor:
     """A tensor stored as consecutive bytes of a file."""
 
     file: Path
-    offset: int  # bytes from the file's begin
+    offset: int  # bytes from the beginning of the file
     dtype: np.dtype
     shape: tuple[int, ...]
 
@@ -34,11 +34,11 @@ class PlainTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def problem(self) -> str | None:
-        """Describes why the tensor cannot be used as a weight; None if it can."""
+        """Returns why the tensor cannot be used as a weight; None if it can."""
         return None
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """These rows, read into memory.
+        """Reads rows into memory.
 
         Raises:
           CheckpointError: the file has become shorter, or cannot be read any more.
@@ -49,9 +49,9 @@ class PlainTensor:
 
 @dataclasses.dataclass(frozen=True)
 class MlxTensor:
-    """MLX's affine groups: w = scale * q + bias, a group being consecutive elements of a row.
+    """MLX's affine quantisation: w = scale * q + bias, for groups of consecutive elements of a row.
 
-    q is `bits` wide; a uint32 holds 32 / bits of them, the first in the lowest bits.
+    q has `bits` bits; a uint32 packs 32 / bits of them, the first in the lowest bits.
     """
 
     packed: PlainTensor
@@ -74,8 +74,8 @@ class MlxTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *rows, words = self.packed.shape
-        return (*rows, words * (32 // self.bits))
+        *rows, columns = self.packed.shape
+        return (*rows, columns * (32 // self.bits))
 
     @property
     def nbytes(self) -> int:
@@ -84,32 +84,32 @@ class MlxTensor:
     def problem(self) -> str | None:
         if len(self.shape) != 2 or self.shape[1] % self.group:
             return f"its rows of {self.shape[-1]} elements are not whole groups of {self.group}"
-        want = (self.shape[0], self.shape[1] // self.group)
+        expected = (self.shape[0], self.shape[1] // self.group)
         for name, tensor in (("scales", self.scales), ("biases", self.biases)):
-            if tensor.shape != want or tensor.dtype != self.scales.dtype:
-                return f"its {name} must be {self.scales.dtype} {want}, got {tensor.dtype} {tensor.shape}"
+            if tensor.shape != expected or tensor.dtype != self.scales.dtype:
+                return f"its {name} must be {self.scales.dtype} {expected}, got {tensor.dtype} {tensor.shape}"
         return None
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Dequantised rows, computed in float32 and rounded once to the scales' dtype."""
-        words = self.packed.rows(start, stop)
+        """Reads and dequantises rows in float32, rounded once to the scales' dtype."""
+        packed = self.packed.rows(start, stop)
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        q = (words[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
-        q = q.reshape(len(words), -1, self.group).astype(np.float32)
+        q = (packed[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
+        q = q.reshape(len(packed), -1, self.group).astype(np.float32)
         scales, biases = (t.rows(start, stop).astype(np.float32)[:, :, None] for t in (self.scales, self.biases))
-        return (q * scales + biases).reshape(len(words), -1).astype(self.dtype)
+        return (q * scales + biases).reshape(len(packed), -1).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Tensor:
     """FP8 values times a scale: one for the tensor, or one for each expert (equal numbers of rows).
 
-    Dequantised to bfloat16, which holds every FP8 value; the product is rounded once.
+    Dequantised to bfloat16, which represents every FP8 value; the product is rounded once.
     """
 
     values: PlainTensor
     scale: PlainTensor
-    experts: int  # that the tensor holds
+    num_experts: int  # in the tensor
 
     quantization = "FP8"
 
@@ -130,17 +130,18 @@ class Fp8Tensor:
         return self.values.nbytes + self.scale.nbytes
 
     def problem(self) -> str | None:
-        count = math.prod(self.scale.shape)
-        if count not in (1, self.experts) or self.shape[0] % count or self.scale.dtype.itemsize == 1:
+        num_scales = math.prod(self.scale.shape)
+        if num_scales not in (1, self.num_experts) or self.shape[0] % num_scales or self.scale.dtype.itemsize == 1:
             return f"its scale must be one float, or one for each expert, got {self.scale.dtype} {self.scale.shape}"
         return None
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         scales = self.scale.rows(0, self.scale.shape[0]) if self.scale.shape else self.scale.rows(0, 1)
         scales = scales.astype(np.float32).reshape(-1)
-        each = np.arange(start, stop) // (self.shape[0] // len(scales))
+        rows_per_scale = self.shape[0] // len(scales)
+        row_scales = scales[np.arange(start, stop) // rows_per_scale]
         values = self.values.rows(start, stop).astype(np.float32)
-        return (values * scales[each].reshape(-1, *[1] * (values.ndim - 1))).astype(self.dtype)
+        return (values * row_scales.reshape(-1, *[1] * (values.ndim - 1))).astype(self.dtype)
 
 
 StoredTensor = PlainTensor | MlxTensor | Fp8Tensor

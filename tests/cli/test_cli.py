@@ -1,4 +1,4 @@
-"""The commands as processes: what they print, where, and how they exit."""
+"""Tests of the command lines: standard output, standard error and exit status."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from tests.conftest import GOLDEN
 BIN = Path(sys.executable).parent
 
 
-def command(name, *arguments, stdin="", env=None):
+def run_command(name, *arguments, stdin="", env=None):
     return subprocess.run(
         [BIN / name, *map(str, arguments)],
         capture_output=True,
@@ -35,33 +35,33 @@ def command(name, *arguments, stdin="", env=None):
     )
 
 
-def in_process(name, *arguments):
-    """As `command`, without a process of its own: for mistakes that are found before anything is computed."""
+def run_in_process(name, *arguments):
+    """Runs a command in this process, for errors that are detected before anything is computed."""
     main = {"dbrx-jax": dbrx_jax.cli.main.main, "dbrx-convert": dbrx_convert.cli.main}[name]
     out, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        # Settings of the process that the command changes.
+        # The command would change these settings of the process.
         patch.setattr(dbrx_jax.runtime, "enable_compilation_cache", lambda print_status: None)
         patch.setattr(dbrx_jax.cli.main, "set_process_defaults", lambda: None)
         patch.setattr(warnings, "showwarning", warnings.showwarning)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-    return subprocess.CompletedProcess(arguments, ended.value.code, out.getvalue(), errors.getvalue())
+    return subprocess.CompletedProcess(arguments, exit_info.value.code, out.getvalue(), errors.getvalue())
 
 
-def fails(done, *words):
-    """One line on stderr with these words, nothing on stdout, exit status 2."""
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    for word in words:
-        assert word in done.stderr
+def assert_usage_error(result, *fragments):
+    """Asserts one line on stderr with these fragments, nothing on stdout, and exit status 2."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    for fragment in fragments:
+        assert fragment in result.stderr
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """golden/dense as an Orbax checkpoint, with a vocabulary of single bytes."""
+    """An Orbax checkpoint of golden/dense with a vocabulary of single bytes."""
     from dbrx_jax.text.vocabulary import _byte_characters
 
     source = tmp_path_factory.mktemp("source")
@@ -74,7 +74,7 @@ def checkpoint(tmp_path_factory):
     }
     (source / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
     destination = tmp_path_factory.mktemp("orbax") / "dense"
-    done = command("dbrx-convert", "to-orbax", source, destination)
+    done = run_command("dbrx-convert", "to-orbax", source, destination)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -85,8 +85,8 @@ def checkpoint(tmp_path_factory):
 
 
 class TestGenerate:
-    def test_prompt_streams_to_stdout_and_rates_to_stderr(self, checkpoint):
-        done = command("dbrx-jax", "generate", checkpoint, "--prompt", "abc", "--max-new-tokens", 6)
+    def test_generate_writes_text_to_stdout_and_rates_to_stderr(self, checkpoint):
+        done = run_command("dbrx-jax", "generate", checkpoint, "--prompt", "abc", "--max-new-tokens", 6)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("\n")
         lines = done.stderr.splitlines()
@@ -95,84 +95,102 @@ class TestGenerate:
         assert "; decode 5 tokens, " in lines[1]
         assert len(lines) == 2
 
-    def test_file_to_file(self, checkpoint, tmp_path, models, expected):
+    def test_generate_reads_and_writes_json_lines(self, checkpoint, tmp_path, models, expected):
         prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
         jobs = [{"prompt": "abc", "id": 7}, "x", {"messages": [{"role": "user", "content": "hi"}]}]
         prompts.write_text("\n".join(map(json.dumps, jobs)) + "\n\n")
         arguments = ("--file", prompts, "--output", out, "--max-new-tokens", 5, "--batch-size", 2)
-        done = command("dbrx-jax", "generate", checkpoint, *arguments)
+        done = run_command("dbrx-jax", "generate", checkpoint, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout == ""
         results = [json.loads(line) for line in out.read_text().splitlines()]
         assert [r.get("id") for r in results] == [7, None, None]
         assert results[1]["prompt"] == "x"
         assert results[2]["messages"] == jobs[2]["messages"]
-        # The model's own answers, token by token.
+        # The same tokens as from the Python interface.
         for result, prompt in zip(results, (b"abc", b"x"), strict=False):
-            new = models("dense").generate([list(prompt)], max_new_tokens=5, eos_token_id=[260, 262])[0, len(prompt) :]
-            assert result["new_tokens"] == len(new)
-            assert result["completion"] == bytes(i for i in new.tolist() if i < 256).decode(errors="replace")
-            assert result["finish_reason"] == ("stop" if new[-1] in (260, 262) else "length")
+            new_tokens = models("dense").generate([list(prompt)], max_new_tokens=5, eos_token_id=[260, 262])[
+                0, len(prompt) :
+            ]
+            assert result["new_tokens"] == len(new_tokens)
+            assert result["completion"] == bytes(i for i in new_tokens.tolist() if i < 256).decode(errors="replace")
+            assert result["finish_reason"] == ("stop" if new_tokens[-1] in (260, 262) else "length")
         assert not list(tmp_path.glob("*.incomplete"))
 
-    def test_sampling_with_a_seed_repeats(self, checkpoint):
+    def test_generate_repeats_samples_of_a_seed(self, checkpoint):
         arguments = ("generate", checkpoint, "--prompt", "abc", "--max-new-tokens", 8, "--temperature", 1.5, "--seed")
-        a, b, c = (command("dbrx-jax", *arguments, seed).stdout for seed in (1, 1, 2))
+        a, b, c = (run_command("dbrx-jax", *arguments, seed).stdout for seed in (1, 1, 2))
         assert a == b != c
 
-    def test_mistakes(self, checkpoint, tmp_path):
-        fails(in_process("dbrx-jax", "generate", checkpoint), "give either --prompt TEXT or --file")
-        fails(in_process("dbrx-jax", "generate", "/nowhere", "--prompt", "x"), "/nowhere: there is no such folder")
-        bad = tmp_path / "bad.jsonl"
-        bad.write_text('"x"\n{"prompt": 5}\n')
-        fails(in_process("dbrx-jax", "generate", checkpoint, "--file", bad), "bad.jsonl, line 2: expected a text")
-        bad.write_text('"x"\n"' + "long " * 200 + '"\n')
-        done = in_process(
-            "dbrx-jax", "generate", checkpoint, "--file", bad, "--output", tmp_path / "o", "--max-new-tokens", 20
+    def test_generate_rejects_invalid_arguments(self, checkpoint, tmp_path):
+        assert_usage_error(run_in_process("dbrx-jax", "generate", checkpoint), "give either --prompt TEXT or --file")
+        assert_usage_error(
+            run_in_process("dbrx-jax", "generate", "/nowhere", "--prompt", "x"), "/nowhere: there is no such folder"
+        )
+        prompts = tmp_path / "bad.jsonl"
+        prompts.write_text('"x"\n{"prompt": 5}\n')
+        assert_usage_error(
+            run_in_process("dbrx-jax", "generate", checkpoint, "--file", prompts), "bad.jsonl, line 2: expected a text"
+        )
+        prompts.write_text('"x"\n"' + "long " * 200 + '"\n')
+        done = run_in_process(
+            "dbrx-jax", "generate", checkpoint, "--file", prompts, "--output", tmp_path / "o", "--max-new-tokens", 20
         )
         assert done.returncode == 2
         assert "prompt 2: with 20 new tokens it is" in done.stderr.splitlines()[-1]
         assert not (tmp_path / "o").exists()
-        done = in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--top-p", "0.5")
+        done = run_in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--top-p", "0.5")
         assert done.returncode == 2
         assert "give --temperature above 0" in done.stderr.splitlines()[-1]
-        bad.write_text("{\n")
-        fails(in_process("dbrx-jax", "generate", checkpoint, "--file", bad), "bad.jsonl, line 1: not JSON")
-        done = in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--max-new-tokens", 999)
+        prompts.write_text("{\n")
+        assert_usage_error(
+            run_in_process("dbrx-jax", "generate", checkpoint, "--file", prompts), "bad.jsonl, line 1: not JSON"
+        )
+        done = run_in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--max-new-tokens", 999)
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith(
             "dbrx-jax: max_new_tokens: 999 after a prompt of 1 tokens is beyond"
         )
-        assert in_process("dbrx-jax", "generate", "--frob").returncode == 2
+        assert run_in_process("dbrx-jax", "generate", "--frob").returncode == 2
 
 
 class TestConvert:
-    def test_mistakes(self, tmp_path, fused_copy):
-        fails(in_process("dbrx-convert", "to-orbax", "/nowhere", tmp_path / "o"), "/nowhere: there is no such folder")
+    def test_convert_rejects_invalid_arguments(self, tmp_path, fused_copy):
+        assert_usage_error(
+            run_in_process("dbrx-convert", "to-orbax", "/nowhere", tmp_path / "o"), "/nowhere: there is no such folder"
+        )
         (fused_copy / "model-00001-of-00013.safetensors").unlink()
-        fails(in_process("dbrx-convert", "to-orbax", fused_copy, tmp_path / "o"), "there is no such file")
+        assert_usage_error(
+            run_in_process("dbrx-convert", "to-orbax", fused_copy, tmp_path / "o"), "there is no such file"
+        )
         assert not (tmp_path / "o").exists()
-        assert in_process("dbrx-convert").returncode == 2
+        assert run_in_process("dbrx-convert").returncode == 2
 
-    def test_there_and_back_and_verified(self, checkpoint, tmp_path):
-        done = command("dbrx-convert", "to-hf", checkpoint, tmp_path / "hf", "--max-shard-size", "100KB")
+    def test_to_hf_verify_and_inspect_a_round_trip(self, checkpoint, tmp_path):
+        done = run_command("dbrx-convert", "to-hf", checkpoint, tmp_path / "hf", "--max-shard-size", "100KB")
         assert done.returncode == 0, done.stderr
-        same = command("dbrx-convert", "verify", checkpoint, tmp_path / "hf")
-        assert (same.returncode, same.stdout) == (0, "every parameter is equal\n")
-        facts = json.loads(command("dbrx-convert", "inspect", tmp_path / "hf", "--json").stdout)
+        same_model = run_command("dbrx-convert", "verify", checkpoint, tmp_path / "hf")
+        assert (same_model.returncode, same_model.stdout) == (0, "every parameter is equal\n")
+        facts = json.loads(run_command("dbrx-convert", "inspect", tmp_path / "hf", "--json").stdout)
         assert facts["problems"] == []
         assert facts["kind"] == "fused layout"
-        other = command("dbrx-convert", "verify", checkpoint, GOLDEN / "unnormalised_mqa", "--json")
-        assert other.returncode == 1
-        assert {d["kind"] for d in json.loads(other.stdout)} == {"shape", "missing"}
-        fails(in_process("dbrx-convert", "verify", checkpoint), "has no SHA-256 digests; convert with --sha256")
-        fails(
-            in_process("dbrx-convert", "verify", checkpoint, checkpoint, "--logits"), "give two checkpoints and --text"
+        other_model = run_command("dbrx-convert", "verify", checkpoint, GOLDEN / "unnormalised_mqa", "--json")
+        assert other_model.returncode == 1
+        assert {d["kind"] for d in json.loads(other_model.stdout)} == {"shape", "missing"}
+        assert_usage_error(
+            run_in_process("dbrx-convert", "verify", checkpoint), "has no SHA-256 digests; convert with --sha256"
         )
-        fails(in_process("dbrx-convert", "to-hf", checkpoint, tmp_path / "x", "--max-shard-size", "big"), "such as 5GB")
-        fails(in_process("dbrx-convert", "inspect", tmp_path / "nothing"), "there is no such folder")
+        assert_usage_error(
+            run_in_process("dbrx-convert", "verify", checkpoint, checkpoint, "--logits"),
+            "give two checkpoints and --text",
+        )
+        assert_usage_error(
+            run_in_process("dbrx-convert", "to-hf", checkpoint, tmp_path / "x", "--max-shard-size", "big"),
+            "such as 5GB",
+        )
+        assert_usage_error(run_in_process("dbrx-convert", "inspect", tmp_path / "nothing"), "there is no such folder")
 
-    def test_values_that_are_not_finite_are_warned_of(self, tmp_path):
+    def test_to_orbax_warns_of_values_that_are_not_finite(self, tmp_path):
         from safetensors.numpy import load_file, save_file
 
         tensors = load_file(GOLDEN / "dense" / "model.safetensors")
@@ -180,47 +198,49 @@ class TestConvert:
         (tmp_path / "s").mkdir()
         save_file(tensors, tmp_path / "s" / "model.safetensors")
         (tmp_path / "s" / "config.json").write_text((GOLDEN / "dense" / "config.json").read_text())
-        done = command("dbrx-convert", "to-orbax", tmp_path / "s", tmp_path / "o")
+        done = run_command("dbrx-convert", "to-orbax", tmp_path / "s", tmp_path / "o")
         assert done.returncode == 0
         assert "warning: lm_head: 1 values are not finite" in done.stderr.splitlines()[-2]
         assert json.loads((tmp_path / "o" / "dbrx_jax.json").read_text())["not_finite"] == {"lm_head": 1}
 
-    def test_a_dubious_rope_theta_is_said_in_a_line(self, tmp_path):
+    def test_to_orbax_warns_of_conflicting_rope_theta(self, tmp_path):
         import shutil
 
         source = tmp_path / "s"
         shutil.copytree(GOLDEN / "dense", source)
         data = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(data | {"rope_parameters": {"rope_theta": 10000.0}}))
-        done = command("dbrx-convert", "to-orbax", source, tmp_path / "o")
+        done = run_command("dbrx-convert", "to-orbax", source, tmp_path / "o")
         assert done.returncode == 0
-        warned = [line for line in done.stderr.splitlines() if "warning" in line]
-        assert len(warned) == 1
-        assert warned[0].startswith("dbrx-convert: warning: config.json gives rope_theta 500000.0 in attn_config")
+        warning_lines = [line for line in done.stderr.splitlines() if "warning" in line]
+        assert len(warning_lines) == 1
+        assert warning_lines[0].startswith(
+            "dbrx-convert: warning: config.json gives rope_theta 500000.0 in attn_config"
+        )
 
 
-def test_help_names_what_one_needs():
-    for arguments, words in (
+def test_help_lists_commands_and_options():
+    for arguments, fragments in (
         (("dbrx-jax", "--help"), ("generate", "chat", "info")),
         (("dbrx-jax", "generate", "--help"), ("CHECKPOINT", "--prompt", "--file", "--temperature")),
         (("dbrx-convert", "--help"), ("to-orbax", "to-hf", "verify", "inspect")),
         (("dbrx-convert", "to-orbax", "--help"), ("SRC", "DST", "--dtype")),
     ):
-        done = command(*arguments, env={"COLUMNS": "80"})
+        done = run_command(*arguments, env={"COLUMNS": "80"})
         assert done.returncode == 0
-        assert all(word in done.stdout for word in words)
+        assert all(fragment in done.stdout for fragment in fragments)
         assert "\x1b" not in done.stdout
 
 
-def test_info():
-    facts = json.loads(command("dbrx-jax", "info", "--json").stdout)
+def test_info_prints_versions_and_devices():
+    facts = json.loads(run_command("dbrx-jax", "info", "--json").stdout)
     assert any(v.startswith("jax ") for v in facts["versions"])
     assert facts["devices"] == [f"{i}: cpu" for i in range(8)]  # conftest.py asks for them
-    assert "CPUs" in command("dbrx-jax", "info").stdout
+    assert "CPUs" in run_command("dbrx-jax", "info").stdout
 
 
 class TestConversation:
-    def run(self, monkeypatch, lines, answer):
+    def run_conversation(self, monkeypatch, lines, answer):
         entered = iter(lines)
 
         def read(_):
@@ -234,44 +254,46 @@ class TestConversation:
         converse(conversation, answer)
         return conversation
 
-    def test_turns_reset_and_system(self, monkeypatch, capsys):
-        asked = []
+    def test_reset_and_system_commands_change_the_messages(self, monkeypatch, capsys):
+        requests = []
 
         def answer(messages):
-            asked.append([m["content"] for m in messages])
+            requests.append([m["content"] for m in messages])
             yield "so "
             yield "so"
 
-        conversation = self.run(monkeypatch, ["a", "", "b", "/reset", "c", "/system Be long.", "d", "/frob"], answer)
-        assert asked == [["Be brief.", "a"], ["Be brief.", "a", "so so", "b"], ["Be brief.", "c"], ["Be long.", "d"]]
+        conversation = self.run_conversation(
+            monkeypatch, ["a", "", "b", "/reset", "c", "/system Be long.", "d", "/frob"], answer
+        )
+        assert requests == [["Be brief.", "a"], ["Be brief.", "a", "so so", "b"], ["Be brief.", "c"], ["Be long.", "d"]]
         assert conversation.messages[-1] == {"role": "assistant", "content": "so so"}
         captured = capsys.readouterr()
         assert captured.out == "so so\n" * 4
         assert "/frob: unknown" in captured.err
 
-    def test_ctrl_c_stops_the_answer_and_not_the_program(self, monkeypatch, capsys):
+    def test_interrupt_stops_the_answer_and_not_the_program(self, monkeypatch, capsys):
         def answer(messages):
             yield "half"
             raise KeyboardInterrupt
 
-        conversation = self.run(monkeypatch, ["a"], answer)
+        conversation = self.run_conversation(monkeypatch, ["a"], answer)
         assert conversation.messages[-1] == {"role": "assistant", "content": "half"}
         assert "[stopped]" in capsys.readouterr().err
 
-    def test_an_error_is_said_and_the_question_taken_back(self, monkeypatch, capsys):
+    def test_failed_answer_is_reported_and_its_question_removed(self, monkeypatch, capsys):
         from dbrx_jax.errors import GenerationError
 
         def answer(messages):
             raise GenerationError("too long")
             yield
 
-        conversation = self.run(monkeypatch, ["a"], answer)
+        conversation = self.run_conversation(monkeypatch, ["a"], answer)
         assert conversation.turns == []
         assert capsys.readouterr().err == "dbrx-jax: too long\n"
 
 
 class Terminal:
-    """A process on a terminal of its own."""
+    """A process on a new pseudo-terminal."""
 
     def __init__(self, *arguments):
         self.fd, slave = pty.openpty()
@@ -281,19 +303,19 @@ class Terminal:
         os.close(slave)
         self.text = ""
 
-    def wait(self, words, interrupt=False, seconds=120):
-        """Reads on until these words have come; with `interrupt` presses Ctrl-C now and every 2 s until then.
+    def read_until(self, marker, interrupt=False, seconds=120):
+        """Reads output until `marker`; with `interrupt` sends Ctrl-C now and every 2 s until then.
 
         Between readline's prompt and its wait for keys Python sees a signal with the next key only.
         """
-        until, press = time.monotonic() + seconds, time.monotonic()
-        while words not in self.text:
-            assert time.monotonic() < until, f"no {words!r} in {self.text!r}"
-            if interrupt and time.monotonic() >= press:
-                press += 2
+        deadline, next_interrupt = time.monotonic() + seconds, time.monotonic()
+        while marker not in self.text:
+            assert time.monotonic() < deadline, f"no {marker!r} in {self.text!r}"
+            if interrupt and time.monotonic() >= next_interrupt:
+                next_interrupt += 2
                 self.process.send_signal(signal.SIGINT)
             self.read()
-        before, _, self.text = self.text.partition(words)
+        before, _, self.text = self.text.partition(marker)
         return before
 
     def read(self):
@@ -309,34 +331,34 @@ class Terminal:
         return status
 
 
-def test_chat_on_a_terminal(checkpoint):
-    """A real conversation; Ctrl-C at the prompt does not leave it."""
+def test_chat_answers_on_a_terminal(checkpoint):
+    """A conversation; Ctrl-C at the prompt does not exit."""
     chat = Terminal(BIN / "dbrx-jax", "chat", checkpoint, "--temperature", "0", "--max-new-tokens", "100000")
-    chat.wait("Type a message")
-    chat.wait("> ")
+    chat.read_until("Type a message")
+    chat.read_until("> ")
     chat.type("/system Be.\n")
-    chat.wait("System message set.")
-    chat.wait("> ")
+    chat.read_until("System message set.")
+    chat.read_until("> ")
     chat.type("hello\n")
-    chat.wait("[prefill")
-    chat.wait("> ")
-    chat.wait("/exit leaves.", interrupt=True)
+    chat.read_until("[prefill")
+    chat.read_until("> ")
+    chat.read_until("/exit leaves.", interrupt=True)
     chat.type("/exit\n")
     assert chat.exit_status() == 0
 
 
-def test_ctrl_c_stops_an_answer_of_the_demo_in_the_middle(tmp_path):
-    """The program goes on: the next message gets its answer."""
-    # Hot and without end in sight: no stop token is likely within the first words.
+def test_chat_interrupt_stops_an_answer_midway(tmp_path):
+    """The program continues: the next message gets an answer."""
+    # At this temperature a stop token is unlikely among the first tokens.
     chat = Terminal(BIN / "dbrx-jax", "chat", "--temperature", "5", "--seed", "1", "--max-new-tokens", "900")
-    chat.wait("> ")
+    chat.read_until("> ")
     chat.type("What is a word?\n")
-    chat.wait("What is a word?")
-    while len(chat.text) < 40:  # some of the answer is there
+    chat.read_until("What is a word?")
+    while len(chat.text) < 40:  # part of the answer has arrived
         chat.read()
-    assert "[prefill" not in chat.wait("[stopped]", interrupt=True)
-    chat.wait("> ")
+    assert "[prefill" not in chat.read_until("[stopped]", interrupt=True)
+    chat.read_until("> ")
     chat.type("Hello!\n")
-    chat.wait("[prefill")
+    chat.read_until("[prefill")
     chat.type("/exit\n")
     assert chat.exit_status() == 0

@@ -1,4 +1,4 @@
-"""Every layout gives the same tree, and back; quantised sources against their definitions."""
+"""Tests of checkpoint layouts: equal parameters from each, round trips, quantised sources and verification."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from dbrx_jax.errors import CheckpointError
 from tests.conftest import CASES, GOLDEN
 
 
-def tensors_of(folder):
+def load_tensors(folder):
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -33,23 +33,23 @@ def tensors_of(folder):
 
 
 def write_layout(folder, key, source=GOLDEN / "fused"):
-    """golden/fused in another layout, written from its table's point of view: names, splits and transposes."""
+    """Writes golden/fused in another layout: renamed, split and transposed."""
     folder.mkdir()
     experts, attention = key
     config = DbrxConfig.from_file(source)
     F, E, D = config.ffn_hidden_size, config.moe_num_experts, config.d_model
     kv = config.kv_n_heads * config.head_dim
     result = {}
-    for name, x in tensors_of(source).items():
+    for name, x in load_tensors(source).items():
         stem, _, w = name.rpartition(".")
         if stem.endswith("ffn.experts.mlp") and experts != "fused":
             for e in range(E):
-                part = x[e * F : (e + 1) * F]
+                piece = x[e * F : (e + 1) * F]
                 prefix = stem if experts == "per expert" else stem.removesuffix(".mlp")
-                result[f"{prefix}.{e}.{w}.weight"] = np.ascontiguousarray(part.T if w == "w2" else part)
+                result[f"{prefix}.{e}.{w}.weight"] = np.ascontiguousarray(piece.T if w == "w2" else piece)
         elif name.endswith("attn.Wqkv.weight") and attention != "fused":
-            for part, rows in zip(("q", "k", "v"), np.split(x, [D, D + kv]), strict=True):
-                result[name.replace("Wqkv", f"{part}_proj")] = np.ascontiguousarray(rows)
+            for piece, rows in zip(("q", "k", "v"), np.split(x, [D, D + kv]), strict=True):
+                result[name.replace("Wqkv", f"{piece}_proj")] = np.ascontiguousarray(rows)
         else:
             result[name] = x
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
@@ -58,20 +58,20 @@ def write_layout(folder, key, source=GOLDEN / "fused"):
     (folder / "config.json").write_text(json.dumps(data))
 
 
-def all_equal(a, b):
+def checkpoints_equal(a, b):
     return list(compare(open_folder(a), open_folder(b))) == []
 
 
 @pytest.mark.parametrize("key", LAYOUTS)
-def test_every_layout_is_recognised_and_converts_to_the_same_tree(tmp_path, key):
+def test_layouts_are_recognised_and_convert_to_equal_parameters(tmp_path, key):
     write_layout(tmp_path / "in", key)
-    assert recognise(tensors_of(tmp_path / "in")) is LAYOUTS[key]
+    assert recognise(load_tensors(tmp_path / "in")) is LAYOUTS[key]
     to_orbax(tmp_path / "in", tmp_path / "out")
     to_orbax(GOLDEN / "fused", tmp_path / "want")
-    assert all_equal(tmp_path / "out", tmp_path / "want")
-    assert all_equal(tmp_path / "in", tmp_path / "want")
+    assert checkpoints_equal(tmp_path / "out", tmp_path / "want")
+    assert checkpoints_equal(tmp_path / "in", tmp_path / "want")
     to_hf(tmp_path / "out", tmp_path / "back")
-    back, want = tensors_of(tmp_path / "back"), tensors_of(GOLDEN / "fused")
+    back, want = load_tensors(tmp_path / "back"), load_tensors(GOLDEN / "fused")
     assert set(back) == set(want)
     for name, x in want.items():
         assert back[name].dtype == x.dtype
@@ -79,10 +79,10 @@ def test_every_layout_is_recognised_and_converts_to_the_same_tree(tmp_path, key)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_goes_and_comes_back_byte_for_byte(tmp_path, case):
+def test_round_trip_restores_every_byte(tmp_path, case):
     to_orbax(GOLDEN / case, tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_size=350_000)
-    want, back = tensors_of(GOLDEN / case), tensors_of(tmp_path / "back")
+    want, back = load_tensors(GOLDEN / case), load_tensors(tmp_path / "back")
     assert set(back) == set(want)
     assert all(back[n].tobytes() == x.tobytes() and back[n].dtype == x.dtype for n, x in want.items())
     files = sorted((tmp_path / "back").glob("*.safetensors"))
@@ -90,9 +90,9 @@ def test_golden_goes_and_comes_back_byte_for_byte(tmp_path, case):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in want.values())
     assert {f.name for f in files} == set(index["weight_map"].values())
     for file in files:
-        held = load_file(file)
-        assert all(index["weight_map"][name] == file.name for name in held)
-        assert sum(x.nbytes for x in held.values()) <= 350_000 or len(held) == 1
+        stored = load_file(file)
+        assert all(index["weight_map"][name] == file.name for name in stored)
+        assert sum(x.nbytes for x in stored.values()) <= 350_000 or len(stored) == 1
     assert DbrxConfig.from_file(tmp_path / "back") == DbrxConfig.from_file(GOLDEN / case)
     x = np.arange(12)[None]
     np.testing.assert_array_equal(
@@ -100,7 +100,7 @@ def test_golden_goes_and_comes_back_byte_for_byte(tmp_path, case):
     )
 
 
-def test_shards_follow_the_models_order_and_the_published_count():
+def test_shards_match_the_published_order_and_count():
     from dbrx_convert.to_hf import SHARD, plan_shards
 
     config = DbrxConfig.from_name("132b-base")
@@ -117,9 +117,9 @@ def test_shards_follow_the_models_order_and_the_published_count():
 
 
 class TestQuantised:
-    def test_mlx_groups(self, tmp_path):
-        """4 bits in groups of 32 along rows, packed by this test; golden's rows of 96 elements and w2's of 56 do not
-        both fit, so the sizes are the test's own."""
+    def test_mlx_4_bit_groups_match_reference(self, tmp_path):
+        """4 bits in groups of 32 along rows, packed by this test. Golden rows have 96 and 56 elements, not all
+        multiples of 32, so the test chooses its sizes."""
         rng = np.random.default_rng(0)
         config = {
             "model_type": "dbrx",
@@ -134,80 +134,83 @@ class TestQuantised:
         folder = tmp_path / "in"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
-        written, want = {}, {}
+        tensors, expected = {}, {}
         for name, tensor in expand(LAYOUTS["MLX", "split q/k/v"], DbrxConfig.from_dict(config)).items():
             if len(tensor.shape) == 1:
-                written[name] = want[name] = rng.normal(size=tensor.shape).astype(np.float16)
+                tensors[name] = expected[name] = rng.normal(size=tensor.shape).astype(np.float16)
                 continue
             rows, columns = tensor.shape
-            q = rng.integers(0, 16, (rows, columns), dtype=np.uint32)
+            codes = rng.integers(0, 16, (rows, columns), dtype=np.uint32)
             packed = np.zeros((rows, columns // 8), np.uint32)
             for i in range(8):
-                packed |= q[:, i::8] << np.uint32(4 * i)
+                packed |= codes[:, i::8] << np.uint32(4 * i)
             scales, biases = (rng.normal(size=(rows, columns // 32)).astype(np.float16) for _ in range(2))
             stem = name.removesuffix(".weight")
-            written |= {name: packed, f"{stem}.scales": scales, f"{stem}.biases": biases}
-            exact = q * np.repeat(scales.astype(np.float64), 32, 1) + np.repeat(biases.astype(np.float64), 32, 1)
-            want[name] = exact
-        save_file(written, folder / "model.safetensors")
+            tensors |= {name: packed, f"{stem}.scales": scales, f"{stem}.biases": biases}
+            exact = codes * np.repeat(scales.astype(np.float64), 32, 1) + np.repeat(biases.astype(np.float64), 32, 1)
+            expected[name] = exact
+        save_file(tensors, folder / "model.safetensors")
         opened = open_folder(folder)
         assert opened.description == "MLX, split q/k/v layout, MLX 4-bit in groups of 32"
         for name, tensor in opened.tensors.items():
-            got = opened.rows(tensor.parts[0].parameter, 0, shape_of(opened, tensor.parts[0].parameter)[0])
-            exact = want[name].T if tensor.transposed else want[name]
-            np.testing.assert_allclose(got, exact, rtol=1e-3, atol=1e-3)
+            actual = opened.rows(tensor.parts[0].parameter, 0, shape_of(opened, tensor.parts[0].parameter)[0])
+            exact = expected[name].T if tensor.transposed else expected[name]
+            np.testing.assert_allclose(actual, exact, rtol=1e-3, atol=1e-3)
         to_orbax(folder, tmp_path / "out")
-        assert all_equal(folder, tmp_path / "out")
+        assert checkpoints_equal(folder, tmp_path / "out")
         assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
         assert DbrxForCausalLM.from_pretrained(tmp_path / "out").dtype == np.float16
 
     @pytest.mark.parametrize("per_expert", [False, True])
-    def test_fp8(self, tmp_path, per_expert):
+    def test_fp8_scales_match_reference(self, tmp_path, per_expert):
         config = DbrxConfig.from_file(GOLDEN / "fused")
         E, F = config.moe_num_experts, config.ffn_hidden_size
         folder = tmp_path / "in"
         folder.mkdir()
         shutil.copy(GOLDEN / "fused" / "config.json", folder)
         rng = np.random.default_rng(0)
-        written, want = {}, {}
-        for name, x in tensors_of(GOLDEN / "fused").items():
+        tensors, expected = {}, {}
+        for name, x in load_tensors(GOLDEN / "fused").items():
             if "experts" not in name:
-                written[name] = want[name] = x.astype(ml_dtypes.bfloat16)
+                tensors[name] = expected[name] = x.astype(ml_dtypes.bfloat16)
                 continue
             values = x.astype(ml_dtypes.float8_e4m3fn)
             scale = rng.uniform(0.5, 2, E if per_expert else 1).astype(np.float32)
-            written |= {name: values, f"{name}_scale": scale if per_expert else np.array(scale[0])}
-            each = np.repeat(scale, F if per_expert else E * F)[:, None]
-            want[name] = (values.astype(np.float32) * each).astype(ml_dtypes.bfloat16)
-        save_file(written, folder / "model.safetensors")
+            tensors |= {name: values, f"{name}_scale": scale if per_expert else np.array(scale[0])}
+            row_scale = np.repeat(scale, F if per_expert else E * F)[:, None]
+            expected[name] = (values.astype(np.float32) * row_scale).astype(ml_dtypes.bfloat16)
+        save_file(tensors, folder / "model.safetensors")
         to_orbax(folder, tmp_path / "out")
         to_hf(tmp_path / "out", tmp_path / "back")
-        back = tensors_of(tmp_path / "back")
+        round_trip = load_tensors(tmp_path / "back")
         assert open_folder(folder).description == "fused layout, FP8"
-        assert all(back[n].tobytes() == x.tobytes() for n, x in want.items())
+        assert all(round_trip[n].tobytes() == x.tobytes() for n, x in expected.items())
 
-    def test_scales_that_do_not_fit_are_named(self, tmp_path):
+    def test_invalid_fp8_scales_are_rejected_by_name(self, tmp_path):
         folder = tmp_path / "in"
         folder.mkdir()
         shutil.copy(GOLDEN / "fused" / "config.json", folder)
         name = "transformer.blocks.0.ffn.experts.mlp.w1"
-        for scale, words in ((None, "is FP8, and"), (np.ones(7, np.float32), "one float, or one for each expert, got")):
-            written = tensors_of(GOLDEN / "fused")
-            written[name] = written[name].astype(ml_dtypes.float8_e4m3fn)
+        for scale, message in (
+            (None, "is FP8, and"),
+            (np.ones(7, np.float32), "one float, or one for each expert, got"),
+        ):
+            tensors = load_tensors(GOLDEN / "fused")
+            tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
             if scale is not None:
-                written[f"{name}_scale"] = scale
-            save_file(written, folder / "model.safetensors")
+                tensors[f"{name}_scale"] = scale
+            save_file(tensors, folder / "model.safetensors")
             with pytest.raises(CheckpointError) as error:
                 open_folder(folder)
-            assert words in str(error.value)
+            assert message in str(error.value)
             assert name in str(error.value)
 
 
 class TestOptions:
-    def test_cast_compress_and_digests(self, tmp_path):
+    def test_compressed_cast_has_equal_parameters_and_digests(self, tmp_path):
         to_orbax(GOLDEN / "fused", tmp_path / "small", dtype="bfloat16", compress=True, sha256=True, workers=3)
         to_orbax(GOLDEN / "fused", tmp_path / "plain", dtype="bfloat16", sha256=True, workers=1)
-        assert all_equal(tmp_path / "small", tmp_path / "plain")
+        assert checkpoints_equal(tmp_path / "small", tmp_path / "plain")
         small, plain = open_folder(tmp_path / "small"), open_folder(tmp_path / "plain")
         assert small.manifest["sha256"] == plain.manifest["sha256"]
         assert check_digests(small) == check_digests(plain) == []
@@ -223,23 +226,23 @@ class TestOptions:
             f.write(b"\x01")
         assert check_digests(open_folder(tmp_path / "plain")) == ["lm_head"]
 
-    def test_several_chunks(self, tmp_path, monkeypatch):
-        """Rows over many files, the last one not full; heads are several published rows each."""
+    def test_several_chunks_restore_every_parameter(self, tmp_path, monkeypatch):
+        """Chunks of rows over many files, the last one partial; each head has several source rows."""
         monkeypatch.setattr("dbrx_jax.checkpoint.raw_arrays.CHUNK", 5000)
         monkeypatch.setattr("dbrx_jax.checkpoint.folder.BLOCK", 3000)
         to_orbax(GOLDEN / "fused", tmp_path / "out")
         assert len(list((tmp_path / "out/params/state/lm_head").iterdir())) > 10
-        assert all_equal(tmp_path / "out", GOLDEN / "fused")
+        assert checkpoints_equal(tmp_path / "out", GOLDEN / "fused")
         to_hf(tmp_path / "out", tmp_path / "back")
-        assert all_equal(tmp_path / "back", GOLDEN / "fused")
-        tree = load_with_plain_orbax(tmp_path / "out", 1)
+        assert checkpoints_equal(tmp_path / "back", GOLDEN / "fused")
+        tree = restore_with_orbax_alone(tmp_path / "out", 1)
         assert tree == {
             name: list(spec.shape) for name, spec in parameter_specs(open_folder(tmp_path / "out").config).items()
         }
 
 
-def load_with_plain_orbax(folder, devices):
-    """Restores onto a mesh in a process that never imports dbrx_jax, compares with the source's bytes, gives shapes."""
+def restore_with_orbax_alone(folder, num_devices):
+    """Restores onto a mesh without importing dbrx_jax, compares with the source's bytes and returns the shapes."""
     code = """
 import json, sys, os
 import jax, numpy as np
@@ -259,32 +262,32 @@ assert all(isinstance(x, jax.Array) for x in flat.values())
 np.savez(sys.argv[3], **{k: np.asarray(v).view(np.uint8) for k, v in flat.items()})
 print(json.dumps({k: list(v.shape) for k, v in flat.items()}))
 """
-    out = folder.parent / f"restored{devices}.npz"
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder / "params", str(devices), out], capture_output=True, text=True, env=env
+    out = folder.parent / f"restored{num_devices}.npz"
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, folder / "params", str(num_devices), out], capture_output=True, text=True, env=env
     )
-    assert done.returncode == 0, done.stderr
-    assert "malformed" not in done.stderr
+    assert result.returncode == 0, result.stderr
+    assert "malformed" not in result.stderr
     opened = open_folder(folder)
     restored = np.load(out)
     for name in parameter_specs(opened.config):
-        want = opened.rows(name, 0, shape_of(opened, name)[0])
-        assert restored[name].tobytes() == want.tobytes(), name
-    return json.loads(done.stdout)
+        expected = opened.rows(name, 0, shape_of(opened, name)[0])
+        assert restored[name].tobytes() == expected.tobytes(), name
+    return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("devices", [1, 4, 8])
-def test_plain_orbax_restores_it_onto_any_mesh(tmp_path, devices):
+@pytest.mark.parametrize("num_devices", [1, 4, 8])
+def test_orbax_alone_restores_onto_a_mesh(tmp_path, num_devices):
     to_orbax(GOLDEN / "bf16", tmp_path / "out")
-    shapes = load_with_plain_orbax(tmp_path / "out", devices)
+    shapes = restore_with_orbax_alone(tmp_path / "out", num_devices)
     assert shapes == {n: list(s.shape) for n, s in parameter_specs(open_folder(tmp_path / "out").config).items()}
 
 
 class TestVerify:
-    def test_the_first_place_and_the_largest_error(self, tmp_path):
+    def test_compare_reports_first_index_and_largest_error(self, tmp_path):
         shutil.copytree(GOLDEN / "dense", tmp_path / "b")
-        tensors = tensors_of(tmp_path / "b")
+        tensors = load_tensors(tmp_path / "b")
         tensors["lm_head.weight"][7, 3] += 2.0
         tensors["lm_head.weight"][9, 1] -= 5.0
         tensors["transformer.norm_f.weight"][2] = np.nan
@@ -300,11 +303,11 @@ class TestVerify:
         assert "norm_f.scale: 1 values are not finite" in facts["problems"]
         assert list(compare(b, b)) == []  # NaN equals the same NaN
 
-    def test_other_sizes(self):
+    def test_compare_reports_missing_parameters_and_shapes(self):
         kinds = {d.kind for d in compare(open_folder(GOLDEN / "dense"), open_folder(GOLDEN / "unnormalised_mqa"))}
         assert kinds == {"missing", "shape"}
 
-    def test_logits(self, tmp_path):
+    def test_compare_logits_measures_kl_and_router_agreement(self, tmp_path):
         ids = list(range(60))
         same = compare_logits(GOLDEN / "fused", GOLDEN / "fused", ids)
         assert (same.tokens, same.kl_nats, same.top_1, same.top_5, same.router) == (60, 0.0, 1.0, 1.0, 1.0)
@@ -316,10 +319,10 @@ class TestVerify:
             compare_logits(GOLDEN / "fused", GOLDEN / "bf16", ids)
 
 
-def test_inspect():
+def test_inspect_reports_layout_size_and_problems():
     facts = inspect(GOLDEN / "fused")
     assert facts["kind"] == "fused layout"
     assert facts["parameters"] == 927_840
     assert facts["bytes"] == 3_711_360
     assert facts["files"] == 13
-    assert any("vocabulary" in p for p in facts["problems"])  # it has no tokenizer
+    assert any("vocabulary" in p for p in facts["problems"])  # there is no tokenizer

@@ -1,4 +1,4 @@
-"""The converter under kill -9, on a small disk, fed with damaged input, and its memory. Slow."""
+"""Slow tests of the converter: SIGKILL, a full file system, damaged input, and bounded memory."""
 
 import json
 import os
@@ -35,7 +35,7 @@ CONVERT = Path(sys.executable).parent / "dbrx-convert"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A checkpoint of some 200 MB, so that a conversion takes long enough to be killed in it."""
+    """A checkpoint of some 200 MB, large enough to kill its conversion midway."""
     folder = tmp_path_factory.mktemp("source")
     config = {
         "model_type": "dbrx",
@@ -58,24 +58,24 @@ def source(tmp_path_factory):
     return folder
 
 
-def same_manifest(a, b):
+def manifests_equal(a, b):
     return json.loads((a / MANIFEST).read_text()) == json.loads((b / MANIFEST).read_text())
 
 
 @pytest.mark.parametrize(
     "command", [["to-orbax", "--dtype", "bfloat16", "--sha256"], ["to-hf", "--max-shard-size", "40MB"]]
 )
-def test_killed_at_any_moment_it_ends_with_the_identical_result(source, tmp_path, command):
-    """Conversions by each command, killed at random until each gets through, thirty kills in all."""
+def test_killed_conversion_resumes_to_an_identical_result(source, tmp_path, command):
+    """Restarts each conversion after random kills until it finishes; thirty kills in all."""
     name, *options = command
 
     def start(destination):
         return subprocess.Popen([CONVERT, name, source, destination, *options], stderr=subprocess.PIPE, text=True)
 
-    begin = time.monotonic()
-    done = start(tmp_path / "want")
-    assert done.wait() == 0, done.stderr.read()
-    whole = time.monotonic() - begin
+    started = time.monotonic()
+    reference = start(tmp_path / "want")
+    assert reference.wait() == 0, reference.stderr.read()
+    duration = time.monotonic() - started
     rng, kills, trial = random.Random(0), 0, 0
     while kills < 30:
         trial += 1
@@ -83,29 +83,29 @@ def test_killed_at_any_moment_it_ends_with_the_identical_result(source, tmp_path
         for attempt in range(6):
             process = start(destination)
             try:
-                process.wait(rng.uniform(0.2, 0.9) * whole if attempt < 5 else None)  # the last may finish
+                process.wait(rng.uniform(0.2, 0.9) * duration if attempt < 5 else None)  # the last may finish
                 assert process.returncode == 0, process.stderr.read()
                 break
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 kills += 1
-                if destination.exists():  # killed when all was done
+                if destination.exists():  # killed after the conversion was complete
                     break
-                aside = destination.with_name("out.incomplete")
-                if (aside / PLAN).exists():
+                incomplete = destination.with_name("out.incomplete")
+                if (incomplete / PLAN).exists():
                     with pytest.raises(DbrxError):
-                        DbrxForCausalLM.from_pretrained(aside)
+                        DbrxForCausalLM.from_pretrained(incomplete)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "want"], trial
         a, b = ({str(p.relative_to(d)) for p in d.rglob("*")} for d in (destination, tmp_path / "want"))
         assert a == b
         assert list(compare(open_folder(destination), open_folder(tmp_path / "want"))) == []
         if name == "to-orbax":
-            assert same_manifest(destination, tmp_path / "want")
+            assert manifests_equal(destination, tmp_path / "want")
         shutil.rmtree(destination)
 
 
-def test_a_source_that_changed_meanwhile_is_noticed(source, tmp_path):
+def test_resume_rejects_a_changed_source(source, tmp_path):
     copy = tmp_path / "source"
     shutil.copytree(source, copy)
     command = [CONVERT, "to-orbax", copy, tmp_path / "out"]
@@ -124,34 +124,36 @@ def test_a_source_that_changed_meanwhile_is_noticed(source, tmp_path):
     assert subprocess.run(command, capture_output=True).returncode == 0
 
 
-def test_two_at_once_do_not_disturb_each_other(source, tmp_path):
+def test_only_one_of_concurrent_conversions_succeeds(source, tmp_path):
     command = [CONVERT, "to-orbax", source, tmp_path / "out"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     codes = [p.wait() for p in processes]
-    printed = [p.stderr.read().splitlines()[-1] for p in processes]
-    assert codes.count(0) == 1, printed
+    last_lines = [p.stderr.read().splitlines()[-1] for p in processes]
+    assert codes.count(0) == 1, last_lines
     assert all(
-        "another conversion is at work" in s or "exists already" in s for s, c in zip(printed, codes, strict=True) if c
+        "another conversion is at work" in s or "exists already" in s
+        for s, c in zip(last_lines, codes, strict=True)
+        if c
     )
     assert list(compare(open_folder(tmp_path / "out"), open_folder(source))) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="making a small file system needs root")
 @pytest.mark.parametrize("command", ["to-orbax", "to-hf"])
-def test_a_small_file_system(source, tmp_path, command):
-    """Too small by the check, and full in the middle because something else fills it."""
+def test_full_file_system_is_reported_and_conversion_resumes(source, tmp_path, command):
+    """The disk is too small at first, then another file fills it during the conversion."""
     mount = tmp_path / "mount"
     mount.mkdir()
     size = open_folder(source).size
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", mount], check=True)
     try:
-        run = [CONVERT, command, source, mount / "out"]
-        done = subprocess.run(run, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert "are free and the checkpoint needs" in done.stderr.splitlines()[-1]
+        arguments = [CONVERT, command, source, mount / "out"]
+        result = subprocess.run(arguments, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert "are free and the checkpoint needs" in result.stderr.splitlines()[-1]
         assert not list(mount.iterdir())
         subprocess.run(["mount", "-o", f"remount,size={size * 11 // 10}", mount], check=True)
-        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
         while not (mount / "out.incomplete").exists():
             time.sleep(0.002)
         with (mount / "filler").open("wb") as f:
@@ -160,14 +162,14 @@ def test_a_small_file_system(source, tmp_path, command):
         assert "cannot be written (No space left on device); run the same" in process.stderr.read().splitlines()[-1]
         assert not (mount / "out").exists()
         (mount / "filler").unlink()
-        assert subprocess.run(run, capture_output=True).returncode == 0
+        assert subprocess.run(arguments, capture_output=True).returncode == 0
         assert list(compare(open_folder(mount / "out"), open_folder(source))) == []
     finally:
         subprocess.run(["umount", mount], check=True)
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path, source):
-    """Anonymous memory over what an idle process has, converting 470 MB in ways that touch every byte."""
+def test_conversion_memory_is_bounded(tmp_path, source):
+    """Bounds the growth of anonymous memory while 470 MB are converted in ways that touch every byte."""
     code = """
 import sys, threading, time
 from dbrx_convert.to_orbax import to_orbax
@@ -186,20 +188,20 @@ to_orbax(sys.argv[1], sys.argv[2] + "/same")
 to_hf(sys.argv[2] + "/cast", sys.argv[2] + "/back", dtype="float32")
 print(peak - base)
 """
-    done = subprocess.run([sys.executable, "-c", code, source, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", code, source, tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert open_folder(source).size > 350 << 20
-    assert int(done.stdout) < 200 << 20
+    assert int(result.stdout) < 200 << 20
 
 
-def mutations():
-    """300 ways to damage golden/dense: bytes of the header, its JSON, the index and the configuration."""
+def damage_cases():
+    """Yields 300 kinds and seeds of damage to golden/dense."""
     rng = random.Random(0)
-    for number in range(300):
-        yield number, rng.choice(("bytes", "header", "index", "config", "length")), rng.randrange(1 << 30)
+    for index in range(300):
+        yield index, rng.choice(("bytes", "header", "index", "config", "length")), rng.randrange(1 << 30)
 
 
-def mutate(folder, kind, seed):
+def damage_checkpoint(folder, kind, seed):
     rng = random.Random(seed)
     path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -213,30 +215,30 @@ def mutate(folder, kind, seed):
             data[rng.randrange(8, 8 + length)] = rng.randrange(256)
     elif kind == "header":
         header = json.loads(data[8 : 8 + length])
-        names = [n for n in header if n != "__metadata__"]
-        entry = header[rng.choice(names)]
-        change = rng.randrange(7)
-        if change == 0:
+        tensor_names = [n for n in header if n != "__metadata__"]
+        entry = header[rng.choice(tensor_names)]
+        change_number = rng.randrange(7)
+        if change_number == 0:
             entry["shape"] = rng.choice(([], [0], [1 << 62, 4], [-1, 3], entry["shape"][::-1], "x", [1.5], None))
-        elif change == 1:
+        elif change_number == 1:
             entry["dtype"] = rng.choice(("I64", "BOOL", "F64", "F8_E4M3", "U32", "BF16", "", 5, None))
-        elif change == 2:
+        elif change_number == 2:
             entry["data_offsets"] = rng.choice(
                 ([0, 0], [8, 4], [0, 1 << 60], [-8, 0], [0], "x", entry["data_offsets"] + [1])
             )
-        elif change == 3:
-            header["../../x"] = header.pop(rng.choice(names))
-        elif change == 4:
-            del header[rng.choice(names)]
-        elif change == 5:
-            header[rng.choice(names)] = rng.choice((5, [], "x", None, {}))
+        elif change_number == 3:
+            header["../../x"] = header.pop(rng.choice(tensor_names))
+        elif change_number == 4:
+            del header[rng.choice(tensor_names)]
+        elif change_number == 5:
+            header[rng.choice(tensor_names)] = rng.choice((5, [], "x", None, {}))
         else:
             header["__metadata__"] = {"a": 5}
         text = json.dumps(header).encode()
         data = bytearray(len(text).to_bytes(8, "little") + text) + data[8 + length :]
     elif kind == "index":
         name = "lm_head.weight"
-        files = rng.choice(
+        file_name = rng.choice(
             (
                 "../x.safetensors",
                 "/etc/passwd",
@@ -252,7 +254,7 @@ def mutate(folder, kind, seed):
         weight_map = {n: "model.safetensors" for n in open_folder(folder).stored}
         index = rng.choice(
             (
-                {"weight_map": {**weight_map, name: files}},
+                {"weight_map": {**weight_map, name: file_name}},
                 {"weight_map": {**weight_map, "extra": "model.safetensors"}},
                 {"weight_map": {n: f for n, f in weight_map.items() if n != name}},
                 {"weight_map": [name]},
@@ -275,63 +277,65 @@ def mutate(folder, kind, seed):
     path.write_bytes(data)
 
 
-def test_damaged_input_ends_in_a_line_within_seconds_and_little_memory(tmp_path):
+def test_damaged_source_fails_quickly_in_one_line_with_little_memory(tmp_path):
     resource.getrusage(resource.RUSAGE_SELF)
-    refused = 0
-    for number, kind, seed in mutations():
-        folder = tmp_path / str(number)
+    num_rejected = 0
+    for index, kind, seed in damage_cases():
+        folder = tmp_path / str(index)
         shutil.copytree(GOLDEN / "dense", folder)
-        mutate(folder, kind, seed)
-        begin = time.monotonic()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        damage_checkpoint(folder, kind, seed)
+        started = time.monotonic()
+        memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             to_orbax(folder, folder / "out")
         except DbrxError as error:
-            refused += 1
+            num_rejected += 1
             assert "\n" not in str(error), (kind, seed)
             assert not (folder / "out").exists()
             assert not (folder / "out.incomplete").exists(), (kind, seed, error)
-        else:  # a change that does not matter, such as another name in the metadata
+        else:  # a harmless change, such as another name in the metadata
             assert open_folder(folder / "out").size == open_folder(folder).size
-        assert time.monotonic() - begin < 5, (kind, seed)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10, (kind, seed)
+        assert time.monotonic() - started < 5, (kind, seed)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before < 300 << 10, (kind, seed)
         shutil.rmtree(folder)
-    assert refused > 200
+    assert num_rejected > 200
 
 
-def test_damaged_input_through_the_command(tmp_path):
-    """The same for every tenth, as a process: exit status 2 and one line."""
-    for number, kind, seed in list(mutations())[::10]:
-        folder = tmp_path / str(number)
+def test_command_reports_damaged_source_in_one_line(tmp_path):
+    """Every tenth damage exits with status 0, or status 2 and one line."""
+    for index, kind, seed in list(damage_cases())[::10]:
+        folder = tmp_path / str(index)
         shutil.copytree(GOLDEN / "dense", folder)
-        mutate(folder, kind, seed)
-        done = subprocess.run([CONVERT, "to-orbax", folder, folder / "out"], capture_output=True, text=True, timeout=60)
-        assert done.returncode in (0, 2), (kind, seed, done.stderr)
-        assert "Traceback" not in done.stderr
-        if done.returncode == 2:
-            assert len(done.stderr.splitlines()) == 1, done.stderr
+        damage_checkpoint(folder, kind, seed)
+        result = subprocess.run(
+            [CONVERT, "to-orbax", folder, folder / "out"], capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode in (0, 2), (kind, seed, result.stderr)
+        assert "Traceback" not in result.stderr
+        if result.returncode == 2:
+            assert len(result.stderr.splitlines()) == 1, result.stderr
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+def test_source_truncated_during_conversion_is_rejected(tmp_path, monkeypatch):
     from dbrx_convert import to_orbax as module
 
     for dtype in ("float32", "bfloat16"):  # copied by the system, and through memory
         folder = tmp_path / dtype
         shutil.copytree(GOLDEN / "dense", folder)
-        real = module._write_parameters
+        write_parameters = module._write_parameters
 
-        def shrink(*arguments, folder=folder, real=real):
+        def truncate_then_write(*arguments, folder=folder, write_parameters=write_parameters):
             os.truncate(folder / "model.safetensors", 100_000)
-            return real(*arguments)
+            return write_parameters(*arguments)
 
-        monkeypatch.setattr(module, "_write_parameters", shrink)
+        monkeypatch.setattr(module, "_write_parameters", truncate_then_write)
         with pytest.raises(CheckpointError, match=r"model\.safetensors: has become shorter while it was read"):
             to_orbax(folder, folder / "out", dtype=dtype)
         monkeypatch.undo()
         assert not (folder / "out").exists()
 
 
-def test_links_and_pipes(tmp_path):
+def test_links_out_of_the_folder_and_pipes_are_rejected(tmp_path):
     shutil.copytree(GOLDEN / "dense", tmp_path / "outside")
     folder = tmp_path / "in"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""generate: its contract, on the golden models and on one with a tokenizer."""
+"""Tests of generation: padding, end of sequence, log-probabilities, seeds, streaming, compilation and errors."""
 
 import json
 
@@ -17,7 +17,7 @@ from dbrx_jax.sharding.partition import ONE_DEVICE
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 from tests.conftest import GOLDEN
 
-T, N = 20, 10
+PROMPT_LENGTH, NUM_NEW = 20, 10
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +32,25 @@ def prompts(expected):
 
 
 def new_tokens(model, ids, mask=None, **options):
-    options = {"max_new_tokens": N, "eos_token_id": None, **options}
+    options = {"max_new_tokens": NUM_NEW, "eos_token_id": None, **options}
     return np.asarray(model.generate(ids, mask, **options))[:, ids.shape[1] :]
 
 
-def test_right_padding_and_ragged_padding_give_the_same(model, prompts):
+def test_greedy_tokens_do_not_depend_on_padding(model, prompts):
     ids, mask, greedy = prompts
     right_ids, right_mask = ids.copy(), np.zeros_like(mask)
     for row in range(len(ids)):
-        real = ids[row][mask[row] == 1]
-        right_ids[row, : len(real)], right_mask[row, : len(real)] = real, 1
+        tokens = ids[row][mask[row] == 1]
+        right_ids[row, : len(tokens)], right_mask[row, : len(tokens)] = tokens, 1
     np.testing.assert_array_equal(new_tokens(model, right_ids, right_mask), greedy)
-    spread_ids, spread_mask = np.zeros((3, 2 * T), int), np.zeros((3, 2 * T), int)
-    spread_ids[:, ::2], spread_mask[:, ::2] = ids, mask
-    np.testing.assert_array_equal(new_tokens(model, spread_ids, spread_mask), greedy)
+    sparse_ids, sparse_mask = np.zeros((3, 2 * PROMPT_LENGTH), int), np.zeros((3, 2 * PROMPT_LENGTH), int)
+    sparse_ids[:, ::2], sparse_mask[:, ::2] = ids, mask
+    np.testing.assert_array_equal(new_tokens(model, sparse_ids, sparse_mask), greedy)
 
 
 @pytest.mark.slow
-def test_prompts_longer_than_a_chunk(models, monkeypatch):
-    """Against the full forward, token by token: one of a long and a short chunk, one that fits a long one."""
+def test_chunked_prefill_matches_full_forward(models, monkeypatch):
+    """Greedy tokens match the full forward pass; prefill takes a long and a short chunk."""
     monkeypatch.setitem(PREFILL_CHUNKS, "cpu", (64, 128))
     assert list(prefill_chunks(137, ONE_DEVICE)) == [(0, 128), (128, 64)]
     assert list(prefill_chunks(65, ONE_DEVICE)) == [(0, 128)]
@@ -63,33 +63,33 @@ def test_prompts_longer_than_a_chunk(models, monkeypatch):
     np.testing.assert_array_equal(out[:, -4:], want[:, -5:-1])
 
 
-class TestEnd:
-    def test_a_row_keeps_its_eos_and_is_then_pad(self, model, prompts):
+class TestEndOfSequence:
+    def test_rows_keep_their_eos_and_are_padded_after_it(self, model, prompts):
         ids, mask, greedy = prompts
         eos = [int(greedy[0, 3]), int(greedy[1, 6])]
         out = new_tokens(model, ids, mask, eos_token_id=eos, pad_token_id=259)
-        ends = [next((i for i, t in enumerate(row) if t in eos), N - 1) + 1 for row in greedy]
+        ends = [next((i for i, t in enumerate(row) if t in eos), NUM_NEW - 1) + 1 for row in greedy]
         assert out.shape[1] == max(ends)
         for row, end in enumerate(ends):
             np.testing.assert_array_equal(out[row, :end], greedy[row, :end])
             assert (out[row, end:] == 259).all()
 
-    def test_n_is_where_the_last_row_ended(self, model, prompts):
+    def test_output_ends_with_the_last_row(self, model, prompts):
         ids, mask, greedy = prompts
         eos = [int(t) for t in greedy[:, 2]]
         assert new_tokens(model, ids, mask, eos_token_id=eos).shape[1] <= 3
 
-    def test_defaults_come_from_the_checkpoint(self, model, prompts, monkeypatch):
+    def test_eos_and_pad_default_to_the_generation_config(self, model, prompts, monkeypatch):
         ids, mask, greedy = prompts
         monkeypatch.setattr(model, "generation_config", GenerationConfig((int(greedy[0, 0]),), 7))
         out = np.asarray(model.generate(ids[:1], mask[:1], max_new_tokens=5))
-        np.testing.assert_array_equal(out[:, T:], greedy[:1, :1])
-        forever = model.generate(ids[:1], mask[:1], max_new_tokens=5, eos_token_id=None)
-        np.testing.assert_array_equal(forever[:, T:], greedy[:1, :5])
-        both = model.generate(ids[:2], mask[:2], max_new_tokens=5)
-        assert (both[0, T + 1 :] == 7).all()
+        np.testing.assert_array_equal(out[:, PROMPT_LENGTH:], greedy[:1, :1])
+        without_eos = model.generate(ids[:1], mask[:1], max_new_tokens=5, eos_token_id=None)
+        np.testing.assert_array_equal(without_eos[:, PROMPT_LENGTH:], greedy[:1, :5])
+        two_rows = model.generate(ids[:2], mask[:2], max_new_tokens=5)
+        assert (two_rows[0, PROMPT_LENGTH + 1 :] == 7).all()
 
-    def test_pad_is_the_first_eos_else_zero(self, model, prompts):
+    def test_pad_defaults_to_first_eos_or_zero(self, model, prompts):
         ids, mask, greedy = prompts
         out = new_tokens(model, ids, mask, eos_token_id=int(greedy[0, 0]))
         assert (out[0] == greedy[0, 0]).all()
@@ -97,28 +97,28 @@ class TestEnd:
 
 
 class TestLogprobs:
-    def test_they_are_of_the_raw_logits(self, model, prompts):
+    def test_logprobs_are_computed_from_unprocessed_logits(self, model, prompts):
         ids, mask, _ = prompts
         options = {"do_sample": True, "temperature": 0.7, "top_k": 9, "repetition_penalty": 1.3, "seed": 1}
         out = model.generate(
             ids,
             mask,
-            max_new_tokens=N,
+            max_new_tokens=NUM_NEW,
             eos_token_id=None,
             return_dict_in_generate=True,
             output_logprobs=True,
             **options,
         )
         assert out.logprobs.dtype == np.float32
-        whole = np.concatenate([mask, np.ones((3, N), int)], axis=1)
-        logits = np.asarray(model(out.sequences, whole), np.float64)[:, T - 1 : -1]
-        want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        want = np.take_along_axis(want, out.sequences[:, T:, None], axis=2)[..., 0]
-        np.testing.assert_allclose(out.logprobs, want, atol=1e-5)
+        full_mask = np.concatenate([mask, np.ones((3, NUM_NEW), int)], axis=1)
+        logits = np.asarray(model(out.sequences, full_mask), np.float64)[:, PROMPT_LENGTH - 1 : -1]
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = np.take_along_axis(expected, out.sequences[:, PROMPT_LENGTH:, None], axis=2)[..., 0]
+        np.testing.assert_allclose(out.logprobs, expected, atol=1e-5)
 
-    def test_nan_behind_the_end_and_none_unless_asked(self, model, prompts):
+    def test_logprobs_are_nan_after_eos_and_none_by_default(self, model, prompts):
         ids, mask, greedy = prompts
-        options = {"max_new_tokens": N, "eos_token_id": int(greedy[0, 2]), "return_dict_in_generate": True}
+        options = {"max_new_tokens": NUM_NEW, "eos_token_id": int(greedy[0, 2]), "return_dict_in_generate": True}
         out = model.generate(ids, mask, output_logprobs=True, **options)
         end = list(greedy[0]).index(greedy[0, 2]) + 1
         assert np.isfinite(out.logprobs[0, :end]).all()
@@ -126,44 +126,47 @@ class TestLogprobs:
         assert model.generate(ids, mask, **options).logprobs is None
 
 
-SAMPLE = {"do_sample": True, "temperature": 1.5}
+SAMPLING_OPTIONS = {"do_sample": True, "temperature": 1.5}
 
 
 class TestSeeds:
-    def test_same_seed_same_tokens(self, model, prompts):
+    def test_same_seed_gives_same_tokens(self, model, prompts):
         ids, mask, _ = prompts
-        a, b, c = (new_tokens(model, ids, mask, seed=s, **SAMPLE) for s in (3, 3, 4))
+        a, b, c = (new_tokens(model, ids, mask, seed=s, **SAMPLING_OPTIONS) for s in (3, 3, 4))
         np.testing.assert_array_equal(a, b)
         assert (a != c).any()
 
-    def test_none_is_never_twice_the_same(self, model, prompts):
+    def test_unset_seed_gives_different_tokens(self, model, prompts):
         ids, mask, _ = prompts
-        a, b = (new_tokens(model, ids, mask, **SAMPLE) for _ in range(2))
+        a, b = (new_tokens(model, ids, mask, **SAMPLING_OPTIONS) for _ in range(2))
         assert (a != b).any()
 
-    def test_a_rows_own_seed_goes_with_it(self, model, prompts):
+    def test_per_row_seeds_do_not_depend_on_row_order(self, model, prompts):
         ids, mask, _ = prompts
-        a = new_tokens(model, ids, mask, seed=[8, 9, 10], **SAMPLE)
-        b = new_tokens(model, ids[::-1], mask[::-1], seed=[10, 9, 8], **SAMPLE)
+        a = new_tokens(model, ids, mask, seed=[8, 9, 10], **SAMPLING_OPTIONS)
+        b = new_tokens(model, ids[::-1], mask[::-1], seed=[10, 9, 8], **SAMPLING_OPTIONS)
         np.testing.assert_array_equal(a, b[::-1])
 
-    def test_equal_prompts_of_one_seed_differ(self, model, prompts):
-        out = new_tokens(model, prompts[0][[0, 0]], seed=1, **SAMPLE)
+    def test_equal_prompts_with_one_seed_differ(self, model, prompts):
+        out = new_tokens(model, prompts[0][[0, 0]], seed=1, **SAMPLING_OPTIONS)
         assert (out[0] != out[1]).any()
 
 
 @settings(max_examples=15)
 @given(st.integers(0, 999), st.integers(0, 2), st.booleans())
-def test_a_row_does_not_depend_on_its_batch(golden_batch, seed, row, sample):
-    """Tokens and log-probabilities, bit for bit, at a fixed batch size; the other rows' lengths vary too."""
+def test_row_result_does_not_depend_on_other_rows(golden_batch, seed, row, sample):
+    """Tokens and log-probabilities are bitwise equal at a fixed batch size while the other rows vary."""
     model, ids, mask = golden_batch
     rng = np.random.default_rng(seed)
-    other, other_mask = rng.integers(0, 260, ids.shape), (np.arange(T) >= rng.integers(0, T, (3, 1))).astype(int)
+    other, other_mask = (
+        rng.integers(0, 260, ids.shape),
+        (np.arange(PROMPT_LENGTH) >= rng.integers(0, PROMPT_LENGTH, (3, 1))).astype(int),
+    )
     other[row], other_mask[row] = ids[row], mask[row]
     options = {"max_new_tokens": 6, "eos_token_id": None, "return_dict_in_generate": True, "output_logprobs": True}
     options |= {"do_sample": sample, "seed": [1, 2, 3], "top_p": 0.9}
     a, b = model.generate(ids, mask, **options), model.generate(other, other_mask, **options)
-    np.testing.assert_array_equal(a.sequences[row, T:], b.sequences[row, T:])
+    np.testing.assert_array_equal(a.sequences[row, PROMPT_LENGTH:], b.sequences[row, PROMPT_LENGTH:])
     np.testing.assert_array_equal(a.logprobs[row], b.logprobs[row])
 
 
@@ -173,7 +176,7 @@ def golden_batch(model, prompts):
 
 
 class TestStreaming:
-    def test_pieces_are_the_whole(self, model, prompts):
+    def test_streamed_pieces_concatenate_to_the_output(self, model, prompts):
         ids, mask, greedy = prompts
         pieces = []
         out = new_tokens(model, ids, mask, streamer=pieces.append)
@@ -181,9 +184,9 @@ class TestStreaming:
         np.testing.assert_array_equal(out, greedy)
         assert [p.shape[1] for p in pieces] == [1, BURST, 1]
 
-    def test_iterator_and_its_state(self, model, prompts):
+    def test_token_stream_iterates_and_reports_its_state(self, model, prompts):
         ids, mask, greedy = prompts
-        stream = TokenStream(model, ids, mask, max_new_tokens=N, eos_token_id=int(greedy[1, 4]), burst=3)
+        stream = TokenStream(model, ids, mask, max_new_tokens=NUM_NEW, eos_token_id=int(greedy[1, 4]), burst=3)
         first = next(stream)
         np.testing.assert_array_equal(first, greedy[:, :1])
         np.testing.assert_array_equal(stream.prompt_lengths, mask.sum(axis=1))
@@ -193,13 +196,13 @@ class TestStreaming:
         assert stream.ended[1]
         np.testing.assert_array_equal(np.concatenate([ids, first, *rest], axis=1), stream.sequences)
 
-    def test_a_transformers_streamer(self, model, prompts):
+    def test_transformers_streamer_receives_prompt_tokens_and_end(self, model, prompts):
         class Streamer:
             def __init__(self):
-                self.put_, self.ended = [], False
+                self.values, self.ended = [], False
 
             def put(self, value):
-                self.put_.append(np.array(value))
+                self.values.append(np.array(value))
 
             def end(self):
                 self.ended = True
@@ -207,88 +210,88 @@ class TestStreaming:
         ids, mask, greedy = prompts
         streamer = Streamer()
         new_tokens(model, ids[:1], mask[:1], streamer=streamer)
-        np.testing.assert_array_equal(streamer.put_[0], ids[:1])
-        np.testing.assert_array_equal(np.concatenate(streamer.put_[1:], axis=1), greedy[:1])
+        np.testing.assert_array_equal(streamer.values[0], ids[:1])
+        np.testing.assert_array_equal(np.concatenate(streamer.values[1:], axis=1), greedy[:1])
         assert streamer.ended
 
 
-def letters():
-    """A tokenizer of one token a byte, of which two together have one of their own."""
+def byte_tokenizer():
+    """Returns a tokenizer with one token per byte and one merged pair."""
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256}
     return DbrxTokenizer(ranks, {"<|endoftext|>": 258, "<|pad|>": 259})
 
 
 class TestStopStrings:
-    def test_the_completing_token_stays_and_the_row_ends(self, model, prompts):
+    def test_row_ends_with_the_token_that_completes_a_stop_string(self, model, prompts):
         ids, mask, greedy = prompts
-        tokenizer = letters()
+        tokenizer = byte_tokenizer()
         string = tokenizer.decode(greedy[0, 3:5])
-        if "�" in string:  # bytes that are no text of their own
+        if "�" in string:  # bytes that are not valid UTF-8
             tokenizer._bytes = {i: b"<%d>" % i for i in range(260)}
             string = tokenizer.decode(greedy[0, 3:5])
         out = new_tokens(model, ids, mask, stop_strings=[string, "never"], tokenizer=tokenizer, pad_token_id=259)
         np.testing.assert_array_equal(out[0, :5], greedy[0, :5])
         assert (out[0, 5:] == 259).all()
-        alone = new_tokens(model, ids[:1], mask[:1], stop_strings=string, tokenizer=tokenizer)
-        np.testing.assert_array_equal(alone, greedy[:1, :5])
+        single_row = new_tokens(model, ids[:1], mask[:1], stop_strings=string, tokenizer=tokenizer)
+        np.testing.assert_array_equal(single_row, greedy[:1, :5])
 
-    def test_a_tokenizer_is_needed(self, model, prompts):
+    def test_stop_strings_require_a_tokenizer(self, model, prompts):
         with pytest.raises(GenerationError, match="stop_strings: needs tokenizer="):
             model.generate(prompts[0], stop_strings="x", max_new_tokens=1)
 
 
-def compilations(action):
-    """Counts the programs that are compiled inside the block."""
-    count = []
+def count_compilations(action):
+    """Returns the number of programs that `action` compiles."""
+    events = []
 
     def listener(event, _, **__):
         if event == "/jax/core/compile/backend_compile_duration":
-            count.append(event)
+            events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         action()
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
-    return len(count)
+    return len(events)
 
 
 class TestCompilation:
-    def test_a_second_call_compiles_nothing(self, models, expected):
+    def test_second_call_compiles_nothing(self, models, expected):
         model, e = models("dense"), expected["dense"]
         options = {"eos_token_id": None, "do_sample": True, "top_k": 5, "seed": 0}
 
-        def call(rows=2, new=5, **changes):
-            model.generate(e["tokens"][:rows], e["mask"][:rows], max_new_tokens=new, **(options | changes))
+        def generate(num_rows=2, num_new=5, **changes):
+            model.generate(e["tokens"][:num_rows], e["mask"][:num_rows], max_new_tokens=num_new, **(options | changes))
 
-        assert compilations(call) > 0
-        assert compilations(call) == 0
-        # Other numbers and lengths within the same cache are the same programs.
-        assert compilations(lambda: call(new=9, temperature=0.3, top_k=3, seed=4)) == 0
+        assert count_compilations(generate) > 0
+        assert count_compilations(generate) == 0
+        # Other option values and lengths within the same cache reuse the programs.
+        assert count_compilations(lambda: generate(num_new=9, temperature=0.3, top_k=3, seed=4)) == 0
         shorter = e["tokens"][:2, 7:], e["mask"][:2, 7:]
-        assert compilations(lambda: model.generate(*shorter, max_new_tokens=3, **options)) == 0
-        assert compilations(lambda: call(streamer=lambda tokens: None)) == 0
-        assert compilations(lambda: call(rows=3)) > 0
+        assert count_compilations(lambda: model.generate(*shorter, max_new_tokens=3, **options)) == 0
+        assert count_compilations(lambda: generate(streamer=lambda tokens: None)) == 0
+        assert count_compilations(lambda: generate(num_rows=3)) > 0
 
-    def test_what_ends_a_text_is_no_part_of_the_programs(self, models, expected, monkeypatch):
+    def test_changed_eos_ids_compile_nothing(self, models, expected, monkeypatch):
         model, e = models("dense"), expected["dense"]
         model.generate(e["tokens"], max_new_tokens=3)
         monkeypatch.setattr(model, "generation_config", GenerationConfig((5,), 6))
-        assert compilations(lambda: model.generate(e["tokens"], max_new_tokens=3)) == 0
-        assert compilations(lambda: model.generate(e["tokens"], max_new_tokens=3, eos_token_id=[1, 2])) == 0
+        assert count_compilations(lambda: model.generate(e["tokens"], max_new_tokens=3)) == 0
+        assert count_compilations(lambda: model.generate(e["tokens"], max_new_tokens=3, eos_token_id=[1, 2])) == 0
 
-    def test_compile_leaves_nothing_to_compile(self, models, expected):
+    def test_compile_compiles_every_program_ahead(self, models, expected):
         model, e = models("dense"), expected["dense"]
         stream = TokenStream(model, e["tokens"][:1], max_new_tokens=5, eos_token_id=None)
-        assert compilations(stream.compile) > 0
+        assert count_compilations(stream.compile) > 0
         assert stream.timings.compile > 0
-        assert compilations(lambda: list(stream)) == 0
+        assert count_compilations(lambda: list(stream)) == 0
         assert stream.timings.prefill > 0
         assert stream.timings.decode > 0
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (
             {"max_new_tokens": 109},
@@ -314,13 +317,13 @@ class TestCompilation:
         ({"attention_mask": np.repeat([[1], [0], [1]], 20, axis=1)}, "attention_mask: row 1 has no token"),
     ],
 )
-def test_refusals(model, prompts, options, words):
+def test_generate_rejects_invalid_options(model, prompts, options, message):
     with pytest.raises(GenerationError) as error:
         model.generate(prompts[0], **{"max_new_tokens": 2, **options})
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
-def test_generation_config_file(tmp_path):
+def test_generation_config_reads_its_file(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text('{"eos_token_id": [5, 6], "pad_token_id": 7, "transformers_version": "4"}')
     assert GenerationConfig.from_file(path) == GenerationConfig((5, 6), 7)
@@ -331,8 +334,8 @@ def test_generation_config_file(tmp_path):
         GenerationConfig.from_file(path)
 
 
-def test_checkpoints_that_do_not_say_what_ends_a_text(tmp_path):
-    """transformers writes files without ids; then the tokenizer's count, as they do where there is no file."""
+def test_generation_config_falls_back_to_tokenizer_ids(tmp_path):
+    """Token ids come from the tokenizer where generation_config.json is absent or names none."""
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((GOLDEN / "dense" / file).read_bytes())
     special = {"250": {"content": "<|endoftext|>"}, "251": {"content": "<|im_end|>"}, "252": {"content": "<|pad|>"}}
@@ -345,10 +348,10 @@ def test_checkpoints_that_do_not_say_what_ends_a_text(tmp_path):
     assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == GenerationConfig((9,), 252)
 
 
-def test_an_int8_cache_is_half_the_bytes_and_says_nearly_the_same(model, prompts):
+def test_int8_cache_is_smaller_with_similar_logprobs(model, prompts):
     ids, mask, _ = prompts
-    options = {"max_new_tokens": N, "eos_token_id": None}
-    streams = [TokenStream(model, ids, mask, cache_dtype=kind, **options) for kind in (None, "int8")]
+    options = {"max_new_tokens": NUM_NEW, "eos_token_id": None}
+    streams = [TokenStream(model, ids, mask, cache_dtype=cache_dtype, **options) for cache_dtype in (None, "int8")]
     logprobs, sizes = [], []
     for stream in streams:
         next(stream)
@@ -356,8 +359,8 @@ def test_an_int8_cache_is_half_the_bytes_and_says_nearly_the_same(model, prompts
         sizes.append(sum(x.nbytes for x in jax.tree.leaves(stream._state.cache)))
         logprobs.append(stream.logprobs)
     K = model.config.head_dim
-    assert sizes[1] * 4 * K == sizes[0] * (K + 2)  # the model is of float32; a scale takes two bytes
-    # A prompt's own keys are read from the cache too.
+    assert sizes[1] * 4 * K == sizes[0] * (K + 2)  # float32 against int8 with a two-byte scale
+    # Prefill reads the prompt's keys from the cache too.
     assert 0 < np.abs(logprobs[0] - logprobs[1]).max() < 0.1
     with pytest.raises(GenerationError, match="cache_dtype: expected int8 or None, got 'int4'"):
         TokenStream(model, ids, mask, cache_dtype="int4", **options)

@@ -1,8 +1,8 @@
-"""Accumulates one output tile on a Hopper GPU: a block of 128 threads, channels times rows of activations.
+"""Accumulates one tile of output channels times rows on a Hopper GPU, in a thread block of 128 threads.
 
-TMA copies packed weights (packed_weights.py) and rows into shared memory some steps ahead; weights go into registers,
-are dequantised to bfloat16 and multiplied from there by wgmma, which sums in float32. Plain weights are multiplied from
-shared memory.
+TMA copies tiles of packed weights (packed_weights.py) and activations to shared memory some steps ahead. Quantised
+weights are loaded to registers, unpacked to bfloat16 and multiplied from there by wgmma, which accumulates in float32.
+Plain weights are multiplied from shared memory.
 """
 
 from typing import Any, NamedTuple
@@ -16,151 +16,151 @@ from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, split_scales, unp
 
 
 class Block(NamedTuple):
-    """A block's part of a product.
+    """The work of one thread block: an output tile, over its range of the contraction.
 
     Attributes:
-      tiles: channels (words of them), depth (words along the contraction in a step) and steps (on their way at
-        once); 64 channels fill a wgmma.
-      rows: in a tile of activations, a multiple of 8.
-      channel: which tile of channels.
-      row: which tile of rows.
-      first: step along the contraction.
-      number: of steps.
-      interpret: whether this runs in Pallas' interpreter.
+      tiles: its `channels` and `depth` are the weight tile's size in elements of `weight.bits`, `steps` the number of
+        pipeline steps in flight. A wgmma has 64 channels.
+      rows: rows of an activation tile, a multiple of 8.
+      channel_tile, row_tile: indices of the output tile.
+      first_step, num_steps: range of steps along the contraction.
     """
 
     weight: PackedWeights
     tiles: Any
     rows: int
-    channel: Array
-    row: Array | int
-    first: Array | int
-    number: int
+    channel_tile: Array
+    row_tile: Array | int
+    first_step: Array | int
+    num_steps: int
     interpret: bool
 
     @property
-    def acc(self) -> Any:
+    def accumulator(self) -> Any:
         return plgpu.ACC((self.tiles.channels, self.rows))
 
-    def specs(self, weights: int) -> list[plgpu.BlockSpec]:
+    def specs(self, num_weights: int) -> list[plgpu.BlockSpec]:
         """Block specs of the weights' tiles and the activations in step k."""
         t = self.tiles
         if self.weight.contracted == 1:
-            tile = plgpu.BlockSpec((t.channels, t.depth), lambda k: (self.channel, self.first + k))
+            tile = plgpu.BlockSpec((t.channels, t.depth), lambda k: (self.channel_tile, self.first_step + k))
         else:
-            tile = plgpu.BlockSpec((t.depth, t.channels), lambda k: (self.first + k, self.channel))
-        rows = plgpu.BlockSpec((self.rows, t.depth), lambda k: (self.row, self.first + k))
-        return [tile] * weights + [rows] * self.weight.inputs
+            tile = plgpu.BlockSpec((t.depth, t.channels), lambda k: (self.first_step + k, self.channel_tile))
+        rows = plgpu.BlockSpec((self.rows, t.depth), lambda k: (self.row_tile, self.first_step + k))
+        return [tile] * num_weights + [rows] * self.weight.num_inputs
 
     def load(self, ref: Any) -> tuple[Any, ...]:
-        """A tile's bfloat16 weights, channels first: in registers, or in shared memory if it is plain."""
+        """Loads a tile's weights, channels first: bfloat16 in registers, or in shared memory if it is plain."""
         if self.weight.contracted == 0:
             ref = ref.transpose((1, 0))
         return (ref,) if self.weight.kind == "plain" else unpack(ref[...], self.weight.kind)
 
-    def multiply(self, acc: Any, plane: Any, rows: Any) -> None:
-        """Adds weights (channels, depth) times rows (N, depth), transposed, to sums (channels, N)."""
+    def multiply(self, acc: Any, weights: Any, rows: Any) -> None:
+        """Adds weights (channels, depth) times the transpose of rows (N, depth) to acc (channels, N)."""
         if self.interpret and self.weight.kind != "plain":
-            # The interpreter knows no product with registers: the same by way of shared memory.
-            def through(shared):
-                shared[...] = plane
+            # The interpreter has no wgmma with an operand in registers; it takes the weights from shared memory.
+            def multiply_shared(shared):
+                shared[...] = weights
                 plgpu.wgmma(acc, shared, rows.transpose((1, 0)))
 
-            pl.run_scoped(through, plgpu.SMEM(plane.shape, plane.dtype))
+            pl.run_scoped(multiply_shared, plgpu.SMEM(weights.shape, weights.dtype))
         else:
-            plgpu.wgmma(acc, plane, rows.transpose((1, 0)))
+            plgpu.wgmma(acc, weights, rows.transpose((1, 0)))
 
 
 def accumulate_tile(block: Block, bits: list, scales: list, x: Any) -> tuple[Array, ...]:
-    """Sums (channels, rows) of each weight and output, in that order, in float32.
+    """Computes the float32 sums (channels, rows) of each weight and each of its outputs, in that order.
 
     Args:
       bits: one expert's packed values of each weight, in global memory.
-      scales: by group, likewise; empty without groups.
-      x: activations (inputs, rows, depth), there too.
+      scales: group scales of each weight, in global memory; empty without groups.
+      x: activations (num_inputs, rows, depth) in global memory.
     """
-    planes_refs = [x.at[i] for i in range(block.weight.inputs)]
-    summed = _by_channel if block.weight.group is None else _by_group
-    return summed(block, bits, scales, planes_refs)
+    inputs = [x.at[i] for i in range(block.weight.num_inputs)]
+    accumulate = _accumulate_channels if block.weight.group_depth is None else _accumulate_groups
+    return accumulate(block, bits, scales, inputs)
 
 
-def _emit(block: Block, step: Any, refs: list, weights: int, carry: Any = None) -> Any:
+def _run_pipeline(block: Block, step: Any, refs: list, num_weights: int, carry: Any = None) -> Any:
     pipeline = plgpu.emit_pipeline(
         step,
-        grid=(block.number,),
-        in_specs=block.specs(weights),
+        grid=(block.num_steps,),
+        in_specs=block.specs(num_weights),
         max_concurrent_steps=block.tiles.steps,
         init_carry=carry,
     )
     return pipeline(*refs)
 
 
-def _by_channel(block: Block, bits: list, scales: list, x: list) -> tuple[Array, ...]:
-    """All of a sum stays in one accumulator."""
-    outputs = block.weight.outputs
+def _accumulate_channels(block: Block, bits: list, scales: list, x: list) -> tuple[Array, ...]:
+    """Accumulates weights without group scales: each sum stays in one accumulator over all steps."""
+    num_outputs = block.weight.num_outputs
 
     def scope(*accs):
         def step(_, *refs):
             tiles, rows = refs[: len(bits)], refs[len(bits) :]
             for w, ref in enumerate(tiles):
-                for p, plane in enumerate(block.load(ref)):
-                    acc = accs[w * outputs + p // len(x)]
-                    block.multiply(acc, plane, rows[p % len(x)])
+                for p, weights in enumerate(block.load(ref)):
+                    acc = accs[w * num_outputs + p // len(x)]
+                    block.multiply(acc, weights, rows[p % len(x)])
             plgpu.wgmma_wait(0)
 
-        _emit(block, step, [*bits, *x], len(bits))
+        _run_pipeline(block, step, [*bits, *x], len(bits))
         return tuple(acc[...] for acc in accs)
 
-    return pl.run_scoped(scope, *[block.acc] * (len(bits) * outputs))
+    return pl.run_scoped(scope, *[block.accumulator] * (len(bits) * num_outputs))
 
 
-def _by_group(block: Block, bits: list, scales: list, x: list) -> tuple[Array, ...]:
-    """Each group of a step is summed alone, scaled, and added to totals that the pipeline carries."""
-    group, count = block.weight.group, block.tiles.depth // block.weight.group
+def _accumulate_groups(block: Block, bits: list, scales: list, x: list) -> tuple[Array, ...]:
+    """Accumulates weights with group scales: sums each group alone, scales it and adds it to the loop carry."""
+    group_depth = block.weight.group_depth
+    num_groups = block.tiles.depth // block.weight.group_depth
 
     def step(index, *refs):
         *refs, totals = refs
         tiles, rows = refs[: len(bits)], refs[len(bits) :]
-        new = []
+        new_totals = []
         for w, ref in enumerate(tiles):
-            by_group = [_group_scales(block, scales[w], index[0], g) for g in range(count)]
-            loaded = block.load(ref)
-            for output in range(block.weight.outputs):
-                total = totals[len(new)]
-                for g in range(count):
-                    own = loaded[output * len(x) : (output + 1) * len(x)]
-                    total = total + _group_sum(block, own, rows, g * group) * by_group[g][output]
-                new.append(total)
-        return tuple(new)
+            group_scales = [_load_group_scales(block, scales[w], index[0], g) for g in range(num_groups)]
+            weights = block.load(ref)
+            for output in range(block.weight.num_outputs):
+                total = totals[len(new_totals)]
+                for g in range(num_groups):
+                    output_weights = weights[output * len(x) : (output + 1) * len(x)]
+                    group_sum = _group_sum(block, output_weights, rows, g * group_depth)
+                    total = total + group_sum * group_scales[g][output]
+                new_totals.append(total)
+        return tuple(new_totals)
 
     zeros = jnp.zeros((block.tiles.channels, block.rows), jnp.float32)
-    carry = (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (len(bits) * block.weight.outputs)
-    return _emit(block, step, [*bits, *x], len(bits), carry)
+    carry = (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (len(bits) * block.weight.num_outputs)
+    return _run_pipeline(block, step, [*bits, *x], len(bits), carry)
 
 
-def _group_sum(block: Block, own: tuple, rows: list, start: int) -> Array:
-    group = block.weight.group
+def _group_sum(block: Block, inputs: tuple, rows: list, start: int) -> Array:
+    """Sums one group's products, which begin at `start` along the contraction."""
+    group_depth = block.weight.group_depth
 
     def scope(acc):
-        for plane, row in zip(own, rows, strict=True):
-            block.multiply(acc, plane[:, start : start + group], row.at[:, pl.ds(start, group)])
+        for weights, row in zip(inputs, rows, strict=True):
+            block.multiply(acc, weights[:, start : start + group_depth], row.at[:, pl.ds(start, group_depth)])
         return acc[...]
 
-    return pl.run_scoped(scope, block.acc)
+    return pl.run_scoped(scope, block.accumulator)
 
 
-def _group_scales(block: Block, ref: Any, step: Array, g: int) -> list[Array]:
-    """Group g's scales of each output in a step, (channels, N) each."""
+def _load_group_scales(block: Block, ref: Any, step: Array, g: int) -> list[Array]:
+    """Loads group g's scales in a step, one array (channels, rows) per output."""
     t, weight = block.tiles, block.weight
-    first = (block.first + step) * (t.depth // weight.group) + g
-    channels = pl.ds(block.channel * t.channels, t.channels)
-    where = (channels, first // 2) if weight.contracted == 1 else (first, channels)
-    low, high = split_scales(by_channel(ref.at[where]))
+    group = (block.first_step + step) * (t.depth // weight.group_depth) + g
+    channels = pl.ds(block.channel_tile * t.channels, t.channels)
+    index = (channels, group // 2) if weight.contracted == 1 else (group, channels)
+    low, high = split_scales(load_by_channel(ref.at[index]))
     scales = [low, high] if weight.contracted == 0 else [high if g % 2 else low]
     return [lax.broadcast_in_dim(s, (t.channels, block.rows), (0,)) for s in scales]
 
 
-def by_channel(ref: Any) -> Array:
-    """One element for each channel of a tile, where the threads that sum the channel have it."""
-    load: Any = plgpu.load  # before jax 0.11, which runs none of this, an index had to be given
+def load_by_channel(ref: Any) -> Array:
+    """Loads one element per channel of a tile to the threads that accumulate that channel."""
+    load: Any = plgpu.load  # its signature requires an index before jax 0.11, which does not run these kernels
     return load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)

@@ -1,9 +1,9 @@
-"""Attention over the key-value cache on Hopper GPUs: reads live positions only, and keeps scores on the chip.
+"""Flash attention over the key-value cache on Hopper GPUs, for prefill chunks and for decoding.
 
-One kernel for prefill chunks and for decoding. A warp group has up to 64 queries that share a key and value head:
-positions of one query head in prefill, query heads of one position in decoding. It streams blocks of 64 positions
-through a ring of buffers with a running softmax. In decoding several warp groups share a row's live blocks, and XLA
-merges their partial results.
+A warp group computes a tile of up to 64 queries that share a key and value head: positions of one query head in
+prefill, query heads of one position in decoding. It streams blocks of 64 live positions through a ring of buffers in
+shared memory, with an online softmax. In decoding a row's live blocks are split among several warp groups, whose
+partial results XLA merges.
 """
 
 import functools
@@ -19,10 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 MASKED = -1e30
-ROWS = 64  # queries of a product; fewer leave the rest of it unused
+ROWS = 64  # queries of a wgmma; with fewer, the rest are unused
 BLOCK = 64  # positions
-BUFFERS = {2: 3, 1: 5}  # blocks of keys and of values on the chip, by bytes of an element
-WARP_GROUPS = 264  # at least so many decode together: two for each multiprocessor
+BUFFERS = {2: 3, 1: 5}  # blocks of keys, and of values, in shared memory, by bytes of an element
+WARP_GROUPS = 264  # in decoding at least, two for each multiprocessor
 SWIZZLE = 128  # bytes
 
 
@@ -36,18 +36,30 @@ def supports(query: Array, key: Array, value: Array) -> bool:
 
 
 class Shape(NamedTuple):
-    """Sizes that the kernel is compiled for."""
+    """Sizes that the kernel is compiled for.
 
-    rows: int  # queries of a tile, a multiple of 8
+    Attributes:
+      rows: queries per tile, a multiple of 8.
+      tiles: number of query tiles per unit.
+      units: number of query heads (prefill) or groups of query heads (decoding).
+      kv_heads: number of key and value heads.
+      splits: number of warp groups that share a tile's live blocks.
+      stride: distance of consecutive cache positions, the number of context shards.
+      scaled: the cache is int8 with scales.
+      buffers: blocks in the ring.
+      prefill: a tile's queries are at successive positions, instead of all at one.
+    """
+
+    rows: int
     tiles: int
-    units: int  # heads, or groups of heads
-    heads: int  # of keys and values
-    elements: int
-    parts: int  # that a tile's live blocks are split into
-    stride: int  # of the context_shard
+    units: int
+    kv_heads: int
+    head_dim: int
+    splits: int
+    stride: int
     scaled: bool
     buffers: int
-    successive: bool  # whether a tile's queries are at successive positions, rather than at one
+    prefill: bool
 
 
 def _shape(query: Any, key: Any, stride: int) -> Shape:
@@ -55,8 +67,8 @@ def _shape(query: Any, key: Any, stride: int) -> Shape:
     G, size = key.shape[1], jnp.dtype(key.dtype).itemsize
     if T > 1:
         return Shape(ROWS, T // ROWS, H, G, K, 1, stride, size == 1, BUFFERS[size], True)
-    parts = -(-WARP_GROUPS // (R * G))
-    return Shape(-(-H // G // 8) * 8, 1, G, G, K, parts, stride, size == 1, BUFFERS[size], False)
+    splits = -(-WARP_GROUPS // (R * G))
+    return Shape(-(-H // G // 8) * 8, 1, G, G, K, splits, stride, size == 1, BUFFERS[size], False)
 
 
 def cache_attention(
@@ -69,84 +81,87 @@ def cache_attention(
     scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """Attention of queries at positions starts[r] … starts[r] + T - 1 of row first_row + r to positions up to theirs.
+    """Computes partial causal attention of queries at positions starts[r] + arange(T) over cache row first_row + r.
 
     Args:
-      context_shard: (x, X) where the cache holds every X-th position from x on.
+      context_shard: (x, X) if the cache holds positions x, x + X, x + 2 X and so on.
       scales: of the keys and the values of an int8 cache.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
 
     Returns:
-      Largest score and sum of exp(score - largest), (R, T, H), and the values' sum with these weights, (R, T, H, K).
+      The maximum score and the sum of exp(score - maximum), (R, T, H), and the values' sum with these weights,
+      (R, T, H, K), in float32.
     """
     R, T, H, K = query.shape
     shape = _shape(query, key, context_shard[1])
-    group = H // shape.heads
+    group_size = H // shape.kv_heads
     q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
     if T > 1:
         q = q.swapaxes(1, 2)
     else:
-        q = jnp.pad(q.reshape(R, shape.heads, group, K), ((0, 0), (0, 0), (0, shape.rows - group), (0, 0)))
-    at = jnp.concatenate([jnp.stack([jnp.int32(first_row), jnp.int32(context_shard[0])]), starts.astype(jnp.int32)])
-    out, stats = _run(shape, R, interpret)(at, q, key, value, *(scales or ()))
-    largest, total, out = _merged(stats[..., 0, :], stats[..., 1, :], out)
+        padding = shape.rows - group_size
+        q = jnp.pad(q.reshape(R, shape.kv_heads, group_size, K), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    offsets = jnp.stack([jnp.int32(first_row), jnp.int32(context_shard[0])])
+    scalars = jnp.concatenate([offsets, starts.astype(jnp.int32)])
+    out, stats = _build_kernel(shape, R, interpret)(scalars, q, key, value, *(scales or ()))
+    maximum, total, out = _merge_splits(stats[..., 0, :], stats[..., 1, :], out)
     if T > 1:
-        return largest.swapaxes(1, 2), total.swapaxes(1, 2), out.swapaxes(1, 2)
-    largest, total, out = (x[:, :, :group] for x in (largest, total, out))
-    return largest.reshape(R, 1, H), total.reshape(R, 1, H), out.reshape(R, 1, H, K)
+        return maximum.swapaxes(1, 2), total.swapaxes(1, 2), out.swapaxes(1, 2)
+    maximum, total, out = (x[:, :, :group_size] for x in (maximum, total, out))
+    return maximum.reshape(R, 1, H), total.reshape(R, 1, H), out.reshape(R, 1, H, K)
 
 
 def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int, int] = (0, 1)) -> tuple[int, int]:
-    """Bytes that one call of the kernel reads and writes, for queries (R, T, H, K) and a cache (B, G, S, K).
+    """Returns the bytes that a call's kernel reads and writes, for queries (R, T, H, K) and a cache (B, G, S, K).
 
-    Only the kernel's: putting queries in order and joining parts is not counted. In a chunk, what several heads and
-    tiles read of the cache is counted for each, though most of it comes from the chip's second cache.
+    XLA's operations around the kernel are not counted. Reads of the cache are counted for each head and query tile,
+    though in prefill most of them come from the L2 cache.
     """
     shape, (offset, stride) = _shape(query, key, context_shard[1]), context_shard
-    lasts = starts[:, None] + (np.arange(shape.tiles) + 1) * shape.rows - 1 if shape.successive else starts[:, None]
-    blocks = -(-((lasts - offset + stride) // stride) // BLOCK)
-    position = shape.elements * key.dtype.itemsize + 2 * shape.scaled
-    queries = len(starts) * shape.units * shape.parts * shape.tiles * shape.rows
-    read = 2 * blocks.sum() * shape.units * BLOCK * position + queries * shape.elements * 2
-    return int(read), queries * (shape.elements + 2) * 4
+    last = starts[:, None] + (np.arange(shape.tiles) + 1) * shape.rows - 1 if shape.prefill else starts[:, None]
+    num_blocks = -(-((last - offset + stride) // stride) // BLOCK)
+    position_bytes = shape.head_dim * key.dtype.itemsize + 2 * shape.scaled
+    num_queries = len(starts) * shape.units * shape.splits * shape.tiles * shape.rows
+    read = 2 * num_blocks.sum() * shape.units * BLOCK * position_bytes + num_queries * shape.head_dim * 2
+    return int(read), num_queries * (shape.head_dim + 2) * 4
 
 
-def _merged(largest: Array, total: Array, out: Array) -> tuple[Array, Array, Array]:
-    """The parts (R, units, parts, tiles, rows) as one, (R, units, tiles rows)."""
-    top = largest.max(axis=2)
-    share = jnp.exp(largest - top[:, :, None])
-    total, out = (total * share).sum(axis=2), (out * share[..., None]).sum(axis=2)
-    top, total, out = (x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in (top, total, out))
-    return top, total, out
+def _merge_splits(maximum: Array, total: Array, out: Array) -> tuple[Array, Array, Array]:
+    """Merges partial softmax results (R, units, splits, tiles, rows) to (R, units, tiles * rows)."""
+    merged_maximum = maximum.max(axis=2)
+    scale = jnp.exp(maximum - merged_maximum[:, :, None])
+    total, out = (total * scale).sum(axis=2), (out * scale[..., None]).sum(axis=2)
+    maximum, total, out = (x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in (merged_maximum, total, out))
+    return maximum, total, out
 
 
-def _run(shape: Shape, rows: int, interpret: Any) -> Any:
-    """The kernel as a function of (first row, context_shard, starts), queries, keys, values and scales."""
+def _build_kernel(shape: Shape, rows: int, interpret: Any) -> Any:
+    """Builds the kernel, a function of (first row, context shard, starts), queries, keys, values and scales."""
     swizzled = plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE)
-    K, ring, block = shape.elements, shape.buffers, (BLOCK, shape.elements)
+    K, ring, block = shape.head_dim, shape.buffers, (BLOCK, shape.head_dim)
     scratch: dict[str, Any] = {
         "q": plgpu.SMEM((ROWS, K), jnp.bfloat16, transforms=swizzled),
         "out": plgpu.SMEM((ROWS, K), jnp.float32),
         "stats": plgpu.SMEM((2, ROWS), jnp.float32),
-        "q_here": plgpu.Barrier(),
+        "q_barrier": plgpu.Barrier(),
     }
     for name in "kv":
         floats = plgpu.SMEM(block if shape.scaled else (ring, *block), jnp.bfloat16, transforms=swizzled)
-        scratch |= {name: floats, f"{name}_here": plgpu.Barrier(num_barriers=ring, num_arrivals=1 + shape.scaled)}
+        scratch |= {name: floats, f"{name}_barrier": plgpu.Barrier(num_barriers=ring, num_arrivals=1 + shape.scaled)}
         if shape.scaled:
             scratch[f"{name}_int8"] = plgpu.SMEM((ring, *block), jnp.int8)
             scratch[f"{name}_scale"] = plgpu.SMEM((ring, BLOCK), jnp.bfloat16)
     if interpret:
         scratch["probs"] = plgpu.SMEM((ROWS, BLOCK), jnp.bfloat16, transforms=swizzled)
-    parts = rows, shape.units, shape.parts, shape.tiles
+    out_shape = rows, shape.units, shape.splits, shape.tiles
     return plgpu.kernel(
         functools.partial(_kernel, shape),
         out_type=[
-            jax.ShapeDtypeStruct((*parts, shape.rows, K), jnp.float32),
-            jax.ShapeDtypeStruct((*parts, 2, shape.rows), jnp.float32),
+            jax.ShapeDtypeStruct((*out_shape, shape.rows, K), jnp.float32),
+            jax.ShapeDtypeStruct((*out_shape, 2, shape.rows), jnp.float32),
         ],
         scratch_types=[scratch],
-        grid=(shape.tiles * shape.parts, shape.units, rows),
+        grid=(shape.tiles * shape.splits, shape.units, rows),
         grid_names=("tile", "unit", "row"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -154,7 +169,7 @@ def _run(shape: Shape, rows: int, interpret: Any) -> Any:
 
 
 class _Copies(NamedTuple):
-    """The copies of blocks of one row and head into the ring."""
+    """Asynchronous copies of one row and head's blocks of keys and values to the ring of buffers."""
 
     scratch: dict[str, Any]
     sources: dict[str, Any]
@@ -167,49 +182,50 @@ class _Copies(NamedTuple):
         return lax.rem(i - self.begin, jnp.int32(self.ring))
 
     def start(self, name: str, i: Array) -> None:
-        """Source and destination of block i of keys ("k") or values ("v"), and of its scales."""
-        slot, places = self.slot(i), pl.ds(i * BLOCK, BLOCK)
-        here = self.scratch[f"{name}_here"].at[slot]
+        """Starts to copy block i of keys ("k") or values ("v"), and its scales."""
+        slot, positions = self.slot(i), pl.ds(i * BLOCK, BLOCK)
+        barrier = self.scratch[f"{name}_barrier"].at[slot]
         buffer = self.scratch.get(f"{name}_int8", self.scratch[name])
-        plgpu.copy_gmem_to_smem(self.sources[name].at[self.row, self.head, places], buffer.at[slot], here)
+        plgpu.copy_gmem_to_smem(self.sources[name].at[self.row, self.head, positions], buffer.at[slot], barrier)
         if f"{name}_scale" in self.sources:
-            scale = self.sources[f"{name}_scale"].at[self.row, self.head, places]
-            plgpu.copy_gmem_to_smem(scale, self.scratch[f"{name}_scale"].at[slot], here)
+            scale = self.sources[f"{name}_scale"].at[self.row, self.head, positions]
+            plgpu.copy_gmem_to_smem(scale, self.scratch[f"{name}_scale"].at[slot], barrier)
 
     def wait(self, name: str, i: Array) -> tuple[Any, Array | None]:
-        """Block i as bfloat16 on the chip, and its scales (BLOCK,)."""
+        """Waits for block i; returns it as bfloat16 in shared memory, and its scales (BLOCK,)."""
         slot = self.slot(i)
-        plgpu.barrier_wait(self.scratch[f"{name}_here"].at[slot])
+        plgpu.barrier_wait(self.scratch[f"{name}_barrier"].at[slot])
         if f"{name}_scale" not in self.sources:
             return self.scratch[name].at[slot], None
-        whole = _load(self.scratch[f"{name}_int8"].at[slot], plgpu.Layout.WGMMA)
-        self.scratch[name][...] = whole.astype(jnp.bfloat16)
+        values = _load(self.scratch[f"{name}_int8"].at[slot], plgpu.Layout.WGMMA)
+        self.scratch[name][...] = values.astype(jnp.bfloat16)
         plgpu.commit_smem()
         scale = _load(self.scratch[f"{name}_scale"].at[slot], plgpu.Layout.WGMMA.reduce(0))
         return self.scratch[name], scale.astype(jnp.float32)
 
 
 def _load(ref: Any, layout: Any) -> Array:
-    load: Any = plgpu.load  # whose arguments are others in the JAX that this does not run on
+    load: Any = plgpu.load  # its signature requires an index before jax 0.11, which does not run this kernel
     return load(ref, layout=layout, optimized=False)
 
 
-def _kernel(shape: Shape, at_ref, q_ref, k_ref, v_ref, *refs):
-    """One tile of queries of one head, or group of heads, of one row; in decoding one part of its live blocks."""
+def _kernel(shape: Shape, scalars_ref, q_ref, k_ref, v_ref, *refs):
+    """Computes one tile of queries of one unit and row, over one split of its live blocks."""
     *scale_refs, out_ref, stats_ref, scratch = refs
-    tile, part = lax.div(lax.axis_index("tile"), shape.parts), lax.rem(lax.axis_index("tile"), shape.parts)
+    tile, split = lax.div(lax.axis_index("tile"), shape.splits), lax.rem(lax.axis_index("tile"), shape.splits)
     unit, row = lax.axis_index("unit"), lax.axis_index("row")
-    offset, first = at_ref[1], at_ref[2 + row] + tile * shape.rows
-    last = first + (shape.rows - 1 if shape.successive else 0)
-    places = lax.div(last - offset + shape.stride, jnp.int32(shape.stride))  # live ones; below 1 where there are none
-    blocks = lax.div(places + (BLOCK - 1), jnp.int32(BLOCK))
-    begin, end = (lax.div(blocks * (part + i), jnp.int32(shape.parts)) for i in (0, 1))
+    offset, first = scalars_ref[1], scalars_ref[2 + row] + tile * shape.rows
+    last = first + (shape.rows - 1 if shape.prefill else 0)
+    num_live = lax.div(last - offset + shape.stride, jnp.int32(shape.stride))  # 0 or less if this shard has none
+    num_blocks = lax.div(num_live + (BLOCK - 1), jnp.int32(BLOCK))
+    begin, end = (lax.div(num_blocks * (split + i), jnp.int32(shape.splits)) for i in (0, 1))
     sources = dict(zip(("k", "v", "k_scale", "v_scale"), (k_ref, v_ref, *scale_refs), strict=False))
-    head = lax.div(unit, jnp.int32(shape.units // shape.heads))
-    copies = _Copies(scratch, sources, at_ref[0] + row, head, begin, shape.buffers)
+    head = lax.div(unit, jnp.int32(shape.units // shape.kv_heads))
+    copies = _Copies(scratch, sources, scalars_ref[0] + row, head, begin, shape.buffers)
 
     tile_rows = pl.ds(tile * shape.rows, shape.rows)
-    plgpu.copy_gmem_to_smem(q_ref.at[row, unit, tile_rows], scratch["q"].at[pl.ds(0, shape.rows)], scratch["q_here"])
+    used = pl.ds(0, shape.rows)
+    plgpu.copy_gmem_to_smem(q_ref.at[row, unit, tile_rows], scratch["q"].at[used], scratch["q_barrier"])
     for i in range(shape.buffers):
 
         @pl.when(begin + i < end)
@@ -217,7 +233,7 @@ def _kernel(shape: Shape, at_ref, q_ref, k_ref, v_ref, *refs):
             for name in "kv":
                 copies.start(name, begin + i)
 
-    plgpu.barrier_wait(scratch["q_here"])
+    plgpu.barrier_wait(scratch["q_barrier"])
 
     def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         carry = _add_block(shape, copies, scratch, first - offset, i, carry)
@@ -230,51 +246,50 @@ def _kernel(shape: Shape, at_ref, q_ref, k_ref, v_ref, *refs):
         return carry
 
     per_row, layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
-    empty = (
+    initial = (
         plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), per_row),
         plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), per_row),
-        plgpu.layout_cast(jnp.zeros((ROWS, shape.elements), jnp.float32), layout),
+        plgpu.layout_cast(jnp.zeros((ROWS, shape.head_dim), jnp.float32), layout),
     )
-    scratch["stats"][0], scratch["stats"][1], scratch["out"][...] = lax.fori_loop(begin, end, add, empty)
+    scratch["stats"][0], scratch["stats"][1], scratch["out"][...] = lax.fori_loop(begin, end, add, initial)
     plgpu.commit_smem()
-    used = pl.ds(0, shape.rows)
-    plgpu.copy_smem_to_gmem(scratch["out"].at[used], out_ref.at[row, unit, part, tile])
+    plgpu.copy_smem_to_gmem(scratch["out"].at[used], out_ref.at[row, unit, split, tile])
     for n in range(2):
-        plgpu.copy_smem_to_gmem(scratch["stats"].at[n, used], stats_ref.at[row, unit, part, tile, n])
+        plgpu.copy_smem_to_gmem(scratch["stats"].at[n, used], stats_ref.at[row, unit, split, tile, n])
     plgpu.wait_smem_to_gmem(0)
 
 
 def _add_block(shape: Shape, copies: _Copies, scratch: dict[str, Any], first: Array, i: Array, carry: Any) -> Any:
-    """The running maximum, normaliser and output with block i.
+    """Returns the running maximum, normaliser and output after block i (online softmax).
 
     Args:
-      first: position of the tile's first query, less the context_shard's.
+      first: position of the tile's first query, less the context shard's offset.
     """
-    largest, total, out = carry
-    wide, layout = (ROWS, BLOCK), plgpu.Layout.WGMMA
+    maximum, total, out = carry
+    tile, layout = (ROWS, BLOCK), plgpu.Layout.WGMMA
     keys, key_scale = copies.wait("k", i)
-    scores = _product(scratch["q"], keys.transpose((1, 0)), wide)
+    scores = _matmul(scratch["q"], keys.transpose((1, 0)), tile)
     if key_scale is not None:
-        scores = scores * lax.broadcast_in_dim(key_scale, wide, [1])
-    place = (plgpu.broadcasted_iota(jnp.int32, wide, 1, layout=layout) + i * BLOCK) * shape.stride
-    query = plgpu.broadcasted_iota(jnp.int32, wide, 0, layout=layout) if shape.successive else 0
-    scores = jnp.where(place <= query + first, scores, -jnp.inf)
-    new = jnp.maximum(largest, scores.max(axis=1))
-    share = jnp.exp(largest - new)
-    probs = jnp.exp(scores - lax.broadcast_in_dim(new, wide, [0]))
-    total = total * share + probs.sum(axis=1)
+        scores = scores * lax.broadcast_in_dim(key_scale, tile, [1])
+    position = (plgpu.broadcasted_iota(jnp.int32, tile, 1, layout=layout) + i * BLOCK) * shape.stride
+    query = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout) if shape.prefill else 0
+    scores = jnp.where(position <= query + first, scores, -jnp.inf)
+    new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+    scale = jnp.exp(maximum - new_maximum)
+    probs = jnp.exp(scores - lax.broadcast_in_dim(new_maximum, tile, [0]))
+    total = total * scale + probs.sum(axis=1)
     values, value_scale = copies.wait("v", i)
     if value_scale is not None:
-        probs = probs * lax.broadcast_in_dim(value_scale, wide, [1])
+        probs = probs * lax.broadcast_in_dim(value_scale, tile, [1])
     probs = probs.astype(jnp.bfloat16)
-    if "probs" in scratch:  # the interpreter knows no product with registers
+    if "probs" in scratch:  # the interpreter has no wgmma with an operand in registers
         scratch["probs"][...] = probs
         probs = scratch["probs"]
-    out = out * lax.broadcast_in_dim(share, out.shape, [0]) + _product(probs, values, out.shape)
-    return new, total, out
+    out = out * lax.broadcast_in_dim(scale, out.shape, [0]) + _matmul(probs, values, out.shape)
+    return new_maximum, total, out
 
 
-def _product(a: Any, b: Any, shape: tuple[int, int]) -> Array:
+def _matmul(a: Any, b: Any, shape: tuple[int, int]) -> Array:
     def compute(acc_ref):
         plgpu.wgmma(acc_ref, a, b)
         return acc_ref[...]

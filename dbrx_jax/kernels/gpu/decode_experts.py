@@ -1,13 +1,11 @@
 """Experts for small batches on Hopper GPUs: reads each active expert's weights once, and no others.
 
-Output channels are the 64 rows of a wgmma and tokens its 8 or more columns, so no work is spent on padding tokens. A
-block of 128 threads computes one tile of channels of one expert over its share of the contraction: TMA brings packed
-weights (packed_weights.py) and activations into shared memory, registers dequantise to bfloat16, and wgmma sums in
-float32. Plain weights go from shared memory straight into wgmma. Channel scales are applied outside, group scales to
-each group's partial sum.
+Output channels are the 64 rows of a wgmma and tokens its 8 or more columns, so few columns are padding. A thread block
+computes one tile of channels of one expert over its split of the contraction (accumulate.py). Channel scales are
+applied outside, group scales to each group's partial sum.
 
-Several blocks share a multiprocessor and hide each other's latency; the contraction is split where there would be
-too few. XLA sums the splits and computes gate, activation and up, which are small beside the weights.
+Several thread blocks share a multiprocessor and hide each other's latency; the contraction is split if there would be
+too few of them. XLA sums the splits and computes the activation and its product with up, small beside the weights.
 """
 
 from functools import partial
@@ -29,16 +27,18 @@ from dbrx_jax.ops.linear import Weight
 MAX_TOKENS = 64
 MIN_TOKENS = 8  # columns of a wgmma
 MULTIPROCESSORS = 132  # of the SXM cards
+MIN_BLOCKS = 3  # thread blocks per multiprocessor
+_SHARED_BYTES = 56 * 1024  # shared memory per thread block, so that four fit a multiprocessor
 
 
 class DecodeTiles(NamedTuple):
     """Tile sizes of the matmul with one matrix of each expert.
 
     Attributes:
-      channels: words of output channels in a block, a multiple of 64.
-      depth: words along the contraction in a step: 64, or less where that does not divide it.
-      steps: of weights and activations that are on their way at once.
-      splits: shares of the contraction.
+      channels: packed elements of output channels per thread block, a multiple of 64.
+      depth: packed elements along the contraction per pipeline step.
+      steps: pipeline steps in flight.
+      splits: parts of the contraction, each in a thread block of its own.
     """
 
     channels: int
@@ -50,23 +50,29 @@ class DecodeTiles(NamedTuple):
 def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False) -> bool:
     """Returns whether :func:`decode_experts` supports these shapes and dtypes (arrays or shapes).
 
-    On a GPU rows are bfloat16; float32 rows and plain weights are for interpreting alone.
+    On a GPU rows must be bfloat16; the interpreter also takes float32.
     """
     if not 1 <= x.shape[0] <= MAX_TOKENS or not (x.dtype == jnp.bfloat16 or interpret):
         return False
-    sides = ((w1, 1), (v1, 1), (w2, 0))
-    if not all(fits(w, c) for w, c in sides) or w1.dtype != v1.dtype or x.dtype != w1.dtype or x.dtype != w2.dtype:
+    weights = ((w1, 1), (v1, 1), (w2, 0))
+    if not all(fits(w, contracted) and w.dtype == x.dtype for w, contracted in weights):
         return False
-    up, other, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in sides)
-    tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
-    alike = (up.kind, up.group, up.bits.shape) == (other.kind, other.group, other.bits.shape)
-    return alike and bool(candidate_tiles((up, other), tokens, 1)) and bool(candidate_tiles((down,), tokens, 1))
+    gate, up, down = (jax.eval_shape(partial(pack, contracted=contracted), w) for w, contracted in weights)
+    if (gate.kind, gate.group_depth, gate.bits.shape) != (up.kind, up.group_depth, up.bits.shape):
+        return False
+    tokens = _padded(x.shape[0])
+    return bool(candidate_tiles((gate, up), tokens, 1)) and bool(candidate_tiles((down,), tokens, 1))
+
+
+def _padded(tokens: int) -> int:
+    """Returns the number of tokens, padded to whole columns of a wgmma."""
+    return tokens + -tokens % MIN_TOKENS
 
 
 def decode_experts(
     x: Float[Array, "N D"],
-    chosen: Int[Array, "C"],
-    count: Int[Array, ""],
+    active: Int[Array, "C"],
+    num_active: Int[Array, ""],
     combine_weights: Float[Array, "C N"],
     w1: Weight,
     v1: Weight,
@@ -75,139 +81,135 @@ def decode_experts(
     tiles: tuple[DecodeTiles, DecodeTiles] | None = None,
     interpret: Any = None,
 ) -> Float[Array, "N D"]:
-    """The float32 sum over c < count of combine_weights[c] times expert chosen[c], a gated MLP, on all rows.
+    """Computes active experts on all rows: the float32 sum over c of combine_weights[c] times expert active[c].
 
-    A row with a weight of 0 gets exactly 0 from an expert, whatever it holds. From `count` on no weight is read.
+    A row with a weight of 0 gets exactly 0 from an expert, even if the expert's output is not finite.
 
     Args:
-      x: up to MAX_TOKENS rows that :func:`supports` takes.
-      chosen: active experts, each once; entries from `count` on are ignored.
-      w1, v1, w2: stacked, (E, F, D) each.
-      activation: of ops.experts.ACTIVATIONS.
-      tiles: of gate and up, and of down; :func:`default_tiles` otherwise.
+      x: up to MAX_TOKENS rows that :func:`supports` accepts.
+      active: distinct active experts; entries from `num_active` on are ignored, and their weights not read.
+      w1, v1, w2: stacked weights (E, F, D).
+      activation: a key of ops.experts.ACTIVATIONS.
+      tiles: of the matmuls with w1 and v1, and with w2; :func:`default_tiles` by default.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
-    rows = x.shape[0]
-    padded = jnp.pad(x, ((0, -rows % MIN_TOKENS), (0, 0)))
-    here = jnp.arange(chosen.shape[0]) < count
-    chosen = jnp.where(here, chosen, 0)
-    up, down = (pack(w1, 1), pack(v1, 1)), (pack(w2, 0),)
+    num_rows = x.shape[0]
+    padded = jnp.pad(x, ((0, _padded(num_rows) - num_rows), (0, 0)))
+    is_active = jnp.arange(active.shape[0]) < num_active
+    active = jnp.where(is_active, active, 0)
+    gate_and_up, down = (pack(w1, 1), pack(v1, 1)), (pack(w2, 0),)
     if tiles is None:
-        tokens, places = padded.shape[0], chosen.shape[0]
-        tiles = default_tiles(up, tokens, places), default_tiles(down, tokens, places)
-    gate, other = products(activations(padded, up[0])[None], up, chosen, count, tiles[0], interpret)
-    inner = (ACTIVATIONS[activation](gate) * other).astype(x.dtype)  # (C, N, F)
-    (y,) = products(activations(inner, down[0]), down, chosen, count, tiles[1], interpret)
-    y = y[:, :rows]
-    # Chosen, not multiplied by 0: other rows may hold anything, and what is past the count was never written.
-    used = here[:, None] & (combine_weights != 0)
-    return jnp.sum(jnp.where(used[:, :, None], y * combine_weights[:, :, None], 0), axis=0)
+        sizes = padded.shape[0], active.shape[0]
+        tiles = default_tiles(gate_and_up, *sizes), default_tiles(down, *sizes)
+    x_parts = activations(padded, gate_and_up[0])[None]
+    gate, up = products(x_parts, gate_and_up, active, num_active, tiles[0], interpret)
+    inner = (ACTIVATIONS[activation](gate) * up).astype(x.dtype)  # (C, N, F)
+    (y,) = products(activations(inner, down[0]), down, active, num_active, tiles[1], interpret)
+    # Selected, not multiplied by 0: outputs past num_active are uninitialised, and others may be infinite.
+    is_used = is_active[:, None] & (combine_weights != 0)
+    return jnp.sum(jnp.where(is_used[:, :, None], y[:, :num_rows] * combine_weights[:, :, None], 0), axis=0)
 
 
 def default_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> DecodeTiles:
-    """The table's, else tiles that fill the multiprocessors, for weights of one shape that are read together."""
+    """Returns the table's tile sizes if they are valid, else the first candidate; for weights of one shape."""
     candidates = candidate_tiles(weights, tokens, experts)
-    found = table().get(tiles_name(weights, tokens, experts))
-    return DecodeTiles(*found) if found is not None and DecodeTiles(*found) in candidates else candidates[0]
+    tuned = table().get(tiles_name(weights, tokens, experts))
+    return DecodeTiles(*tuned) if tuned is not None and DecodeTiles(*tuned) in candidates else candidates[0]
 
 
 def tiles_name(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> str:
-    """Name of these matmuls in the table of tile sizes."""
+    """Returns the key of these matmuls in the table of tile sizes."""
     w = weights[0]
     kernel = f"experts_gpu {len(weights)} of {experts}"
-    return name_of(kernel, w.kind, w.group, (w.channels, w.depth), tokens)
+    return name_of(kernel, w.kind, w.group_depth, (w.channels, w.depth), tokens)
 
 
 def candidate_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> list[DecodeTiles]:
-    """Tile sizes worth timing, the default first: with splits that leave no multiprocessor idle."""
-    weight, found = weights[0], []
+    """Returns tile sizes worth timing, the default first: with splits that leave no multiprocessor idle."""
+    weight, candidates = weights[0], []
     for channels, depth in ((64, 64), (64, 32), (64, 128), (128, 64)):
         if weight.channels % channels or weight.depth % depth or depth % weight.period:
             continue
-        step = 2 * depth * (len(weights) * channels + weight.inputs * tokens)
-        steps = min(max(2, _SHARED_BYTES // step), 8)
-        blocks, total = experts * (weight.channels // channels), weight.depth // depth
-        splits = [s for s in range(1, total + 1) if total % s == 0 and (s == 1 or total // s >= 3)]
-        enough = [s for s in splits if blocks * s >= _BLOCKS_EACH * MULTIPROCESSORS] or splits[-1:]
-        found += [DecodeTiles(channels, depth, steps, s) for s in enough[:2]]
-    return found
-
-
-# Shared memory of one block, for about four on a multiprocessor, and how many of them there should be at least.
-_SHARED_BYTES = 56 * 1024
-_BLOCKS_EACH = 3
+        step_bytes = 2 * depth * (len(weights) * channels + weight.num_inputs * tokens)
+        steps = min(max(2, _SHARED_BYTES // step_bytes), 8)
+        num_blocks, num_steps = experts * (weight.channels // channels), weight.depth // depth
+        splits = [s for s in range(1, num_steps + 1) if num_steps % s == 0 and (s == 1 or num_steps // s >= 3)]
+        enough = [s for s in splits if num_blocks * s >= MIN_BLOCKS * MULTIPROCESSORS] or splits[-1:]
+        candidates += [DecodeTiles(channels, depth, steps, s) for s in enough[:2]]
+    return candidates
 
 
 def products(
-    x: Array, weights: tuple[PackedWeights, ...], chosen: Array, count: Array, tiles: DecodeTiles, interpret: Any
+    x: Array, weights: tuple[PackedWeights, ...], active: Array, num_active: Array, tiles: DecodeTiles, interpret: Any
 ) -> list[Array]:
-    """Every chosen expert's products (C, N, M) with each weight, in float32, of activations (C or 1, inputs, N, depth).
+    """Multiplies by each weight of the active experts: float32 arrays (C, N, M), undefined from num_active on.
 
-    The weights are alike. What belongs to experts from `count` on is undefined.
+    Args:
+      x: activations (C or 1, num_inputs, N, depth).
+      weights: of one shape and kind.
     """
-    sums = jnp.sum(_partial_sums(x, weights, chosen, count, tiles, interpret), axis=1)  # (C, W, outputs, channels, N)
-    found = []
+    sums = jnp.sum(_partial_sums(x, weights, active, num_active, tiles, interpret), axis=1)
+    results = []
     for i, weight in enumerate(weights):
         y = jnp.moveaxis(sums[:, i], (1, 3), (3, 1)).reshape(sums.shape[0], sums.shape[4], -1)
         if weight.scale is not None:
-            y = y * weight.scale[chosen].reshape(y.shape[0], 1, -1).astype(jnp.float32)
-        found.append(y)
-    return found
+            y = y * weight.scale[active].reshape(y.shape[0], 1, -1).astype(jnp.float32)
+        results.append(y)
+    return results
 
 
-def _partial_sums(x, weights, chosen, count, tiles, interpret) -> Array:
-    """(C, splits, W, outputs, channels, N): the sums of every share of the contraction."""
+def _partial_sums(x, weights, active, num_active, tiles, interpret) -> Array:
+    """Returns each split's sums (C, splits, num_weights, num_outputs, channels, N)."""
     weight, tokens = weights[0], x.shape[2]
-    outputs = len(weights) * weight.outputs
-    shape = (chosen.shape[0], tiles.splits, outputs, weight.channels, tokens)
-    steps = weight.depth // tiles.depth // tiles.splits
-    scales = [w.groups for w in weights if w.groups is not None]
+    num_outputs = len(weights) * weight.num_outputs
+    shape = (active.shape[0], tiles.splits, num_outputs, weight.channels, tokens)
+    num_steps = weight.depth // tiles.depth // tiles.splits
+    scales = [w.group_scales for w in weights if w.group_scales is not None]
 
-    def body(count_ref, chosen_ref, x_ref, *refs):
+    def body(num_active_ref, active_ref, x_ref, *refs):
         bits, scale_refs, (out, out_tile) = refs[: len(weights)], refs[len(weights) : -2], refs[-2:]
         c, m, s = (lax.axis_index(name) for name in _GRID)
 
-        @pl.when(c < count_ref[0])
+        @pl.when(c < num_active_ref[0])
         def _():
-            expert = chosen_ref[c]
-            planes_ref = x_ref.at[c if x_ref.shape[0] > 1 else 0]
-            block = Block(weight, tiles, tokens, m, 0, s * steps, steps, bool(interpret))
-            block_scales = [r.at[expert] for r in scale_refs]
-            totals = accumulate_tile(block, [r.at[expert] for r in bits], block_scales, planes_ref)
+            expert = active_ref[c]
+            expert_x = x_ref.at[c if x_ref.shape[0] > 1 else 0]
+            block = Block(weight, tiles, tokens, m, 0, s * num_steps, num_steps, bool(interpret))
+            expert_scales = [r.at[expert] for r in scale_refs]
+            totals = accumulate_tile(block, [r.at[expert] for r in bits], expert_scales, expert_x)
             for i, total in enumerate(totals):
                 out_tile[i] = total
             plgpu.commit_smem()
-            for i in range(outputs):
+            for i in range(num_outputs):
                 plgpu.copy_smem_to_gmem(out_tile.at[i], out.at[c, s, i, pl.ds(m * tiles.channels, tiles.channels)])
             plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
-        grid=(chosen.shape[0], weight.channels // tiles.channels, tiles.splits),
+        grid=(active.shape[0], weight.channels // tiles.channels, tiles.splits),
         grid_names=_GRID,
-        scratch_types=[plgpu.SMEM((outputs, tiles.channels, tokens), jnp.float32)],
+        scratch_types=[plgpu.SMEM((num_outputs, tiles.channels, tokens), jnp.float32)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    sums = run(
-        jnp.reshape(count, 1).astype(jnp.int32), chosen.astype(jnp.int32), x, *(w.bits for w in weights), *scales
-    )
-    return sums.reshape(*shape[:2], len(weights), weight.outputs, *shape[3:])
+    num_active = jnp.reshape(num_active, 1).astype(jnp.int32)
+    sums = run(num_active, active.astype(jnp.int32), x, *(w.bits for w in weights), *scales)
+    return sums.reshape(*shape[:2], len(weights), weight.num_outputs, *shape[3:])
 
 
-# Not the names of a mesh's axes: inside shard_map those would be asked for instead.
-_GRID = ("place", "channels", "share")
+# No names of mesh axes: inside shard_map those would refer to the mesh.
+_GRID = ("active_expert", "channel_tile", "split")
 
 
 class Traffic(NamedTuple):
     """Bytes that a call's kernels copy.
 
     Attributes:
-      weights: read, each chosen expert's once.
-      scales: by group, likewise. Those by channel are XLA's.
-      activations: read by every block again, after the first time from the cache.
-      written: sums in float32, which XLA reads again.
+      weights: each active expert's, read once.
+      scales: group scales, read once; XLA reads channel scales.
+      activations: read by every thread block, mostly from the L2 cache.
+      written: float32 sums, which XLA reads.
     """
 
     weights: int
@@ -218,25 +220,25 @@ class Traffic(NamedTuple):
 
 def decode_bytes(
     x: Any,
-    chosen: Any,
-    count: int,
+    active: Any,
+    num_active: int,
     w1: Weight,
     v1: Weight,
     w2: Weight,
     tiles: tuple[DecodeTiles, DecodeTiles] | None = None,
 ) -> Traffic:
-    """Bytes that :func:`decode_experts` copies for `count` experts (arrays or shapes)."""
-    tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
-    up, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
+    """Returns the bytes that :func:`decode_experts` copies for `num_active` experts (arrays or shapes)."""
+    tokens = _padded(x.shape[0])
+    gate, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
     if tiles is None:
-        places = chosen.shape[0]
-        tiles = default_tiles((up, up), tokens, places), default_tiles((down,), tokens, places)
+        sizes = tokens, active.shape[0]
+        tiles = default_tiles((gate, gate), *sizes), default_tiles((down,), *sizes)
     total = [0, 0, 0, 0]
-    for weight, matrices, t in ((up, 2, tiles[0]), (down, 1, tiles[1])):
-        itemsize = weight.bits.dtype.itemsize
-        rows = weight.inputs * tokens * weight.depth * x.dtype.itemsize
-        total[0] += matrices * weight.channels * weight.depth * itemsize
-        total[1] += matrices * weight.groups.size // weight.groups.shape[0] * 4 if weight.group else 0
-        total[2] += weight.channels // t.channels * rows
-        total[3] += t.splits * matrices * weight.outputs * weight.channels * tokens * 4
-    return Traffic(*(count * n for n in total))
+    for weight, num_weights, t in ((gate, 2, tiles[0]), (down, 1, tiles[1])):
+        scales = weight.group_scales
+        row_bytes = weight.num_inputs * weight.depth * x.dtype.itemsize
+        total[0] += num_weights * weight.channels * weight.depth * weight.bits.dtype.itemsize
+        total[1] += 0 if scales is None else num_weights * scales.size // scales.shape[0] * 4
+        total[2] += weight.channels // t.channels * tokens * row_bytes
+        total[3] += t.splits * num_weights * weight.num_outputs * weight.channels * tokens * 4
+    return Traffic(*(num_active * n for n in total))

@@ -1,8 +1,7 @@
-"""The gradient of a grouped matrix product's weights on Hopper GPUs: for each group, rows^T times rows.
+"""Gradient of a grouped matmul's weights on Hopper GPUs: out^T rows, for each group of rows.
 
-A block sums one tile of one group's matrix over the group's rows. Row tiles are the same for all
-groups, so the first and the last of a group may hold others' rows, which are replaced by zeros in shared memory:
-not multiplied by 0, for they may hold anything.
+A thread block computes one tile of one group's matrix over the group's rows. The first and last row tile of a group may
+contain rows of other groups, which are replaced by zeros in shared memory; multiplying by 0 would keep infinities.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from jaxtyping import Float, Int
 
 
 class GradientTiles(NamedTuple):
-    """Tile sizes: rows in a step, a block's part of the matrix (M, C), and pipeline steps in flight."""
+    """Tile sizes: rows per pipeline step, tile (m, c) of the matrix per thread block, and pipeline steps in flight."""
 
     rows: int = 64
     m: int = 128
@@ -25,9 +24,9 @@ class GradientTiles(NamedTuple):
 
 
 def gradient_tiles(m: int, c: int) -> list[GradientTiles]:
-    """Tile sizes worth timing for a matrix (M, C), the default first; none if it is not supported."""
-    tried = (GradientTiles(), GradientTiles(64, 128, 256, 3), GradientTiles(64, 64, 128), GradientTiles(64, 64, 64))
-    return [t for t in tried if m % t.m == 0 and c % t.c == 0]
+    """Returns tile sizes worth timing for a matrix (M, C), the default first; none if it is not supported."""
+    sizes = (GradientTiles(), GradientTiles(64, 128, 256, 3), GradientTiles(64, 64, 128), GradientTiles(64, 64, 64))
+    return [t for t in sizes if m % t.m == 0 and c % t.c == 0]
 
 
 def gradient_supports(out: Any, rows: Any, interpret: bool = False) -> bool:
@@ -44,46 +43,46 @@ def grouped_gradient(
     tiles: GradientTiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "E M C"]:
-    """Each group's sum of out^T rows, in float32 and rounded once to the rows' dtype; an empty group's is zeros.
+    """Computes out^T rows of each group, accumulated in float32 and rounded once; zeros for an empty group.
 
     Rows past the sum of sizes belong to no group.
     """
     t = tiles or gradient_tiles(out.shape[1], rows.shape[1])[0]
-    fill = ((0, -rows.shape[0] % t.rows), (0, 0))
-    out, rows = jnp.pad(out, fill), jnp.pad(rows, fill)
+    padding = ((0, -rows.shape[0] % t.rows), (0, 0))
+    out, rows = jnp.pad(out, padding), jnp.pad(rows, padding)
     ends = jnp.cumsum(sizes).astype(jnp.int32)
     starts = (ends - sizes).astype(jnp.int32)
-    total = rows.shape[0] // t.rows
+    num_tiles = rows.shape[0] // t.rows
 
     def body(starts_ref, ends_ref, out_ref, rows_ref, result, tile):
         group, m, c = (lax.axis_index(name) for name in _GRID)
         start, end = starts_ref[group], ends_ref[group]
-        first = lax.div(start, t.rows)
-        count = jnp.where(end > start, lax.div(end + t.rows - 1, t.rows) - first, 0)
+        first_tile = lax.div(start, t.rows)
+        num_steps = jnp.where(end > start, lax.div(end + t.rows - 1, t.rows) - first_tile, 0)
 
         def scope(acc):
             def step(index, left, right):
-                begin = (first + index[0]) * t.rows
+                tile_start = (first_tile + index[0]) * t.rows
 
-                @pl.when((begin < start) | (begin + t.rows > end))
+                @pl.when((tile_start < start) | (tile_start + t.rows > end))
                 def _():
                     for ref in (left, right):
-                        ref[...] = _own(ref[...], start - begin, end - begin)
+                        ref[...] = _zero_other_rows(ref[...], start - tile_start, end - tile_start)
                     plgpu.commit_smem()
 
                 plgpu.wgmma(acc, left.transpose((1, 0)), right)
                 plgpu.wgmma_wait(0)
 
-            @pl.when(count > 0)
+            @pl.when(num_steps > 0)
             def _():
                 plgpu.emit_pipeline(
                     step,
-                    grid=(count,),
+                    grid=(num_steps,),
                     in_specs=[
-                        plgpu.BlockSpec((t.rows, t.m), lambda k: (first + k, m)),
-                        plgpu.BlockSpec((t.rows, t.c), lambda k: (first + k, c)),
+                        plgpu.BlockSpec((t.rows, t.m), lambda k: (first_tile + k, m)),
+                        plgpu.BlockSpec((t.rows, t.c), lambda k: (first_tile + k, c)),
                     ],
-                    max_concurrent_steps=min(t.steps, total),
+                    max_concurrent_steps=min(t.steps, num_tiles),
                 )(out_ref, rows_ref)
 
             return acc[...]
@@ -108,6 +107,7 @@ def grouped_gradient(
 _GRID = ("group", "m", "c")
 
 
-def _own(tile: Array, start: Array, end: Array) -> Array:
+def _zero_other_rows(tile: Array, start: Array, end: Array) -> Array:
+    """Replaces the rows outside of start to end by zeros."""
     row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, tile.shape, 0), plgpu.Layout.WGMMA)
     return jnp.where((row >= start) & (row < end), tile, jnp.zeros_like(tile))

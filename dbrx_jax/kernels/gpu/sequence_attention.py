@@ -1,7 +1,7 @@
-"""Attention among a sequence's own tokens on a GPU: cuDNN's, through JAX, with its gradients.
+"""Causal attention of whole sequences on GPUs with cuDNN, through JAX, with gradients.
 
-cuDNN knows no mask but a causal one and each row's length. So a row's valid tokens are put first, in their
-order, and its results back in their places: that serves padding on either side, and holes.
+cuDNN supports only a causal mask and a length for each row. So each row's valid tokens are moved to its front, and the
+results back: this supports padding on either side, and gaps.
 """
 
 import jax
@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-MIN_TOKENS = 64  # fewer are not worth a kernel
+MIN_TOKENS = 64  # shorter sequences are left to XLA
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
     """Returns whether cuDNN supports queries (B, T, H, K) and keys (B, S, G, K), arrays or shapes."""
     T, K, S = query.shape[1], query.shape[3], key.shape[1]
     one_dtype = query.dtype == key.dtype == value.dtype == jnp.bfloat16
-    # On several devices each has a part of the queries, which begin at any key: not causal as cuDNN means it.
+    # With T < S, on several devices, queries begin at any key, which cuDNN's causal mask does not support.
     return one_dtype and MIN_TOKENS <= T == S and K <= 128 and K % 8 == 0
 
 
@@ -28,30 +28,30 @@ def sequence_attention(
     first: Int[Array, ""],
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """Attention of each valid query to the valid keys up to it; 0 for the others.
+    """Computes attention of each valid query to the valid keys up to it; 0 for invalid queries.
 
     Args:
-      first: 0, the place of the first query.
-      interpret: JAX's own attention in cuDNN's place, on a CPU.
+      first: position of the first query, always 0 here.
+      interpret: uses JAX's own attention instead of cuDNN's, to run on a CPU.
     """
     del first
     order = jnp.argsort(~valid, axis=1, stable=True)
     lengths = valid.sum(axis=1, dtype=jnp.int32)
-    used = (jnp.arange(valid.shape[1]) < lengths[:, None])[..., None, None]
-    # cuDNN leaves results and gradients past a row's length undefined: replaced.
-    q, k, v = (jnp.where(used, _taken(x, order), 0) for x in (query, key, value))
-    some = jnp.maximum(lengths, 1)
+    in_length = (jnp.arange(valid.shape[1]) < lengths[:, None])[..., None, None]
+    # Results and gradients past a row's length, which cuDNN leaves undefined, are replaced.
+    q, k, v = (jnp.where(in_length, _reorder(x, order), 0) for x in (query, key, value))
+    cudnn_lengths = jnp.maximum(lengths, 1)  # a row without valid tokens too has a length of 1
     out = jax.nn.dot_product_attention(
         q, k, v,
         is_causal=True,
-        query_seq_lengths=some,
-        key_value_seq_lengths=some,
+        query_seq_lengths=cudnn_lengths,
+        key_value_seq_lengths=cudnn_lengths,
         implementation="xla" if interpret else "cudnn",
     )  # fmt: skip
-    return _taken(jnp.where(used, out, 0), jnp.argsort(order, axis=1))
+    return _reorder(jnp.where(in_length, out, 0), jnp.argsort(order, axis=1))
 
 
-def _taken(x: Array, order: Array) -> Array:
-    """x (B, T, heads, K) with each row's tokens in another order, of which the gradient is a plain scatter."""
+def _reorder(x: Array, order: Array) -> Array:
+    """Permutes each row's tokens in x (B, T, heads, K); unique indices make the gradient a scatter without adds."""
     rows = jnp.arange(len(x))[:, None]
     return x.at[rows, order].get(unique_indices=True, mode="promise_in_bounds")
