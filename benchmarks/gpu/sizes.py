@@ -65,9 +65,9 @@ TOY = Size(
     _TOY_CONFIG,
     {"int4": ((1, 128),), "int8": ((1, 128), (3, 128)), "bfloat16": ((2, 128),)},
     steps=4,
-    prompt=96,
+    prompt=64,
     tokens=(1, 90),
-    lengths=(60, 20, 9),
+    lengths=(16, 8, 3),
     users=2,
     together=2,
 )
