@@ -1,9 +1,9 @@
-"""Shared fixtures of the tests. Everything runs on the CPU."""
+"""Shared fixtures; all tests run on the CPU."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Eight devices for the tests of meshes; all else runs on the first.
+# Eight devices for mesh tests; the others run on the first.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import shutil
@@ -16,14 +16,14 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("fused", "bf16", "unnormalised_mqa", "dense")
 
-# Compiling makes the first example slow, which says nothing about the code.
+# No deadline: compilation makes the first example slow.
 hypothesis.settings.register_profile("dbrx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("dbrx")
 
 
 @pytest.fixture(scope="session")
 def expected():
-    """The oracle's answers by case."""
+    """The oracle's outputs by golden case."""
     return {case: dict(np.load(GOLDEN / case / "expected.npz")) for case in CASES}
 
 

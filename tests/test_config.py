@@ -1,4 +1,4 @@
-"""DbrxConfig from published files, with their traps, and its refusals."""
+"""Tests of DbrxConfig: published files and their quirks, defaults, and rejected values."""
 
 import dataclasses
 import json
@@ -24,20 +24,20 @@ PUBLISHED = {  # name: total, active, in billions
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_family_sizes(name):
+def test_published_sizes_match(name):
     config = DbrxConfig.from_name(name)
     assert (round(config.total_parameters / 1e9, 2), round(config.active_parameters / 1e9, 2)) == PUBLISHED[name]
     assert (config.moe_num_experts, config.moe_top_k, config.kv_n_heads, config.head_dim) == (16, 4, 8, 128)
     assert (config.clip_qkv, config.rope_theta, config.vocab_size) == (8.0, 5e5, 100352)
 
 
-def test_132b_to_the_parameter():
+def test_132b_parameter_counts_are_exact():
     config = DbrxConfig.from_name("132b-base")
     assert config.total_parameters == 131_596_523_520
     assert config.active_parameters == 36_469_708_800
 
 
-def test_every_shipped_configuration_reads():
+def test_shipped_configurations_round_trip():
     assert {"bench", "demo", "dense-a", *PUBLISHED} == set(config_names())
     for name in config_names():
         config = DbrxConfig.from_name(name)
@@ -45,7 +45,7 @@ def test_every_shipped_configuration_reads():
         assert config.ffn_hidden_size != config.d_model
 
 
-def test_bench_and_dense_sizes():
+def test_bench_and_dense_parameter_counts():
     assert 0.7e9 < DbrxConfig.from_name("bench").total_parameters < 0.9e9
     dense = DbrxConfig.from_name("dense-a")
     assert dense.moe_num_experts == 1
@@ -54,13 +54,13 @@ def test_bench_and_dense_sizes():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_files(case):
+def test_golden_configuration_round_trips(case):
     config = DbrxConfig.from_file(GOLDEN / case)
     assert config == DbrxConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert config == DbrxConfig.from_file(GOLDEN / case / "config.json")
 
 
-def test_defaults_of_missing_keys():
+def test_missing_keys_take_published_defaults():
     config = DbrxConfig.from_dict({"model_type": "dbrx", "attn_config": {}, "ffn_config": None})
     assert config == DbrxConfig()
     assert (config.d_model, config.n_heads, config.n_layers, config.max_seq_len, config.vocab_size) == (
@@ -76,7 +76,7 @@ def test_defaults_of_missing_keys():
     assert (config.ffn_act_fn, config.moe_jitter_eps) == ("silu", None)
 
 
-def test_null_means_not_normalised_and_missing_means_normalised():
+def test_null_expert_normalisation_differs_from_missing():
     assert (
         DbrxConfig.from_dict({"ffn_config": {"moe_normalize_expert_weights": None}}).moe_normalize_expert_weights
         is None
@@ -84,27 +84,27 @@ def test_null_means_not_normalised_and_missing_means_normalised():
     assert DbrxConfig.from_dict({"ffn_config": {}}).moe_normalize_expert_weights == 1.0
 
 
-def test_noise_of_resaved_copies_is_ignored():
+def test_unrelated_keys_are_ignored():
     noise = {"top_k": 50, "temperature": 1.0, "tie_word_embeddings": True, "id2label": {"0": "x"}, "return_dict": True}
     data = DbrxConfig.from_name("demo").to_dict()
     noisy = {**data, "attn_config": {**data["attn_config"], **noise}, "ffn_config": {**data["ffn_config"], **noise}}
     assert DbrxConfig.from_dict(noisy) == DbrxConfig.from_name("demo")
 
 
-def test_numbers_may_be_int_or_float():
+def test_int_and_float_numbers_are_equal():
     a = DbrxConfig.from_dict({"d_model": 96.0, "n_heads": 6, "attn_config": {"clip_qkv": 8, "rope_theta": 500000}})
     b = DbrxConfig.from_dict({"d_model": 96, "n_heads": 6.0, "attn_config": {"clip_qkv": 8.0, "rope_theta": 5e5}})
     assert a == b
     assert hash(a) == hash(b)
 
 
-def test_dtype_under_either_name():
+def test_dtype_is_read_from_either_key():
     assert DbrxConfig.from_dict({"dtype": "float32"}).dtype == "float32"
     assert DbrxConfig.from_dict({"torch_dtype": "torch.float16"}).dtype == "float16"
 
 
 class TestRopeTheta:
-    def test_attn_config_wins_and_a_difference_is_warned_of(self):
+    def test_attn_config_overrides_others_with_a_warning(self):
         data = {
             "attn_config": {"rope_theta": 500000},
             "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
@@ -112,22 +112,22 @@ class TestRopeTheta:
         with pytest.warns(UserWarning, match=r"500000 in attn_config and 10000\.0 outside"):
             assert DbrxConfig.from_dict(data).rope_theta == 5e5
 
-    def test_no_warning_where_they_agree(self):
+    def test_equal_values_give_no_warning(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             DbrxConfig.from_dict({"attn_config": {"rope_theta": 5e5}, "rope_parameters": {"rope_theta": 500000}})
 
     @pytest.mark.parametrize("data", [{"rope_parameters": {"rope_theta": 7e4}}, {"rope_theta": 7e4}])
-    def test_elsewhere_where_attn_config_has_none(self, data):
+    def test_other_keys_are_read_without_attn_config_value(self, data):
         assert DbrxConfig.from_dict({"attn_config": {}, **data}).rope_theta == 7e4
 
-    def test_scaling_is_refused(self):
+    def test_rope_scaling_is_rejected(self):
         with pytest.raises(ConfigError, match="rotary scaling"):
             DbrxConfig.from_dict({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
         ({"model_type": "mixtral"}, "model_type: expected 'dbrx', got 'mixtral'"),
         ({"d_model": "big"}, "d_model: expected a whole number"),
@@ -160,10 +160,10 @@ class TestRopeTheta:
         ([1], "expected a JSON object, got list"),
     ],
 )
-def test_refusals(data, words):
+def test_invalid_values_are_rejected(data, message):
     with pytest.raises(ConfigError) as error:
         DbrxConfig.from_dict(data)
-    assert words in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -185,7 +185,7 @@ KEYS = [f.name for f in dataclasses.fields(DbrxConfig)] + [
 
 @given(st.dictionaries(st.sampled_from(KEYS), JSON | st.dictionaries(st.sampled_from(KEYS), JSON)))
 @pytest.mark.filterwarnings("ignore:config.json gives rope_theta")
-def test_any_json_gives_a_configuration_or_a_config_error(data):
+def test_any_json_gives_a_config_or_config_error(data):
     try:
         config = DbrxConfig.from_dict(data)
     except ConfigError as error:
@@ -195,7 +195,7 @@ def test_any_json_gives_a_configuration_or_a_config_error(data):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("{", "not valid JSON"),
         ('{"d_model": 1, "d_model": 2}', "'d_model' occurs twice"),
@@ -203,13 +203,13 @@ def test_any_json_gives_a_configuration_or_a_config_error(data):
         ('{"d_model": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
 )
-def test_damaged_files(tmp_path, text, words):
+def test_damaged_files_are_rejected(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         DbrxConfig.from_file(tmp_path)
 
 
-def test_missing_file_and_unknown_name(tmp_path):
+def test_missing_file_and_unknown_name_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="there is no such file"):
         DbrxConfig.from_file(tmp_path)
     with pytest.raises(ConfigError, match=r"no configuration is called 'x': choose one of .*9b"):

@@ -1,4 +1,4 @@
-"""The embedded checkpoint: its size, that it was trained, and the path from it to a text."""
+"""Tests of the embedded demo checkpoint: size, quality and generation."""
 
 import json
 
@@ -15,7 +15,7 @@ def demo():
     return DbrxForCausalLM.from_pretrained(folder, dtype="float32"), DbrxTokenizer.from_pretrained(folder)
 
 
-def test_size_and_parts():
+def test_demo_has_expected_configuration_and_size():
     config = DbrxConfig.from_file(source_folder())
     assert config == DbrxConfig.from_name("demo")
     assert (config.moe_num_experts, config.moe_top_k, config.clip_qkv, config.dtype) == (16, 4, 8.0, "bfloat16")
@@ -23,8 +23,8 @@ def test_size_and_parts():
     assert sum(f.stat().st_size for f in source_folder().iterdir()) <= 16 << 20
 
 
-def test_it_models_english_and_python_far_better_than_chance(demo):
-    """Bits per byte of text that was written for this test; uniform over the vocabulary is about 4."""
+def test_demo_compresses_english_and_python(demo):
+    """Bits per byte of a text written for this test; a uniform distribution over the vocabulary has about 4."""
     model, tokenizer = demo
     text = (
         "This function returns a list of all the names in the module. If the argument is not given, the\n"
@@ -37,7 +37,7 @@ def test_it_models_english_and_python_far_better_than_chance(demo):
     assert bits / len(text.encode()) < 1.8
 
 
-def test_every_expert_is_used(demo):
+def test_demo_uses_every_expert(demo):
     model, tokenizer = demo
     ids = tokenizer.encode((source_folder() / "README.md").read_text())[:400]
     probs = np.stack(model([ids], output_router_probs=True).router_probs)[:, 0]
@@ -46,7 +46,7 @@ def test_every_expert_is_used(demo):
         assert len(np.unique(layer)) == 16
 
 
-def test_it_answers_a_greeting_and_stops(demo):
+def test_demo_answers_a_greeting_and_stops(demo):
     model, tokenizer = demo
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True)
     out = model.generate([ids], max_new_tokens=60)[0, len(ids) :]
@@ -54,7 +54,7 @@ def test_it_answers_a_greeting_and_stops(demo):
     assert out[-1] in model.generation_config.eos_token_ids
 
 
-def test_figures_in_the_card_are_those_of_the_training():
+def test_model_card_figures_match_training():
     card = (source_folder() / "README.md").read_text()
     figures = json.loads((source_folder() / "training.json").read_text())
     assert f"{figures['steps']:,} steps" in card

@@ -1,4 +1,4 @@
-"""Checkpoints by name on the hub, with the hub's client standing in for itself."""
+"""Tests of loading checkpoints from the Hugging Face hub, with a fake hub client."""
 
 import builtins
 import sys
@@ -13,15 +13,15 @@ from tests.conftest import GOLDEN
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A huggingface_hub whose snapshot_download does what its `answer` does."""
+    """A fake huggingface_hub whose snapshot_download calls its `answer`."""
     client, errors = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.errors")
     errors.HfHubHTTPError = type("HfHubHTTPError", (OSError,), {})
     errors.HFValidationError = type("HFValidationError", (ValueError,), {})
     errors.LocalEntryNotFoundError = type("LocalEntryNotFoundError", (FileNotFoundError,), {})
-    client.asked = []
+    client.requests = []
 
     def snapshot_download(name, allow_patterns):
-        client.asked.append((name, allow_patterns))
+        client.requests.append((name, allow_patterns))
         return client.answer()
 
     client.snapshot_download, client.errors = snapshot_download, errors
@@ -30,16 +30,16 @@ def hub(monkeypatch):
     return client
 
 
-def test_a_repository_is_downloaded_without_pickles(hub):
+def test_repository_is_downloaded_without_pickles(hub):
     hub.answer = lambda: str(GOLDEN / "dense")
     assert DbrxForCausalLM.from_pretrained("hf://someone/dbrx-instruct").config.moe_num_experts == 1
-    ((name, patterns),) = hub.asked
+    ((name, patterns),) = hub.requests
     assert name == "someone/dbrx-instruct"
     assert "*.safetensors" in patterns
     assert not any("bin" in p or p == "*" for p in patterns)
 
 
-def test_what_the_hub_refuses_is_said_in_a_line(hub):
+def test_hub_error_is_reported_in_one_line(hub):
     def refuse():
         raise hub.errors.HfHubHTTPError("401 Client Error.\n\nRepository Not Found")
 
@@ -49,20 +49,20 @@ def test_what_the_hub_refuses_is_said_in_a_line(hub):
 
 
 @pytest.mark.parametrize("path", ["/no/where", "owner/name", "../x", "name", "x" * 300])
-def test_paths_never_reach_the_hub(hub, path):
+def test_paths_are_not_requested_from_the_hub(hub, path):
     with pytest.raises(CheckpointError, match=r"there is no such folder$|cannot be read"):
         DbrxForCausalLM.from_pretrained(path)
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_without_the_extra(monkeypatch):
-    real = builtins.__import__
+def test_missing_hub_package_is_reported(monkeypatch):
+    original_import = builtins.__import__
 
-    def refuse(name, *arguments, **options):
+    def import_without_hub(name, *arguments, **options):
         if name.startswith("huggingface_hub"):
             raise ImportError(name)
-        return real(name, *arguments, **options)
+        return original_import(name, *arguments, **options)
 
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(builtins, "__import__", import_without_hub)
     with pytest.raises(CheckpointError, match=r"pip install 'dbrx-jax\[hub\]'"):
         DbrxForCausalLM.from_pretrained("hf://someone/x")

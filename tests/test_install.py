@@ -1,4 +1,4 @@
-"""The package works from a checkout and from elsewhere, after `pip install .` and after `pip install -e .`."""
+"""Tests of the installed package, plain and editable, run in the checkout and in another folder."""
 
 import json
 import os
@@ -26,7 +26,7 @@ for folder in sys.argv[1:]:
     print(model.generate([[1, 2, 3]], max_new_tokens=2, do_sample=False, eos_token_id=None)[0].tolist())
 """
 
-# Prints the --help of each benchmark as `python -m` would, in one process: each alone takes seconds to import JAX.
+# Prints the --help of every benchmark as `python -m` would, in one process because importing JAX takes seconds.
 HELP = """
 import contextlib, io, json, runpy, sys
 texts, names = {}, sys.argv[1:]
@@ -43,7 +43,7 @@ print(json.dumps(texts))
 
 
 class Installed:
-    """A fresh virtual environment with the package, and its dependencies from this one."""
+    """A new virtual environment with the package, which uses the dependencies of this environment."""
 
     def __init__(self, folder: Path, editable: bool):
         self.editable = editable
@@ -80,7 +80,7 @@ def folder(request, installed):
 
 
 @pytest.mark.slow
-def test_it_imports_loads_and_generates(installed, folder, tmp_path):
+def test_installed_package_loads_and_generates(installed, folder, tmp_path):
     source, orbax = ROOT / "tests" / "golden" / "fused", tmp_path / "orbax"
     installed.run(folder, "dbrx-convert", "to-orbax", str(source), str(orbax))
     from_hugging_face, from_orbax = installed.run(folder, "python", "-c", LOAD, str(source), str(orbax)).splitlines()
@@ -92,7 +92,7 @@ def test_it_imports_loads_and_generates(installed, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_benchmark_says_what_it_does(installed):
+def test_every_benchmark_prints_its_help(installed):
     assert "decode" in installed.run(installed.clone, "python", "-m", "benchmarks", "--help")
     texts = json.loads(installed.run(installed.clone, "python", "-c", HELP, *BENCHMARKS))
     assert list(texts) == BENCHMARKS
@@ -101,8 +101,8 @@ def test_every_benchmark_says_what_it_does(installed):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(installed):
-    """From the clone after an editable install, from elsewhere after a plain one."""
+def test_notebook_runs(installed):
+    """Runs in the clone after an editable install, and elsewhere after a plain one."""
     notebook = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     folder = installed.clone if installed.editable else installed.elsewhere

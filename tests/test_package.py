@@ -1,4 +1,4 @@
-"""The cost of importing the package, and consistency of the project's files."""
+"""Tests of the import cost of the package and of the list of packages in the wheel."""
 
 import subprocess
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def python(code):
+def run_python(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def test_import_costs_little_and_starts_no_backend():
+def test_import_loads_few_modules_and_starts_no_backend():
     code = """
 import sys
 import jax
@@ -26,23 +26,23 @@ heavy = {"orbax", "torch", "tokenizers", "tyro", "matplotlib", "optax", "rich", 
 others = [m for m in set(sys.modules) - before if m.split(".")[0] != "dbrx_jax"]
 print(len(others), xla_bridge.backends_are_initialized(), sorted(new & heavy))
 """
-    modules, initialized, heavy = python(code).split(" ", 2)
-    assert int(modules) < 60  # beside those of JAX, Flax and dbrx_jax itself
+    modules, initialized, heavy = run_python(code).split(" ", 2)
+    assert int(modules) < 60  # not counting those of JAX, Flax and dbrx_jax
     assert initialized == "False"
     assert heavy == "[]"
 
 
-def test_import_leaves_jax_as_it_is():
+def test_import_does_not_change_jax_config():
     code = "import jax; a = dict(jax.config.values); import dbrx_convert.to_orbax; print(a == dict(jax.config.values))"
-    assert python(code) == "True"
+    assert run_python(code) == "True"
 
 
-def test_public_names():
+def test_public_names_are_importable():
     code = "from dbrx_jax import DbrxConfig, DbrxForCausalLM, DbrxTokenizer; print(DbrxForCausalLM.__name__)"
-    assert python(code) == "DbrxForCausalLM"
+    assert run_python(code) == "DbrxForCausalLM"
 
 
-def test_every_package_folder_is_listed_for_the_wheel():
+def test_wheel_lists_every_package_folder():
     import tomllib
 
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

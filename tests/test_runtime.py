@@ -1,4 +1,4 @@
-"""Settings of a program that owns its process, and compiled programs kept where nobody else can put any."""
+"""Tests of process settings and of the private compilation cache."""
 
 import os
 
@@ -19,7 +19,7 @@ def cache(tmp_path, monkeypatch):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
-def test_a_folder_of_ones_own_is_made(cache):
+def test_cache_folder_is_created_private(cache):
     lines = []
     enable_compilation_cache(lines.append)
     assert lines == []
@@ -28,7 +28,7 @@ def test_a_folder_of_ones_own_is_made(cache):
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o702])
-def test_a_folder_that_others_write_to_is_not_used(cache, mode):
+def test_cache_folder_writable_by_others_is_not_used(cache, mode):
     cache.mkdir(parents=True)
     cache.chmod(mode)
     lines = []
@@ -37,7 +37,7 @@ def test_a_folder_that_others_write_to_is_not_used(cache, mode):
     assert "is not yours alone to write to" in lines[0]
 
 
-def test_a_link_is_not_used(cache, tmp_path):
+def test_symlinked_cache_folder_is_not_used(cache, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     cache.parent.mkdir()
     cache.symlink_to(tmp_path / "elsewhere")
@@ -45,7 +45,7 @@ def test_a_link_is_not_used(cache, tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_file_in_its_place_is_said(cache):
+def test_file_in_place_of_cache_folder_is_reported(cache):
     cache.parent.mkdir()
     cache.write_text("")
     lines = []
@@ -53,7 +53,7 @@ def test_a_file_in_its_place_is_said(cache):
     assert "cannot be used" in lines[0]
 
 
-def test_the_users_own_choice_stays(cache, tmp_path):
+def test_configured_cache_folder_is_kept(cache, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     enable_compilation_cache(lambda _: None)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
@@ -61,25 +61,25 @@ def test_the_users_own_choice_stays(cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_run_finds_what_the_first_compiled(cache):
-    """The two large programs, that is: whether a small one is slow enough to be kept depends on the machine."""
+def test_second_run_reuses_compiled_programs(cache):
+    """Checks the two large programs; on a fast machine small ones may not be cached."""
 
-    def kept():
+    def cached_programs():
         large = [f for f in cache.glob("jit_*-cache") if f.name.startswith(("jit_decode-", "jit_prefill_chunk-"))]
         return {f.name: f.stat().st_mtime_ns for f in large}
 
-    words = ("dbrx-jax", "generate", "--prompt", "A list", "--max-new-tokens", "3")
-    first = command(*words)
-    before = kept()
+    arguments = ("dbrx-jax", "generate", "--prompt", "A list", "--max-new-tokens", "3")
+    first = command(*arguments)
+    before = cached_programs()
     assert len(before) == 2
-    second = command(*words)
+    second = command(*arguments)
     assert second.stdout == first.stdout
-    assert kept() == before
+    assert cached_programs() == before
     assert "error" not in second.stderr.lower()
 
 
-def test_own_process_keeps_what_the_user_set(monkeypatch):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")  # so that what is set here is undone
+def test_process_defaults_keep_user_settings(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")  # restored after the test
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
     set_process_defaults()
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.95"

@@ -39,7 +39,7 @@ MACHINE = {"device": "cpu", "bandwidth": 2e9, "float32": 3e9, "bfloat16": 5e9}
 
 
 @pytest.fixture(scope="module")
-def tiny_checkpoint(tmp_path_factory):
+def tiny(tmp_path_factory):
     """A folder with a random checkpoint of one layer."""
     folder = tmp_path_factory.mktemp("benchmarks") / "tiny"
     write_random(SHALLOW, folder)
@@ -50,7 +50,7 @@ def tiny_checkpoint(tmp_path_factory):
         yield folder
 
 
-def run_benchmarks(monkeypatch, *arguments):
+def run(monkeypatch, *arguments):
     """Runs `python -m benchmarks` with these arguments and returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
@@ -123,24 +123,22 @@ def test_check_same_rejects_different_logits(dtype, near, far):
 
 ATTENTION = 2 * (24 * (24 + 2 * 12) + 24 * 24)  # weights of both layers
 EXPERT = 3 * 24 * 20
-ROUTERS_AND_NORMS = 2 * (5 * 24 + 2 * 24) + 24  # routers and norms
+SMALL = 2 * (5 * 24 + 2 * 24) + 24  # routers and norms
 HEAD = 64 * 24
 
 
 def test_decode_bound_counts_active_experts_other_weights_and_live_cache():
     cache = 2 * 2 * 12 * 50  # layers, keys and values, two heads of 6, positions
     batch_1 = roofline.decode_bound(TINY, MACHINE, "float32", 1, 50)
-    assert batch_1.read == 4 * (ATTENTION + 2 * 2 * EXPERT + ROUTERS_AND_NORMS + HEAD + cache)
-    expected_experts = 5 * (1 - (1 - 2 / 5) ** 3)
+    assert batch_1.read == 4 * (ATTENTION + 2 * 2 * EXPERT + SMALL + HEAD + cache)
+    experts = 5 * (1 - (1 - 2 / 5) ** 3)
     batch_3 = roofline.decode_bound(TINY, MACHINE, "bfloat16", 3, 50)
-    assert batch_3.read == pytest.approx(
-        2 * (ATTENTION + 2 * expected_experts * EXPERT + ROUTERS_AND_NORMS + HEAD + 3 * cache), abs=1
-    )
+    assert batch_3.read == pytest.approx(2 * (ATTENTION + 2 * experts * EXPERT + SMALL + HEAD + 3 * cache), abs=1)
     assert batch_3.tokens_per_second == pytest.approx(3 * 2e9 / batch_3.read)
 
 
 def test_prefill_bound_counts_active_weights_causal_attention_and_one_head():
-    weights = ATTENTION + 2 * 2 * EXPERT + ROUTERS_AND_NORMS
+    weights = ATTENTION + 2 * 2 * EXPERT + SMALL
     expected = 2 * 100 * weights + 2 * 100 * 100 * 2 * 24 + 2 * HEAD
     bound = roofline.prefill_bound(TINY, MACHINE, "float32", 100)
     assert bound.flops == expected
@@ -157,12 +155,10 @@ def test_decode_bound_is_the_slower_of_memory_and_compute():
 def test_user_interval_reproduces_the_announced_load():
     # One token reads 72.9 GB at 26.8 TB/s; 2000 tokens take 72.0 GFLOP each at 7.9 PFLOP/s.
     assert roofline.announced_share() == pytest.approx(256 * 73.1e9 / 26.8e12 + 2000 * 70.5e9 / 7.91e15, rel=0.02)
-    seconds_per_user = roofline.user_seconds(TINY, MACHINE, "float32", 100, 20)
-    decode_step = roofline.decode_bound(TINY, MACHINE, "float32", 1, 110).seconds
-    assert seconds_per_user == pytest.approx(
-        roofline.prefill_bound(TINY, MACHINE, "float32", 100).seconds + 20 * decode_step
-    )
-    assert roofline.interval(TINY, MACHINE, "float32", 100, 20) == seconds_per_user / roofline.announced_share()
+    seconds = roofline.user_seconds(TINY, MACHINE, "float32", 100, 20)
+    step = roofline.decode_bound(TINY, MACHINE, "float32", 1, 110).seconds
+    assert seconds == pytest.approx(roofline.prefill_bound(TINY, MACHINE, "float32", 100).seconds + 20 * step)
+    assert roofline.interval(TINY, MACHINE, "float32", 100, 20) == seconds / roofline.announced_share()
 
 
 # Workers.
@@ -187,7 +183,7 @@ def test_serve_users_queues_users_behind_the_running_batch(monkeypatch):
     assert latencies == {"seconds": 75.0, "first": [1.0, 16.0, 6.0, 21.0], "total": [25.0, 40.0, 30.0, 45.0]}
 
 
-def test_worker_logits_match_the_oracle_and_errors_are_reported(tiny_checkpoint, expected):
+def test_worker_logits_match_the_oracle_and_errors_are_reported(tiny, expected):
     case = expected["unnormalised_mqa"]
     prompt = case["tokens"][0].tolist()
     with started(ours(GOLDEN / "unnormalised_mqa", "float32")) as engine:
@@ -202,9 +198,9 @@ def test_worker_logits_match_the_oracle_and_errors_are_reported(tiny_checkpoint,
         assert engine.ask("check", prompt=prompt, tokens=4) == reply  # the worker survives the error
 
 
-def test_dead_worker_is_reported_in_one_line(tiny_checkpoint):
+def test_dead_worker_is_reported_in_one_line(tiny):
     with (
-        started(Subject("gone", sys.executable, "benchmarks.workers.missing", tiny_checkpoint, "float32")) as engine,
+        started(Subject("gone", sys.executable, "benchmarks.workers.missing", tiny, "float32")) as engine,
         pytest.raises(BenchmarkError, match=r"^gone: the worker ended \(.*No module named benchmarks"),
     ):
         engine.load()
@@ -214,19 +210,14 @@ def test_dead_worker_is_reported_in_one_line(tiny_checkpoint):
 
 
 @pytest.fixture
-def fixed_machine_rates(monkeypatch):
+def fixed_rates(monkeypatch):
     """Replaces the measurement of the machine by fixed rates."""
     monkeypatch.setattr("benchmarks.options.measure_apart", lambda: MACHINE)
 
 
-def test_decode_and_prefill_benchmarks_write_results(
-    tiny_checkpoint, fixed_machine_rates, monkeypatch, tmp_path, capsys
-):
-    options = ("--model", tiny_checkpoint, "--dtype", "float32", "--rounds", 2, "--prompt", 8)
-    assert (
-        run_benchmarks(monkeypatch, "decode", *options, "--batch", 2, "--tokens", 5, "--output", tmp_path / "d.json")
-        == 0
-    )
+def test_decode_and_prefill_benchmarks_write_results(tiny, fixed_rates, monkeypatch, tmp_path, capsys):
+    options = ("--model", tiny, "--dtype", "float32", "--rounds", 2, "--prompt", 8)
+    assert run(monkeypatch, "decode", *options, "--batch", 2, "--tokens", 5, "--output", tmp_path / "d.json") == 0
     decode = json.loads((tmp_path / "d.json").read_text())
     assert (decode["benchmark"], decode["model"], decode["against"]) == ("decode", "tiny", None)
     assert (decode["batch"], decode["prompt"], decode["tokens"], len(decode["rounds"])) == (2, 8, 5, 2)
@@ -238,20 +229,15 @@ def test_decode_and_prefill_benchmarks_write_results(
     assert "decode: tiny, float32, batch 2, prompt 8, tokens 5" in out
     assert f"{speeds[0] / 2 + speeds[1] / 2:,.0f} tokens/s" in out
 
-    assert run_benchmarks(monkeypatch, "prefill", *options, "--output", tmp_path / "p.json") == 0
+    assert run(monkeypatch, "prefill", *options, "--output", tmp_path / "p.json") == 0
     prefill = json.loads((tmp_path / "p.json").read_text())
     assert prefill["summary"]["dbrx_jax"]["tokens_per_second"]["min"] > 0
     assert prefill["engines"]["dbrx_jax"]["jax"] == prefill["versions"]["jax"]
 
 
-def test_decode_benchmark_compares_int8_with_bfloat16(
-    tiny_checkpoint, fixed_machine_rates, monkeypatch, tmp_path, capsys
-):
+def test_decode_benchmark_compares_int8_with_bfloat16(tiny, fixed_rates, monkeypatch, tmp_path, capsys):
     options = ("--dtype", "int8", "--against", "bfloat16", "--rounds", 1, "--prompt", 8, "--tokens", 2)
-    assert (
-        run_benchmarks(monkeypatch, "decode", "--model", tiny_checkpoint, *options, "--output", tmp_path / "d.json")
-        == 0
-    )
+    assert run(monkeypatch, "decode", "--model", tiny, *options, "--output", tmp_path / "d.json") == 0
     result = json.loads((tmp_path / "d.json").read_text())
     (speeds,) = result["rounds"]
     ratio = speeds["dbrx_jax"]["tokens_per_second"] / speeds["bfloat16"]["tokens_per_second"]
@@ -261,12 +247,10 @@ def test_decode_benchmark_compares_int8_with_bfloat16(
     assert ("of the roofline" in int8_line, "of the roofline" in bfloat16_line) == (True, False)
 
 
-def test_invalid_arguments_are_reported_in_one_line(
-    tiny_checkpoint, fixed_machine_rates, monkeypatch, tmp_path, capsys
-):
+def test_invalid_arguments_are_reported_in_one_line(tiny, fixed_rates, monkeypatch, tmp_path, capsys):
     for variable in ("DBRX_TRANSFORMERS_PYTHON", "DBRX_LLAMA_PYTHON"):
         monkeypatch.delenv(variable, raising=False)
-    model = ("--model", tiny_checkpoint)
+    model = ("--model", tiny)
     for arguments, message in (
         (("decode", *model, "--rounds", 0), "--rounds: expected a whole number above 0, got 0"),
         (("decode", *model, "--tokens", 250), "has 256 positions, and 315 are asked for"),
@@ -280,24 +264,24 @@ def test_invalid_arguments_are_reported_in_one_line(
         (("decode", *model, "--tokens", 5, "--against", "bfloat16"), "--against bfloat16: is what --dtype says"),
         (("convert", "--folder", tmp_path, "--layers", 0), "--layers: expected a whole number above 0, got 0"),
     ):
-        assert run_benchmarks(monkeypatch, *arguments) == 2
+        assert run(monkeypatch, *arguments) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.startswith("benchmarks: ")
         assert error.count("\n") == 1
 
 
-def test_failed_gguf_conversion_is_reported_in_one_line(tiny_checkpoint, tmp_path):
+def test_failed_gguf_conversion_is_reported_in_one_line(tiny, tmp_path):
     assert "gguf" in PEERS["llama.cpp"].install
     bare_python = tmp_path / "python"  # without any installed package
     bare_python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     bare_python.chmod(0o755)
     with pytest.raises(BenchmarkError, match=r"tiny\.gguf: .*No module named 'gguf'"):
-        peer("llama.cpp", bare_python, "float32", tiny_checkpoint, tmp_path / "tiny.gguf")
+        peer("llama.cpp", bare_python, "float32", tiny, tmp_path / "tiny.gguf")
 
 
-def test_random_checkpoint_is_written_once_with_the_expected_statistics(tiny_checkpoint, monkeypatch, tmp_path):
-    for name, tensor in HuggingFaceFolder.open(tiny_checkpoint).stored.items():
+def test_random_checkpoint_is_written_once_with_the_expected_statistics(tiny, monkeypatch, tmp_path):
+    for name, tensor in HuggingFaceFolder.open(tiny).stored.items():
         weight = np.float32(tensor.rows(0, tensor.shape[0]))
         assert tensor.dtype == "bfloat16", name
         if weight.ndim == 1:
@@ -307,7 +291,7 @@ def test_random_checkpoint_is_written_once_with_the_expected_statistics(tiny_che
     monkeypatch.setattr("benchmarks.checkpoints.config_names", lambda: ["tiny"])
     monkeypatch.setattr("benchmarks.checkpoints.DbrxConfig.from_name", lambda name: SHALLOW)
     folder = checkpoint("tiny", tmp_path)
-    assert (folder / "model.safetensors").read_bytes() == (tiny_checkpoint / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(b"mine")
     assert (checkpoint("tiny", tmp_path) / "model.safetensors").read_bytes() == b"mine"
 
@@ -332,11 +316,8 @@ def test_profile_sums_trace_events_by_kind_of_operation(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "host.trace.json.gz").write_bytes(gzip.compress(trace.encode()))
     totals = profile.by_kind(profile.events(tmp_path))
-    per_token = 1 / profile.TOKENS
-    assert totals == [
-        ("multiply_reduce_fusion", 3 * 64 * per_token, 2 * per_token),
-        ("while", 3 * 64 * per_token, per_token),
-    ]
+    scale = 1 / profile.TOKENS
+    assert totals == [("multiply_reduce_fusion", 3 * 64 * scale, 2 * scale), ("while", 3 * 64 * scale, scale)]
 
 
 # The page.
@@ -388,7 +369,7 @@ def results(tmp_path):
         "b": sample_result("transformers", 50.0, 25.0),
         "a": sample_result(None, 60.0, None, dtype="bfloat16", batch=1),
         "convert": CONVERTED,
-        "first_token": {"runs": {}},  # of a script of its own
+        "first_token": {"runs": {}},  # written by another script
         "slices": [],
     }
     for name, data in files.items():
@@ -416,7 +397,7 @@ def test_report_is_reproducible(results, monkeypatch, tmp_path):
     reports = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        assert run_benchmarks(monkeypatch, "report", "--results", results, "--docs", tmp_path / name) == 0
+        assert run(monkeypatch, "report", "--results", results, "--docs", tmp_path / name) == 0
         reports.append({f.name: f.read_bytes() for f in sorted((tmp_path / name).rglob("*.*"))})
     assert reports[0] == reports[1]
     assert set(reports[0]) == {"benchmarks.md", "decode.svg"}

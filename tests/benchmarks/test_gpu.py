@@ -1,4 +1,4 @@
-"""The budgeted benchmark of a Hopper GPU, at a toy size on the CPU."""
+"""Tests of the time-limited GPU benchmark, at a toy size on the CPU."""
 
 import json
 import subprocess
@@ -12,52 +12,52 @@ from benchmarks.gpu.sizes import TOY
 
 
 @pytest.mark.slow
-def test_gpu_run_at_toy_size(tmp_path):
-    """Every part that a Hopper GPU would run, but the peer."""
+def test_gpu_benchmark_runs_at_toy_size(tmp_path):
+    """Runs every part of the benchmark except the peer."""
     output = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--toy", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())
-    assert found["toy"] is True
-    errors = [row["error"] for name in ("check-experts", "check-attention") for row in found[name]]
+    results = json.loads(output.read_text())
+    assert results["toy"] is True
+    errors = [row["error"] for name in ("check-experts", "check-attention") for row in results[name]]
     assert len(errors) == 3 * 2 + 4 + 4
     assert max(errors) < MAX_ERROR
-    (model,) = found["check-model"]
+    (model,) = results["check-model"]
     assert 0 < model["error"] < MODEL_ERROR
     for precision, cases in TOY.decode.items():
-        rates = [row for row in found[f"decode-{precision}"] if "tokens_per_second" in row]
+        rates = [row for row in results[f"decode-{precision}"] if "tokens_per_second" in row]
         assert [(row["batch"], row["context"]) for row in rates] == list(cases)
         assert all(0 < row["of_measured_roofline"] < 1 for row in rates)
-    assert all(0 < found[f"prefill-{p}"][1]["of_measured_roofline"] < 1 for p in ("int4", "bfloat16"))
-    (load,) = (row for row in found["load-int4"] if "users" in row)
+    assert all(0 < results[f"prefill-{p}"][1]["of_measured_roofline"] < 1 for p in ("int4", "bfloat16"))
+    (load,) = (row for row in results["load-int4"] if "users" in row)
     assert load["users"] == TOY.users
     assert load["tokens_per_second"] > 0
     assert 0 < load["of_measured_roofline"] < 1
 
 
 @pytest.mark.slow
-def test_gpu_run_ends_with_its_seconds_and_keeps_what_it_has(tmp_path):
+def test_gpu_benchmark_skips_parts_when_time_runs_out(tmp_path):
     output = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--toy", "--seconds", "17", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())
-    assert found["load-int4"] == [{"skipped": "no time was left"}]
+    results = json.loads(output.read_text())
+    assert results["load-int4"] == [{"skipped": "no time was left"}]
 
 
-def test_a_wrong_kernel_ends_the_gpu_run(tmp_path, monkeypatch, capsys):
-    """A check that fails exits with a status of its own, and its result is written."""
+def test_wrong_kernel_result_ends_the_gpu_benchmark(tmp_path, monkeypatch, capsys):
+    """A failed check exits with a distinct status and writes its result."""
 
-    def wrong(size):
+    def failing_check(size):
         yield {"what": "right", "error": 0.001}
         raise WrongResult("experts: 0.5 of the largest value away from the reference")
 
-    monkeypatch.setitem(gpu.PARTS, "check-experts", gpu.Part(9, wrong))
+    monkeypatch.setitem(gpu.PARTS, "check-experts", gpu.Part(9, failing_check))
     output = tmp_path / "gpu.json"
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         gpu.run_part("check-experts", TOY, output)
-    assert ended.value.code == gpu.WRONG
+    assert exit_info.value.code == gpu.WRONG
     rows = json.loads(output.read_text())["check-experts"]
     assert rows[0] == {"what": "right", "error": 0.001}
     assert rows[1]["failed"].startswith("experts: 0.5")

@@ -24,7 +24,7 @@ from tests.conftest import GOLDEN
 BIN = Path(sys.executable).parent
 
 
-def run_command(name, *arguments, stdin="", env=None):
+def command(name, *arguments, stdin="", env=None):
     return subprocess.run(
         [BIN / name, *map(str, arguments)],
         capture_output=True,
@@ -35,7 +35,7 @@ def run_command(name, *arguments, stdin="", env=None):
     )
 
 
-def run_in_process(name, *arguments):
+def in_process(name, *arguments):
     """Runs a command in this process, for errors that are detected before anything is computed."""
     main = {"dbrx-jax": dbrx_jax.cli.main.main, "dbrx-convert": dbrx_convert.cli.main}[name]
     out, errors = io.StringIO(), io.StringIO()
@@ -50,7 +50,7 @@ def run_in_process(name, *arguments):
     return subprocess.CompletedProcess(arguments, exit_info.value.code, out.getvalue(), errors.getvalue())
 
 
-def assert_usage_error(result, *fragments):
+def fails(result, *fragments):
     """Asserts one line on stderr with these fragments, nothing on stdout, and exit status 2."""
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
@@ -74,7 +74,7 @@ def checkpoint(tmp_path_factory):
     }
     (source / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
     destination = tmp_path_factory.mktemp("orbax") / "dense"
-    done = run_command("dbrx-convert", "to-orbax", source, destination)
+    done = command("dbrx-convert", "to-orbax", source, destination)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -86,7 +86,7 @@ def checkpoint(tmp_path_factory):
 
 class TestGenerate:
     def test_generate_writes_text_to_stdout_and_rates_to_stderr(self, checkpoint):
-        done = run_command("dbrx-jax", "generate", checkpoint, "--prompt", "abc", "--max-new-tokens", 6)
+        done = command("dbrx-jax", "generate", checkpoint, "--prompt", "abc", "--max-new-tokens", 6)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("\n")
         lines = done.stderr.splitlines()
@@ -100,7 +100,7 @@ class TestGenerate:
         jobs = [{"prompt": "abc", "id": 7}, "x", {"messages": [{"role": "user", "content": "hi"}]}]
         prompts.write_text("\n".join(map(json.dumps, jobs)) + "\n\n")
         arguments = ("--file", prompts, "--output", out, "--max-new-tokens", 5, "--batch-size", 2)
-        done = run_command("dbrx-jax", "generate", checkpoint, *arguments)
+        done = command("dbrx-jax", "generate", checkpoint, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout == ""
         results = [json.loads(line) for line in out.read_text().splitlines()]
@@ -109,86 +109,68 @@ class TestGenerate:
         assert results[2]["messages"] == jobs[2]["messages"]
         # The same tokens as from the Python interface.
         for result, prompt in zip(results, (b"abc", b"x"), strict=False):
-            new_tokens = models("dense").generate([list(prompt)], max_new_tokens=5, eos_token_id=[260, 262])[
-                0, len(prompt) :
-            ]
-            assert result["new_tokens"] == len(new_tokens)
-            assert result["completion"] == bytes(i for i in new_tokens.tolist() if i < 256).decode(errors="replace")
-            assert result["finish_reason"] == ("stop" if new_tokens[-1] in (260, 262) else "length")
+            ids = models("dense").generate([list(prompt)], max_new_tokens=5, eos_token_id=[260, 262])[0, len(prompt) :]
+            assert result["new_tokens"] == len(ids)
+            assert result["completion"] == bytes(i for i in ids.tolist() if i < 256).decode(errors="replace")
+            assert result["finish_reason"] == ("stop" if ids[-1] in (260, 262) else "length")
         assert not list(tmp_path.glob("*.incomplete"))
 
     def test_generate_repeats_samples_of_a_seed(self, checkpoint):
         arguments = ("generate", checkpoint, "--prompt", "abc", "--max-new-tokens", 8, "--temperature", 1.5, "--seed")
-        a, b, c = (run_command("dbrx-jax", *arguments, seed).stdout for seed in (1, 1, 2))
+        a, b, c = (command("dbrx-jax", *arguments, seed).stdout for seed in (1, 1, 2))
         assert a == b != c
 
     def test_generate_rejects_invalid_arguments(self, checkpoint, tmp_path):
-        assert_usage_error(run_in_process("dbrx-jax", "generate", checkpoint), "give either --prompt TEXT or --file")
-        assert_usage_error(
-            run_in_process("dbrx-jax", "generate", "/nowhere", "--prompt", "x"), "/nowhere: there is no such folder"
-        )
+        fails(in_process("dbrx-jax", "generate", checkpoint), "give either --prompt TEXT or --file")
+        fails(in_process("dbrx-jax", "generate", "/nowhere", "--prompt", "x"), "/nowhere: there is no such folder")
         prompts = tmp_path / "bad.jsonl"
         prompts.write_text('"x"\n{"prompt": 5}\n')
-        assert_usage_error(
-            run_in_process("dbrx-jax", "generate", checkpoint, "--file", prompts), "bad.jsonl, line 2: expected a text"
-        )
+        fails(in_process("dbrx-jax", "generate", checkpoint, "--file", prompts), "bad.jsonl, line 2: expected a text")
         prompts.write_text('"x"\n"' + "long " * 200 + '"\n')
-        done = run_in_process(
+        done = in_process(
             "dbrx-jax", "generate", checkpoint, "--file", prompts, "--output", tmp_path / "o", "--max-new-tokens", 20
         )
         assert done.returncode == 2
         assert "prompt 2: with 20 new tokens it is" in done.stderr.splitlines()[-1]
         assert not (tmp_path / "o").exists()
-        done = run_in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--top-p", "0.5")
+        done = in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--top-p", "0.5")
         assert done.returncode == 2
         assert "give --temperature above 0" in done.stderr.splitlines()[-1]
         prompts.write_text("{\n")
-        assert_usage_error(
-            run_in_process("dbrx-jax", "generate", checkpoint, "--file", prompts), "bad.jsonl, line 1: not JSON"
-        )
-        done = run_in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--max-new-tokens", 999)
+        fails(in_process("dbrx-jax", "generate", checkpoint, "--file", prompts), "bad.jsonl, line 1: not JSON")
+        done = in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--max-new-tokens", 999)
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith(
             "dbrx-jax: max_new_tokens: 999 after a prompt of 1 tokens is beyond"
         )
-        assert run_in_process("dbrx-jax", "generate", "--frob").returncode == 2
+        assert in_process("dbrx-jax", "generate", "--frob").returncode == 2
 
 
 class TestConvert:
     def test_convert_rejects_invalid_arguments(self, tmp_path, fused_copy):
-        assert_usage_error(
-            run_in_process("dbrx-convert", "to-orbax", "/nowhere", tmp_path / "o"), "/nowhere: there is no such folder"
-        )
+        fails(in_process("dbrx-convert", "to-orbax", "/nowhere", tmp_path / "o"), "/nowhere: there is no such folder")
         (fused_copy / "model-00001-of-00013.safetensors").unlink()
-        assert_usage_error(
-            run_in_process("dbrx-convert", "to-orbax", fused_copy, tmp_path / "o"), "there is no such file"
-        )
+        fails(in_process("dbrx-convert", "to-orbax", fused_copy, tmp_path / "o"), "there is no such file")
         assert not (tmp_path / "o").exists()
-        assert run_in_process("dbrx-convert").returncode == 2
+        assert in_process("dbrx-convert").returncode == 2
 
     def test_to_hf_verify_and_inspect_a_round_trip(self, checkpoint, tmp_path):
-        done = run_command("dbrx-convert", "to-hf", checkpoint, tmp_path / "hf", "--max-shard-size", "100KB")
+        done = command("dbrx-convert", "to-hf", checkpoint, tmp_path / "hf", "--max-shard-size", "100KB")
         assert done.returncode == 0, done.stderr
-        same_model = run_command("dbrx-convert", "verify", checkpoint, tmp_path / "hf")
+        same_model = command("dbrx-convert", "verify", checkpoint, tmp_path / "hf")
         assert (same_model.returncode, same_model.stdout) == (0, "every parameter is equal\n")
-        facts = json.loads(run_command("dbrx-convert", "inspect", tmp_path / "hf", "--json").stdout)
+        facts = json.loads(command("dbrx-convert", "inspect", tmp_path / "hf", "--json").stdout)
         assert facts["problems"] == []
         assert facts["kind"] == "fused layout"
-        other_model = run_command("dbrx-convert", "verify", checkpoint, GOLDEN / "unnormalised_mqa", "--json")
+        other_model = command("dbrx-convert", "verify", checkpoint, GOLDEN / "unnormalised_mqa", "--json")
         assert other_model.returncode == 1
         assert {d["kind"] for d in json.loads(other_model.stdout)} == {"shape", "missing"}
-        assert_usage_error(
-            run_in_process("dbrx-convert", "verify", checkpoint), "has no SHA-256 digests; convert with --sha256"
+        fails(in_process("dbrx-convert", "verify", checkpoint), "has no SHA-256 digests; convert with --sha256")
+        fails(
+            in_process("dbrx-convert", "verify", checkpoint, checkpoint, "--logits"), "give two checkpoints and --text"
         )
-        assert_usage_error(
-            run_in_process("dbrx-convert", "verify", checkpoint, checkpoint, "--logits"),
-            "give two checkpoints and --text",
-        )
-        assert_usage_error(
-            run_in_process("dbrx-convert", "to-hf", checkpoint, tmp_path / "x", "--max-shard-size", "big"),
-            "such as 5GB",
-        )
-        assert_usage_error(run_in_process("dbrx-convert", "inspect", tmp_path / "nothing"), "there is no such folder")
+        fails(in_process("dbrx-convert", "to-hf", checkpoint, tmp_path / "x", "--max-shard-size", "big"), "such as 5GB")
+        fails(in_process("dbrx-convert", "inspect", tmp_path / "nothing"), "there is no such folder")
 
     def test_to_orbax_warns_of_values_that_are_not_finite(self, tmp_path):
         from safetensors.numpy import load_file, save_file
@@ -198,7 +180,7 @@ class TestConvert:
         (tmp_path / "s").mkdir()
         save_file(tensors, tmp_path / "s" / "model.safetensors")
         (tmp_path / "s" / "config.json").write_text((GOLDEN / "dense" / "config.json").read_text())
-        done = run_command("dbrx-convert", "to-orbax", tmp_path / "s", tmp_path / "o")
+        done = command("dbrx-convert", "to-orbax", tmp_path / "s", tmp_path / "o")
         assert done.returncode == 0
         assert "warning: lm_head: 1 values are not finite" in done.stderr.splitlines()[-2]
         assert json.loads((tmp_path / "o" / "dbrx_jax.json").read_text())["not_finite"] == {"lm_head": 1}
@@ -210,13 +192,11 @@ class TestConvert:
         shutil.copytree(GOLDEN / "dense", source)
         data = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(data | {"rope_parameters": {"rope_theta": 10000.0}}))
-        done = run_command("dbrx-convert", "to-orbax", source, tmp_path / "o")
+        done = command("dbrx-convert", "to-orbax", source, tmp_path / "o")
         assert done.returncode == 0
-        warning_lines = [line for line in done.stderr.splitlines() if "warning" in line]
-        assert len(warning_lines) == 1
-        assert warning_lines[0].startswith(
-            "dbrx-convert: warning: config.json gives rope_theta 500000.0 in attn_config"
-        )
+        lines = [line for line in done.stderr.splitlines() if "warning" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("dbrx-convert: warning: config.json gives rope_theta 500000.0 in attn_config")
 
 
 def test_help_lists_commands_and_options():
@@ -226,21 +206,21 @@ def test_help_lists_commands_and_options():
         (("dbrx-convert", "--help"), ("to-orbax", "to-hf", "verify", "inspect")),
         (("dbrx-convert", "to-orbax", "--help"), ("SRC", "DST", "--dtype")),
     ):
-        done = run_command(*arguments, env={"COLUMNS": "80"})
+        done = command(*arguments, env={"COLUMNS": "80"})
         assert done.returncode == 0
         assert all(fragment in done.stdout for fragment in fragments)
         assert "\x1b" not in done.stdout
 
 
 def test_info_prints_versions_and_devices():
-    facts = json.loads(run_command("dbrx-jax", "info", "--json").stdout)
+    facts = json.loads(command("dbrx-jax", "info", "--json").stdout)
     assert any(v.startswith("jax ") for v in facts["versions"])
     assert facts["devices"] == [f"{i}: cpu" for i in range(8)]  # conftest.py asks for them
-    assert "CPUs" in run_command("dbrx-jax", "info").stdout
+    assert "CPUs" in command("dbrx-jax", "info").stdout
 
 
 class TestConversation:
-    def run_conversation(self, monkeypatch, lines, answer):
+    def run(self, monkeypatch, lines, answer):
         entered = iter(lines)
 
         def read(_):
@@ -255,17 +235,15 @@ class TestConversation:
         return conversation
 
     def test_reset_and_system_commands_change_the_messages(self, monkeypatch, capsys):
-        requests = []
+        sent = []
 
         def answer(messages):
-            requests.append([m["content"] for m in messages])
+            sent.append([m["content"] for m in messages])
             yield "so "
             yield "so"
 
-        conversation = self.run_conversation(
-            monkeypatch, ["a", "", "b", "/reset", "c", "/system Be long.", "d", "/frob"], answer
-        )
-        assert requests == [["Be brief.", "a"], ["Be brief.", "a", "so so", "b"], ["Be brief.", "c"], ["Be long.", "d"]]
+        conversation = self.run(monkeypatch, ["a", "", "b", "/reset", "c", "/system Be long.", "d", "/frob"], answer)
+        assert sent == [["Be brief.", "a"], ["Be brief.", "a", "so so", "b"], ["Be brief.", "c"], ["Be long.", "d"]]
         assert conversation.messages[-1] == {"role": "assistant", "content": "so so"}
         captured = capsys.readouterr()
         assert captured.out == "so so\n" * 4
@@ -276,7 +254,7 @@ class TestConversation:
             yield "half"
             raise KeyboardInterrupt
 
-        conversation = self.run_conversation(monkeypatch, ["a"], answer)
+        conversation = self.run(monkeypatch, ["a"], answer)
         assert conversation.messages[-1] == {"role": "assistant", "content": "half"}
         assert "[stopped]" in capsys.readouterr().err
 
@@ -287,7 +265,7 @@ class TestConversation:
             raise GenerationError("too long")
             yield
 
-        conversation = self.run_conversation(monkeypatch, ["a"], answer)
+        conversation = self.run(monkeypatch, ["a"], answer)
         assert conversation.turns == []
         assert capsys.readouterr().err == "dbrx-jax: too long\n"
 

@@ -191,10 +191,7 @@ class TestQuantised:
         folder.mkdir()
         shutil.copy(GOLDEN / "fused" / "config.json", folder)
         name = "transformer.blocks.0.ffn.experts.mlp.w1"
-        for scale, message in (
-            (None, "is FP8, and"),
-            (np.ones(7, np.float32), "one float, or one for each expert, got"),
-        ):
+        for scale, text in ((None, "is FP8, and"), (np.ones(7, np.float32), "one float, or one for each expert, got")):
             tensors = load_tensors(GOLDEN / "fused")
             tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
             if scale is not None:
@@ -202,7 +199,7 @@ class TestQuantised:
             save_file(tensors, folder / "model.safetensors")
             with pytest.raises(CheckpointError) as error:
                 open_folder(folder)
-            assert message in str(error.value)
+            assert text in str(error.value)
             assert name in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints behind URLs, on fsspec's file systems in memory and of local files."""
+"""Tests of checkpoints at URLs, on fsspec's memory and local file systems."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from dbrx_jax.errors import CheckpointError
 from tests.conftest import GOLDEN
 
 
-def names(folder):
+def file_names(folder):
     return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
 
 
@@ -40,20 +40,20 @@ def upload(source, target):
     return str(target)
 
 
-def test_there_and_back(bucket, tmp_path):
+def test_remote_round_trip_matches_local_conversion(bucket, tmp_path):
     source = upload(GOLDEN / "fused", bucket / "source")
     to_orbax(source, str(bucket / "orbax"), sha256=True)
     to_orbax(GOLDEN / "fused", tmp_path / "orbax", sha256=True)
     remote, local = open_folder(bucket / "orbax"), open_folder(tmp_path / "orbax")
     assert list(compare(remote, local)) == []
     assert remote.manifest == local.manifest
-    assert names(bucket / "orbax") == names(tmp_path / "orbax")
+    assert file_names(bucket / "orbax") == file_names(tmp_path / "orbax")
     to_hf(str(bucket / "orbax"), str(bucket / "back"), max_shard_size=100_000)
     assert list(compare(open_folder(bucket / "back"), open_folder(GOLDEN / "fused"))) == []
     assert not (bucket / "back" / PLAN).exists()
 
 
-def test_loads_and_generates(bucket):
+def test_remote_checkpoint_loads_and_generates(bucket):
     to_orbax(GOLDEN / "fused", str(bucket / "orbax"))
     expected = DbrxForCausalLM.from_pretrained(GOLDEN / "fused")
     model = DbrxForCausalLM.from_pretrained(str(bucket / "orbax"))
@@ -61,7 +61,7 @@ def test_loads_and_generates(bucket):
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=4), expected.generate(ids, max_new_tokens=4))
 
 
-def test_tokenizer_of_a_url(bucket):
+def test_tokenizer_loads_from_a_url(bucket):
     demo_folder = Path(dbrx_jax.demo.__file__).parent / "checkpoint"
     path = upload(demo_folder, bucket / "demo")
     assert DbrxTokenizer.from_pretrained(path).encode("hello") == DbrxTokenizer.from_pretrained(demo_folder).encode(
@@ -69,18 +69,18 @@ def test_tokenizer_of_a_url(bucket):
     )
 
 
-class Killed(Exception):
+class Interrupted(Exception):
     pass
 
 
 @pytest.mark.parametrize("convert", [to_orbax, to_hf])
-def test_continues_where_it_was_stopped(bucket, convert):
+def test_interrupted_remote_conversion_resumes(bucket, convert):
     def stop(_):
-        raise Killed
+        raise Interrupted
 
     destination = bucket / "there"
     for _ in range(3):
-        with pytest.raises(Killed):
+        with pytest.raises(Interrupted):
             convert(GOLDEN / "fused", str(destination), workers=1, progress=stop)
         with pytest.raises(CheckpointError, match="not finished"):
             open_folder(destination)
@@ -92,20 +92,20 @@ def test_continues_where_it_was_stopped(bucket, convert):
         convert(GOLDEN / "fused", str(destination))
 
 
-def test_a_file_that_was_not_completed_does_not_appear(bucket):
+def test_incomplete_file_is_not_created(bucket):
     bucket.mkdir()
 
     def fail():
         with writing(bucket / "x") as f:
             f.write(b"half")
-            raise Killed
+            raise Interrupted
 
-    with pytest.raises(Killed):
+    with pytest.raises(Interrupted):
         fail()
     assert not (bucket / "x").exists()
 
 
-def test_a_damaged_header_is_found(bucket):
+def test_truncated_file_is_rejected(bucket):
     source = upload(GOLDEN / "dense", bucket / "source")
     file = next(iter(sorted((bucket / "source").glob("*.safetensors"))))
     file.write_bytes(file.read_bytes()[:-4])
@@ -113,7 +113,7 @@ def test_a_damaged_header_is_found(bucket):
         open_folder(source)
 
 
-def test_refusals(bucket, tmp_path):
+def test_invalid_locations_are_rejected(bucket, tmp_path):
     with pytest.raises(CheckpointError, match="no such kind of location"):
         open_folder("nosuch://bucket/x")
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -123,13 +123,13 @@ def test_refusals(bucket, tmp_path):
     assert not (bucket / "x").exists()
 
 
-def test_command_line_takes_urls(tmp_path):
-    def command(*words):
+def test_command_line_accepts_urls(tmp_path):
+    def command(*arguments):
         program = [sys.executable, "-c", "from dbrx_convert.cli import main; main()"]
-        return subprocess.run([*program, *map(str, words)], capture_output=True, text=True, timeout=120)
+        return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
-    done = command("to-orbax", f"file://{GOLDEN / 'fused'}", f"file://{tmp_path}/orbax")
-    assert done.returncode == 0, done.stderr
-    shown = command("inspect", "--json", f"file://{tmp_path}/orbax")
-    assert json.loads(shown.stdout)["kind"] == "Orbax", shown.stderr
+    converted = command("to-orbax", f"file://{GOLDEN / 'fused'}", f"file://{tmp_path}/orbax")
+    assert converted.returncode == 0, converted.stderr
+    inspected = command("inspect", "--json", f"file://{tmp_path}/orbax")
+    assert json.loads(inspected.stdout)["kind"] == "Orbax", inspected.stderr
     assert command("verify", tmp_path / "orbax", GOLDEN / "fused").returncode == 0

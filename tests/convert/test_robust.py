@@ -128,12 +128,10 @@ def test_only_one_of_concurrent_conversions_succeeds(source, tmp_path):
     command = [CONVERT, "to-orbax", source, tmp_path / "out"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     codes = [p.wait() for p in processes]
-    last_lines = [p.stderr.read().splitlines()[-1] for p in processes]
-    assert codes.count(0) == 1, last_lines
+    lines = [p.stderr.read().splitlines()[-1] for p in processes]
+    assert codes.count(0) == 1, lines
     assert all(
-        "another conversion is at work" in s or "exists already" in s
-        for s, c in zip(last_lines, codes, strict=True)
-        if c
+        "another conversion is at work" in s or "exists already" in s for s, c in zip(lines, codes, strict=True) if c
     )
     assert list(compare(open_folder(tmp_path / "out"), open_folder(source))) == []
 
@@ -307,13 +305,11 @@ def test_command_reports_damaged_source_in_one_line(tmp_path):
         folder = tmp_path / str(index)
         shutil.copytree(GOLDEN / "dense", folder)
         damage_checkpoint(folder, kind, seed)
-        result = subprocess.run(
-            [CONVERT, "to-orbax", folder, folder / "out"], capture_output=True, text=True, timeout=60
-        )
-        assert result.returncode in (0, 2), (kind, seed, result.stderr)
-        assert "Traceback" not in result.stderr
-        if result.returncode == 2:
-            assert len(result.stderr.splitlines()) == 1, result.stderr
+        done = subprocess.run([CONVERT, "to-orbax", folder, folder / "out"], capture_output=True, text=True, timeout=60)
+        assert done.returncode in (0, 2), (kind, seed, done.stderr)
+        assert "Traceback" not in done.stderr
+        if done.returncode == 2:
+            assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_source_truncated_during_conversion_is_rejected(tmp_path, monkeypatch):

@@ -176,8 +176,8 @@ DAMAGE = {
     "truncated file": (truncate, "model-00006-of-00013.safetensors: not a whole safetensors file"),
     "empty file": (lambda f: (f / "model-00006-of-00013.safetensors").write_bytes(b""), "not a whole safetensors file"),
     "missing file": (lambda f: (f / "model-00006-of-00013.safetensors").unlink(), "there is no such file"),
-    "foreign dtype": (flip_dtype, f"{W1}: expected dtype F32, BF16 or F16, got I32"),
-    "two dtypes": (
+    "unsupported dtype": (flip_dtype, f"{W1}: expected dtype F32, BF16 or F16, got I32"),
+    "tensors of two dtypes": (
         lambda f: (
             edit_tensors(f, W1, lambda t: t.update({W1: t[W1].astype(np.float16)})),
             edit_index(lambda i: i.pop("metadata"))(f),
@@ -185,7 +185,7 @@ DAMAGE = {
         "holds tensors of",
     ),
     "missing tensor": (drop_tensor, f"{W1} is missing"),
-    "tensor not where the index says": (lambda f: edit_tensors(f, W1, lambda t: t.pop(W1)), f"does not hold {W1}"),
+    "tensor missing from its indexed file": (lambda f: edit_tensors(f, W1, lambda t: t.pop(W1)), f"does not hold {W1}"),
     "unknown tensor": (
         lambda f: (
             edit_tensors(f, W1, lambda t: t.update({"x.bias": np.zeros(3, np.float32)})),
@@ -193,11 +193,11 @@ DAMAGE = {
         ),
         "x.bias is not a tensor of this DBRX",
     ),
-    "tensor outside of the index": (
+    "tensor not in the index": (
         lambda f: edit_tensors(f, W1, lambda t: t.update({"x.bias": np.zeros(3, np.float32)})),
         "holds x.bias, which model.safetensors.index.json does not place there",
     ),
-    "misshapen tensor": (
+    "tensor of wrong shape": (
         lambda f: edit_tensors(f, W1, lambda t: t.update({W1: t[W1][:-1].copy()})),
         f"{W1}: config.json asks for shape (896, 96), got (895, 96)",
     ),
@@ -205,16 +205,16 @@ DAMAGE = {
         lambda f: edit_tensors(f, W1, lambda t: t.update({W1: t[W1].T.copy()})),
         f"{W1}: config.json asks for shape (896, 96), got (96, 896)",
     ),
-    "index out of the folder": (edit_index(lambda i: i["weight_map"].update({W1: "../x"})), "got '../x'"),
+    "index to a file outside the folder": (edit_index(lambda i: i["weight_map"].update({W1: "../x"})), "got '../x'"),
     "index with an absolute path": (
         edit_index(lambda i: i["weight_map"].update({W1: "/a.safetensors"})),
         "in this folder",
     ),
     "index with another kind of file": (edit_index(lambda i: i["weight_map"].update({W1: "x.bin"})), "got 'x.bin'"),
-    "index with a number": (edit_index(lambda i: i["weight_map"].update({W1: 5})), "got 5"),
+    "index with a number for a file": (edit_index(lambda i: i["weight_map"].update({W1: 5})), "got 5"),
     "index without map": (edit_index(lambda i: i.pop("weight_map")), "expected an object weight_map"),
     "index with another total_size": (edit_index(lambda i: i["metadata"].update(total_size=1)), "total_size is 1 and"),
-    "index that is no JSON": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
+    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
     "absent config": (lambda f: (f / "config.json").unlink(), "config.json: there is no such file"),
     "config of other sizes": (edit_config(d_model=192), "config.json asks for shape"),
     "config of more layers": (edit_config(n_layers=4), "transformer.blocks.3.norm_attn_norm.norm_1.weight is missing"),

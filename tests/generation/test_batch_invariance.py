@@ -1,4 +1,4 @@
-"""Bit for bit the same tokens and log-probabilities alone and in company, at any row, however padded."""
+"""Tests that batch-invariant generation gives bitwise equal results in any batch, row and padding."""
 
 import functools
 
@@ -28,10 +28,10 @@ CONFIG = DbrxConfig(
     initializer_range=0.2,
 )
 LENGTHS = (5, 140, 17, 1, 60, 33, 129, 9, 2, 77)
-NEW = 6
+NUM_NEW = 6
 SLOW = pytest.mark.slow
-KINDS = [
-    ("float32", None, False, 7),  # the largest company
+CASES = [
+    ("float32", None, False, 7),  # dtype, quantization, sampled, max_rows
     *(
         pytest.param(*kind, 64, marks=SLOW)
         for kind in [
@@ -48,28 +48,28 @@ KINDS = [
 
 
 @functools.cache
-def make(dtype, quantization=None):
+def make_model(dtype, quantization=None):
     return DbrxForCausalLM(CONFIG, rngs=nnx.Rngs(3), dtype=dtype, quantization=Quantization.parse(quantization))
 
 
-def prompt(number):
-    return np.random.default_rng(number).integers(0, CONFIG.vocab_size, LENGTHS[number % len(LENGTHS)])
+def prompt(seed):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, LENGTHS[seed % len(LENGTHS)])
 
 
-def run(model, numbers, left=True, sampled=False, new=NEW, **options):
-    """Tokens and log-probabilities (B, new) of these prompts together."""
-    rows = [prompt(n) for n in numbers]
+def generate(model, seeds, left=True, sampled=False, num_new=NUM_NEW, **options):
+    """Returns tokens and log-probabilities (B, num_new) of a batch of prompts."""
+    rows = [prompt(n) for n in seeds]
     ids = np.zeros((len(rows), max(map(len, rows))), int)
     mask = np.zeros_like(ids)
     for row, tokens in enumerate(rows):
-        at = slice(ids.shape[1] - len(tokens), None) if left else slice(0, len(tokens))
-        ids[row, at], mask[row, at] = tokens, 1
+        span = slice(ids.shape[1] - len(tokens), None) if left else slice(0, len(tokens))
+        ids[row, span], mask[row, span] = tokens, 1
     if sampled:
-        options |= {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": [1000 + n for n in numbers]}
+        options |= {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": [1000 + n for n in seeds]}
     out = model.generate(
         ids,
         mask,
-        max_new_tokens=new,
+        max_new_tokens=num_new,
         eos_token_id=None,
         batch_invariant=True,
         return_dict_in_generate=True,
@@ -79,54 +79,54 @@ def run(model, numbers, left=True, sampled=False, new=NEW, **options):
     return out.sequences[:, ids.shape[1] :], out.logprobs.view(np.uint32)
 
 
-@pytest.mark.parametrize(("dtype", "quantization", "sampled", "largest"), KINDS)
-def test_alone_and_in_company(dtype, quantization, sampled, largest):
-    model = make(dtype, quantization)
-    companies = [[1, 0], [6, 1, 4, 0, 5, 3, 2], [*range(60), 3, 1, 0, 3]]  # 2, 7 and 64 rows
-    companies = [company for company in companies if len(company) <= largest]
-    alone = {}
-    for company in companies:
-        tokens, logprobs = run(model, company, left=len(company) != 7, sampled=sampled)
-        for number in (0, 1, 3):
-            if number not in alone:
-                alone[number] = run(model, [number], sampled=sampled)
-            for row in (r for r, n in enumerate(company) if n == number):
-                np.testing.assert_array_equal(tokens[row], alone[number][0][0], err_msg=f"{number} in {len(company)}")
-                np.testing.assert_array_equal(logprobs[row], alone[number][1][0], err_msg=f"{number} in {len(company)}")
+@pytest.mark.parametrize(("dtype", "quantization", "sampled", "max_rows"), CASES)
+def test_results_do_not_depend_on_the_batch(dtype, quantization, sampled, max_rows):
+    model = make_model(dtype, quantization)
+    batches = [[1, 0], [6, 1, 4, 0, 5, 3, 2], [*range(60), 3, 1, 0, 3]]  # 2, 7 and 64 rows
+    batches = [batch for batch in batches if len(batch) <= max_rows]
+    single = {}
+    for batch in batches:
+        tokens, logprobs = generate(model, batch, left=len(batch) != 7, sampled=sampled)
+        for seed in (0, 1, 3):
+            if seed not in single:
+                single[seed] = generate(model, [seed], sampled=sampled)
+            for row in (r for r, n in enumerate(batch) if n == seed):
+                np.testing.assert_array_equal(tokens[row], single[seed][0][0], err_msg=f"{seed} in {len(batch)}")
+                np.testing.assert_array_equal(logprobs[row], single[seed][1][0], err_msg=f"{seed} in {len(batch)}")
 
 
-def test_more_new_tokens_and_a_longer_cache_change_nothing():
-    model = make("float32")
-    tokens, logprobs = run(model, [4])
-    longer = run(model, [6, 4], new=NEW + 7, cache_length=1000)
-    np.testing.assert_array_equal(longer[0][1, :NEW], tokens[0])
-    np.testing.assert_array_equal(longer[1][1, :NEW], logprobs[0])
+def test_results_do_not_depend_on_cache_length():
+    model = make_model("float32")
+    tokens, logprobs = generate(model, [4])
+    longer = generate(model, [6, 4], num_new=NUM_NEW + 7, cache_length=1000)
+    np.testing.assert_array_equal(longer[0][1, :NUM_NEW], tokens[0])
+    np.testing.assert_array_equal(longer[1][1, :NUM_NEW], logprobs[0])
 
 
 @SLOW
 @settings(max_examples=6)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=ROW_TILE), st.booleans())
-def test_any_company(numbers, left):
-    """All of one compiled shape, so that many can be tried."""
-    model = make("float32")
-    tokens, logprobs = run(model, numbers, left)
-    row = len(numbers) // 2
-    alone = run(model, numbers[row : row + 1])
-    np.testing.assert_array_equal(tokens[row], alone[0][0])
-    np.testing.assert_array_equal(logprobs[row], alone[1][0])
+def test_results_do_not_depend_on_random_batches(seeds, left):
+    """All batches have one compiled shape, so that many can be tried."""
+    model = make_model("float32")
+    tokens, logprobs = generate(model, seeds, left)
+    row = len(seeds) // 2
+    single = generate(model, seeds[row : row + 1])
+    np.testing.assert_array_equal(tokens[row], single[0][0])
+    np.testing.assert_array_equal(logprobs[row], single[1][0])
 
 
-def test_it_says_what_it_says_without():
-    """The mode computes the same model: the same tokens as the other path, and nearly the same numbers."""
-    model, options = make("float32"), {"max_new_tokens": NEW, "eos_token_id": None, "return_dict_in_generate": True}
-    ids = np.stack([prompt(1)[:100], prompt(6)[:100]])
+def test_batch_invariant_mode_matches_default_mode():
+    """Tokens are equal with and without batch_invariant, and log-probabilities nearly so."""
+    model, ids = make_model("float32"), np.stack([prompt(1)[:100], prompt(6)[:100]])
+    options = {"max_new_tokens": NUM_NEW, "eos_token_id": None, "return_dict_in_generate": True}
     ours = model.generate(ids, batch_invariant=True, output_logprobs=True, **options)
     theirs = model.generate(ids, output_logprobs=True, **options)
     np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
 
 
-def test_over_tiles_gives_each_row_its_own():
+def test_map_row_tiles_computes_every_row():
     rows = jnp.arange(3 * ROW_TILE, dtype=jnp.float32)
     double, calls = map_row_tiles(
         lambda first, x, calls: (2 * x + first, calls + 1),

@@ -17,7 +17,7 @@ from dbrx_jax.sharding.partition import ONE_DEVICE
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 from tests.conftest import GOLDEN
 
-PROMPT_LENGTH, NUM_NEW = 20, 10
+T, N = 20, 10
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def prompts(expected):
 
 
 def new_tokens(model, ids, mask=None, **options):
-    options = {"max_new_tokens": NUM_NEW, "eos_token_id": None, **options}
+    options = {"max_new_tokens": N, "eos_token_id": None, **options}
     return np.asarray(model.generate(ids, mask, **options))[:, ids.shape[1] :]
 
 
@@ -43,7 +43,7 @@ def test_greedy_tokens_do_not_depend_on_padding(model, prompts):
         tokens = ids[row][mask[row] == 1]
         right_ids[row, : len(tokens)], right_mask[row, : len(tokens)] = tokens, 1
     np.testing.assert_array_equal(new_tokens(model, right_ids, right_mask), greedy)
-    sparse_ids, sparse_mask = np.zeros((3, 2 * PROMPT_LENGTH), int), np.zeros((3, 2 * PROMPT_LENGTH), int)
+    sparse_ids, sparse_mask = np.zeros((3, 2 * T), int), np.zeros((3, 2 * T), int)
     sparse_ids[:, ::2], sparse_mask[:, ::2] = ids, mask
     np.testing.assert_array_equal(new_tokens(model, sparse_ids, sparse_mask), greedy)
 
@@ -68,7 +68,7 @@ class TestEndOfSequence:
         ids, mask, greedy = prompts
         eos = [int(greedy[0, 3]), int(greedy[1, 6])]
         out = new_tokens(model, ids, mask, eos_token_id=eos, pad_token_id=259)
-        ends = [next((i for i, t in enumerate(row) if t in eos), NUM_NEW - 1) + 1 for row in greedy]
+        ends = [next((i for i, t in enumerate(row) if t in eos), N - 1) + 1 for row in greedy]
         assert out.shape[1] == max(ends)
         for row, end in enumerate(ends):
             np.testing.assert_array_equal(out[row, :end], greedy[row, :end])
@@ -83,11 +83,11 @@ class TestEndOfSequence:
         ids, mask, greedy = prompts
         monkeypatch.setattr(model, "generation_config", GenerationConfig((int(greedy[0, 0]),), 7))
         out = np.asarray(model.generate(ids[:1], mask[:1], max_new_tokens=5))
-        np.testing.assert_array_equal(out[:, PROMPT_LENGTH:], greedy[:1, :1])
+        np.testing.assert_array_equal(out[:, T:], greedy[:1, :1])
         without_eos = model.generate(ids[:1], mask[:1], max_new_tokens=5, eos_token_id=None)
-        np.testing.assert_array_equal(without_eos[:, PROMPT_LENGTH:], greedy[:1, :5])
+        np.testing.assert_array_equal(without_eos[:, T:], greedy[:1, :5])
         two_rows = model.generate(ids[:2], mask[:2], max_new_tokens=5)
-        assert (two_rows[0, PROMPT_LENGTH + 1 :] == 7).all()
+        assert (two_rows[0, T + 1 :] == 7).all()
 
     def test_pad_defaults_to_first_eos_or_zero(self, model, prompts):
         ids, mask, greedy = prompts
@@ -103,22 +103,22 @@ class TestLogprobs:
         out = model.generate(
             ids,
             mask,
-            max_new_tokens=NUM_NEW,
+            max_new_tokens=N,
             eos_token_id=None,
             return_dict_in_generate=True,
             output_logprobs=True,
             **options,
         )
         assert out.logprobs.dtype == np.float32
-        full_mask = np.concatenate([mask, np.ones((3, NUM_NEW), int)], axis=1)
-        logits = np.asarray(model(out.sequences, full_mask), np.float64)[:, PROMPT_LENGTH - 1 : -1]
+        full_mask = np.concatenate([mask, np.ones((3, N), int)], axis=1)
+        logits = np.asarray(model(out.sequences, full_mask), np.float64)[:, T - 1 : -1]
         expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        expected = np.take_along_axis(expected, out.sequences[:, PROMPT_LENGTH:, None], axis=2)[..., 0]
+        expected = np.take_along_axis(expected, out.sequences[:, T:, None], axis=2)[..., 0]
         np.testing.assert_allclose(out.logprobs, expected, atol=1e-5)
 
     def test_logprobs_are_nan_after_eos_and_none_by_default(self, model, prompts):
         ids, mask, greedy = prompts
-        options = {"max_new_tokens": NUM_NEW, "eos_token_id": int(greedy[0, 2]), "return_dict_in_generate": True}
+        options = {"max_new_tokens": N, "eos_token_id": int(greedy[0, 2]), "return_dict_in_generate": True}
         out = model.generate(ids, mask, output_logprobs=True, **options)
         end = list(greedy[0]).index(greedy[0, 2]) + 1
         assert np.isfinite(out.logprobs[0, :end]).all()
@@ -158,15 +158,12 @@ def test_row_result_does_not_depend_on_other_rows(golden_batch, seed, row, sampl
     """Tokens and log-probabilities are bitwise equal at a fixed batch size while the other rows vary."""
     model, ids, mask = golden_batch
     rng = np.random.default_rng(seed)
-    other, other_mask = (
-        rng.integers(0, 260, ids.shape),
-        (np.arange(PROMPT_LENGTH) >= rng.integers(0, PROMPT_LENGTH, (3, 1))).astype(int),
-    )
+    other, other_mask = rng.integers(0, 260, ids.shape), (np.arange(T) >= rng.integers(0, T, (3, 1))).astype(int)
     other[row], other_mask[row] = ids[row], mask[row]
     options = {"max_new_tokens": 6, "eos_token_id": None, "return_dict_in_generate": True, "output_logprobs": True}
     options |= {"do_sample": sample, "seed": [1, 2, 3], "top_p": 0.9}
     a, b = model.generate(ids, mask, **options), model.generate(other, other_mask, **options)
-    np.testing.assert_array_equal(a.sequences[row, PROMPT_LENGTH:], b.sequences[row, PROMPT_LENGTH:])
+    np.testing.assert_array_equal(a.sequences[row, T:], b.sequences[row, T:])
     np.testing.assert_array_equal(a.logprobs[row], b.logprobs[row])
 
 
@@ -186,7 +183,7 @@ class TestStreaming:
 
     def test_token_stream_iterates_and_reports_its_state(self, model, prompts):
         ids, mask, greedy = prompts
-        stream = TokenStream(model, ids, mask, max_new_tokens=NUM_NEW, eos_token_id=int(greedy[1, 4]), burst=3)
+        stream = TokenStream(model, ids, mask, max_new_tokens=N, eos_token_id=int(greedy[1, 4]), burst=3)
         first = next(stream)
         np.testing.assert_array_equal(first, greedy[:, :1])
         np.testing.assert_array_equal(stream.prompt_lengths, mask.sum(axis=1))
@@ -350,7 +347,7 @@ def test_generation_config_falls_back_to_tokenizer_ids(tmp_path):
 
 def test_int8_cache_is_smaller_with_similar_logprobs(model, prompts):
     ids, mask, _ = prompts
-    options = {"max_new_tokens": NUM_NEW, "eos_token_id": None}
+    options = {"max_new_tokens": N, "eos_token_id": None}
     streams = [TokenStream(model, ids, mask, cache_dtype=cache_dtype, **options) for cache_dtype in (None, "int8")]
     logprobs, sizes = [], []
     for stream in streams:

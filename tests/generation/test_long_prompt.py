@@ -1,4 +1,4 @@
-"""A prompt as long as DBRX takes, 32,768 tokens, chunk by chunk through the cache against the plain definition."""
+"""Test of chunked prefill at DBRX's maximum length, 32,768 tokens, against the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from dbrx_jax.ops.attention import reference_attention
 from dbrx_jax.ops.experts import reference_experts
 
 TOKENS = 32768
-QUERIES = 512  # that the reference looks from at a time: all scores at once would be 17 GB
+QUERIES = 512  # per reference call: all scores at once would be 17 GB
 CONFIG = DbrxConfig(
     d_model=48,
     n_heads=2,
@@ -34,8 +34,8 @@ CONFIG = DbrxConfig(
 
 @jax.jit
 def attention_rows(query, key, value, first):
-    seen = jnp.arange(key.shape[1]) <= first + jnp.arange(query.shape[1])[:, None]
-    return reference_attention(query, key, value, seen[None])
+    mask = jnp.arange(key.shape[1]) <= first + jnp.arange(query.shape[1])[:, None]
+    return reference_attention(query, key, value, mask[None])
 
 
 @jax.jit
@@ -44,9 +44,9 @@ def experts(x, routing, weights):
 
 
 def reference_last_logits(model, ids):
-    """Attention and experts by their definitions, QUERIES at a time; the rest is the model's.
+    """Returns the last logits with reference attention, QUERIES at a time, and reference experts.
 
-    The last block computes only the last QUERIES positions: nothing else reaches the last logits.
+    The last block computes only the last QUERIES positions, because only the last logits are needed.
     """
     positions, partition = np.arange(ids.shape[1])[None], model.partition
     x = model.embed(ids, partition)
@@ -62,14 +62,14 @@ def reference_last_logits(model, ids):
 
 
 @pytest.mark.slow
-def test_the_last_logits_of_32768_tokens_are_the_reference_s():
+def test_last_logits_of_32768_tokens_match_reference():
     model = DbrxForCausalLM(CONFIG, rngs=nnx.Rngs(0), dtype="float32")
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, TOKENS))
     want = np.asarray(reference_last_logits(model, ids))
     assert want.std() > 0.5
-    parts, partition = split_model(model), model.partition
+    graph, partition = split_model(model), model.partition
     cache, logits = empty(CONFIG, partition, 1, cache_capacity(TOKENS, partition), np.dtype("float32"))
     for start, length in prefill_chunks(TOKENS, partition):
-        at = np.array([[0, start, length]], np.int32)
-        cache, logits = prefill_chunk(parts, cache, logits, ids[:, start : start + length], at)
+        span = np.array([[0, start, length]], np.int32)
+        cache, logits = prefill_chunk(graph, cache, logits, ids[:, start : start + length], span)
     np.testing.assert_allclose(logits, want, rtol=0, atol=1e-4)

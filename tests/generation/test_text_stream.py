@@ -1,4 +1,4 @@
-"""Tokens to text as they come, and cut before a stop string."""
+"""Tests of streamed text: incremental decoding and truncation before a stop string."""
 
 import numpy as np
 import pytest
@@ -10,21 +10,21 @@ from dbrx_jax.text.tokenizer import DbrxTokenizer
 TOKENIZER = DbrxTokenizer({bytes([b]): b for b in range(256)}, {"<|endoftext|>": 258, "<|pad|>": 259})
 
 
-class Tokens:
-    """A stream of one row that gives these tokens, `burst` at a time."""
+class FakeStream:
+    """A token stream of one row that yields `burst` tokens at a time."""
 
     def __init__(self, ids, burst, padding=0):
-        self.ids, self.burst, self.padding, self.given = list(ids), burst, padding, 0
+        self.ids, self.burst, self.padding, self.num_yielded = list(ids), burst, padding, 0
 
     def __iter__(self):
         for start in range(0, len(self.ids), self.burst):
             part = self.ids[start : start + self.burst]
-            self.given += len(part)
+            self.num_yielded += len(part)
             yield np.array([part + [259] * self.padding])
 
     @property
     def lengths(self):
-        return np.array([self.given])
+        return np.array([self.num_yielded])
 
 
 @pytest.mark.parametrize("burst", [1, 2, 3, 50])
@@ -40,41 +40,41 @@ class Tokens:
         ("", ("x",), ""),
     ],
 )
-def test_stream_text(burst, text, stops, want):
-    pieces = list(stream_text(Tokens(text.encode(), burst, padding=2), TOKENIZER, stops))
+def test_stream_text_ends_before_a_stop_string(burst, text, stops, want):
+    pieces = list(stream_text(FakeStream(text.encode(), burst, padding=2), TOKENIZER, stops))
     assert "".join(pieces) == want
     assert completion_text(TOKENIZER, text.encode(), stops) == want
-    for stop in stops:  # nothing of a stop string is shown and taken back
+    for stop in stops:  # no part of a stop string is emitted
         assert stop not in "".join(pieces)
 
 
-def test_text_is_not_held_back_without_need():
+def test_text_that_starts_no_stop_string_is_not_delayed():
     seen = []
-    stream = Tokens(b"abcdef", 2)
+    stream = FakeStream(b"abcdef", 2)
     for piece in stream_text(stream, TOKENIZER, ("fgh",)):
         seen.append(piece)
-        if stream.given == 4:
+        if stream.num_yielded == 4:
             assert "".join(seen) == "abcd"
 
 
-def test_special_tokens_and_the_filling_behind_an_end_give_no_text():
-    assert "".join(stream_text(Tokens([104, 105, 258], 3, padding=4), TOKENIZER)) == "hi"
+def test_special_tokens_and_padding_give_no_text():
+    assert "".join(stream_text(FakeStream([104, 105, 258], 3, padding=4), TOKENIZER)) == "hi"
 
 
 @pytest.mark.parametrize("burst", [1, 2, 5])
-def test_a_stop_string_across_looks(burst):
-    search, found = _StopSearch(TOKENIZER, ["end now", "zz"]), None
+def test_stop_string_is_found_across_bursts(burst):
+    search, end = _StopSearch(TOKENIZER, ["end now", "zz"]), None
     ids = np.frombuffer(b"this is the end now or later", np.uint8)
     for start in range(0, len(ids), burst):
-        found = search.push(ids[start : start + burst])
-        if found is not None:
-            assert start + found == len("this is the end now")
+        end = search.push(ids[start : start + burst])
+        if end is not None:
+            assert start + end == len("this is the end now")
             break
-    assert found is not None
+    assert end is not None
 
 
 def test_generate_stops_within_and_across_bursts(models, expected):
-    """Every pair of neighbouring tokens as a stop string: the row ends with the second of them."""
+    """A row ends with the second token of a stop string, for every pair of adjacent tokens."""
     e = expected["unnormalised_mqa"]
     greedy = e["greedy"][0]
     tokenizer = DbrxTokenizer({bytes([b]): b for b in range(256)}, {"<|endoftext|>": 258})
@@ -84,8 +84,8 @@ def test_generate_stops_within_and_across_bursts(models, expected):
         stop = tokenizer.decode(greedy[i : i + 2])
         options = {"max_new_tokens": len(greedy), "eos_token_id": None, "stop_strings": [stop], "tokenizer": tokenizer}
         stream = TokenStream(models("unnormalised_mqa"), e["tokens"][:1], **options)
-        assert stream_all(stream) == list(greedy[: i + 2])
+        assert collect(stream) == list(greedy[: i + 2])
 
 
-def stream_all(stream):
+def collect(stream):
     return [int(t) for tokens in stream for t in tokens[0]]

@@ -1,4 +1,4 @@
-"""JAX interprets kernels for GPUs from MIN_JAX_FOR_GPU_KERNELS on: the tests of older versions skip their files."""
+"""Skips the files of GPU kernel tests with versions of JAX that cannot interpret GPU kernels."""
 
 import jax
 

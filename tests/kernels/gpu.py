@@ -1,4 +1,4 @@
-"""Shared by the tests of kernels for Hopper GPUs: Pallas' interpreter, and the bytes that it copies."""
+"""Fixtures of the Hopper GPU kernel tests: Pallas' interpreter and the bytes that it copies."""
 
 from collections import Counter
 
@@ -7,24 +7,24 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tests.kernels.weights import floats
+from tests.kernels.weights import to_float32
 
 INTERPRET = plgpu.InterpretGPUParams()
 
 
-def error(y, reference):
-    return np.abs(floats(y) - reference).max() / max(np.abs(reference).max(), 1e-30)
+def max_error(y, reference):
+    return np.abs(to_float32(y) - reference).max() / max(np.abs(reference).max(), 1e-30)
 
 
 @pytest.fixture(autouse=True)
 def fresh_interpreter():
-    """A failure leaves the interpreter in a state that fails whatever runs next."""
+    """Resets the interpreter, whose state after a failure would fail the next test."""
     callbacks.reset_gpu_interpret_mode_state()
 
 
 @pytest.fixture
-def copied(monkeypatch):
-    """Counts the bytes that kernels copy: "in", by element type too, and "out"."""
+def copied_bytes(monkeypatch):
+    """Counts the bytes that kernels copy: "in" (also by element type) and "out"."""
     count = Counter()
     original = callbacks.AsyncCopyTask.__call__
 

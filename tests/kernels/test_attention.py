@@ -1,4 +1,4 @@
-"""Attention through a cache against the plain one, rotary embeddings and normalisation against their formulas."""
+"""Tests of attention against its definition, and of rotary embeddings and layer normalisation."""
 
 import functools
 
@@ -29,7 +29,7 @@ def random(seed, *shape):
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def cached(query, key, value, positions, first_row, block):
+def attend_to_cache(query, key, value, positions, first_row, block):
     return merge_partial_attention(
         cached_attention(query, key, value, positions, first_row, block), query.dtype, ONE_DEVICE
     )
@@ -37,35 +37,35 @@ def cached(query, key, value, positions, first_row, block):
 
 @settings(max_examples=12)
 @given(st.integers(0, 99), st.sampled_from([(4, 1, 5), (8, 3, 1), (4, 3, 2)]), st.data())
-def test_cached_matches_reference(seed, sizes, data):
+def test_cached_attention_matches_reference(seed, sizes, data):
     (block, rows, new), S, B = sizes, 24, 4
     first_row = data.draw(st.integers(0, B - rows))
     start = np.array(data.draw(st.lists(st.integers(0, S - new), min_size=rows, max_size=rows)))
     q, k, v = random(seed, rows, new, H, K), random(seed + 1, B, G, S, K), random(seed + 2, B, G, S, K)
     positions = start[:, None] + np.arange(new)
     mask = np.arange(S) <= positions[:, :, None]
-    mine = slice(first_row, first_row + rows)
-    want = reference_attention(q, k[mine].swapaxes(1, 2), v[mine].swapaxes(1, 2), mask)
-    # What lies beyond a row's positions must not matter, whatever it is.
+    selected = slice(first_row, first_row + rows)
+    want = reference_attention(q, k[selected].swapaxes(1, 2), v[selected].swapaxes(1, 2), mask)
+    # Values after a row's last position must not change the result.
     for r, row in enumerate(range(first_row, first_row + rows)):
         beyond = int(positions[r, -1]) + 1
         k[row, :, beyond:], v[row, :, beyond:] = 1e4, -1e4
-    np.testing.assert_allclose(cached(q, k, v, positions, first_row, block), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(attend_to_cache(q, k, v, positions, first_row, block), want, rtol=1e-5, atol=1e-5)
 
 
-def test_cached_bits_do_not_depend_on_the_caches_length_or_the_other_rows():
+def test_cached_attention_bits_do_not_depend_on_cache_length_or_other_rows():
     q, k, v = random(0, 2, 1, H, K), random(1, 2, G, 48, K), random(2, 2, G, 48, K)
-    long = cached(q, k, v, np.array([[5], [47]]), 0, 8)
-    short = cached(q, k[:, :, :8], v[:, :, :8], np.array([[5], [2]]), 0, 8)
+    long = attend_to_cache(q, k, v, np.array([[5], [47]]), 0, 8)
+    short = attend_to_cache(q, k[:, :, :8], v[:, :, :8], np.array([[5], [2]]), 0, 8)
     np.testing.assert_array_equal(long[0], short[0])
 
 
-def test_an_int8_cache_is_near():
+def test_int8_cache_matches_dequantised_reference():
     q, k, v = random(0, 2, 1, H, K), random(1, 2, 32, G, K), random(2, 2, 32, G, K)
     positions = np.array([[5], [31]])
     (k8, k_scale), (v8, v_scale) = quantize_to_int8(jnp.asarray(k)), quantize_to_int8(jnp.asarray(v))
     assert np.abs(k8).max() == 127
-    # Rounded to a whole number, and the scale to eight bits.
+    # Values are rounded to integers and scales to eight bits.
     np.testing.assert_allclose(np.float32(k8) * np.float32(k_scale)[..., None], k, atol=np.abs(k).max() * 1.5 / 127)
     by_head = [jnp.swapaxes(a, 1, 2) for a in (k8, v8, k_scale, v_scale)]
     part = cached_attention(q, *by_head[:2], positions, 0, 8, scales=tuple(by_head[2:]))
@@ -77,21 +77,21 @@ def test_an_int8_cache_is_near():
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_what_is_written_is_there_however_the_cache_lies(int8, tokens, monkeypatch):
-    """Every second position, from 1 on, of rows 1 and 2 of three; a TPU writes two heads of int8 one by one."""
-    monkeypatch.setenv("DBRX_KERNELS", "0")  # the kernel has tests of its own
-    new = jnp.asarray(random(0, 2, tokens, G, K)), jnp.asarray(random(1, 2, tokens, G, K))
+def test_write_cache_stores_every_position_in_any_layout(int8, tokens, monkeypatch):
+    """Writes every second position from 1 on, to rows 1 and 2 of three; a TPU writes two int8 heads one by one."""
+    monkeypatch.setenv("DBRX_KERNELS", "0")  # test_tpu_cache_write.py tests the kernel
+    new_kv = jnp.asarray(random(0, 2, tokens, G, K)), jnp.asarray(random(1, 2, tokens, G, K))
     positions = np.array([[4], [8]]) + np.arange(tokens)
     empty = [jnp.full((3, G, 6, K), 9, jnp.int8 if int8 else jnp.float32)] * 2
     empty += [jnp.full((3, G, 6), 9, jnp.bfloat16)] * (2 * int8)
     want = [np.array(x) for x in empty]
-    (key, key_scale), (value, value_scale) = map(quantize_to_int8, new)
-    for into, x in zip(want, (key, value, key_scale, value_scale) if int8 else new, strict=True):
+    (key, key_scale), (value, value_scale) = map(quantize_to_int8, new_kv)
+    for array, x in zip(want, (key, value, key_scale, value_scale) if int8 else new_kv, strict=True):
         for r, t in np.ndindex(2, tokens):
             if positions[r, t] % 2 == 1:
-                into[1 + r, :, positions[r, t] // 2] = x[r, t]
+                array[1 + r, :, positions[r, t] // 2] = x[r, t]
     for platform in ("cpu", "tpu"):
-        got = write_cache(LayerCache(*empty), *new, positions, 1, (1, 2), platform=platform)
+        got = write_cache(LayerCache(*empty), *new_kv, positions, 1, (1, 2), platform=platform)
         for a, b in zip((x for x in got if x is not None), want, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -103,7 +103,7 @@ def cached_part(implementation, q, k, v, positions, context_shard, scales):
 
 @settings(max_examples=10)
 @given(st.integers(0, 99), st.integers(1, 4), st.sampled_from([1, 3]), st.booleans(), st.data())
-def test_the_definition_through_a_cache_is_the_same(seed, stride, new, int8, data):
+def test_reference_and_xla_cached_attention_agree(seed, stride, new, int8, data):
     S = 8
     offset = data.draw(st.integers(0, stride - 1))
     start = data.draw(st.lists(st.integers(0, S * stride - new), min_size=2, max_size=2))
@@ -118,43 +118,43 @@ def test_the_definition_through_a_cache_is_the_same(seed, stride, new, int8, dat
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def plain(q, k, v, valid, first, _):
-    """The definition, and 0 for a query that sees nothing."""
+def masked(q, k, v, valid, first, _):
+    """Returns attention by definition, and 0 for a query that attends to no position."""
     mask = (jnp.arange(k.shape[1]) <= first + jnp.arange(q.shape[1])[:, None]) & valid[:, None]
     return jnp.where(mask.any(axis=-1)[:, :, None, None], reference_attention(q, k, v, mask), 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def with_gradients(function, arrays, grad, valid, first, block):
-    out, pull = jax.vjp(lambda *x: function(*x, valid, first, block), *arrays)
-    return out, *pull(grad.astype(out.dtype))
+    out, vjp = jax.vjp(lambda *x: function(*x, valid, first, block), *arrays)
+    return out, *vjp(grad.astype(out.dtype))
 
 
 @settings(max_examples=10)
 @given(st.integers(0, 99), st.sampled_from([(7, 3, 5), (23, 1, 8), (2, 3, 1)]), st.data())
-def test_blocks_match_the_definition_with_their_gradients(seed, sizes, data):
-    """Any padding, and the queries of one of several devices."""
+def test_blockwise_attention_and_gradients_match_reference(seed, sizes, data):
+    """Covers any padding, and queries of one of several devices."""
     tokens, parts, block = sizes
     S, first = tokens * parts, tokens * data.draw(st.integers(0, parts - 1))
     arrays = random(seed, 2, tokens, H, K), random(seed + 1, 2, S, G, K), random(seed + 2, 2, S, G, K)
     grad = random(seed + 3, 2, tokens, H, K)
     valid = np.random.default_rng(seed).random((2, S)) < data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
-    results = (with_gradients(function, arrays, grad, valid, first, block) for function in (plain, blockwise_attention))
+    results = (with_gradients(f, arrays, grad, valid, first, block) for f in (masked, blockwise_attention))
     for want, got in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
 
 
-def test_blocks_in_bfloat16_are_near():
+def test_blockwise_attention_in_bfloat16_is_close_to_reference():
     arrays = [jnp.asarray(random(i, 1, 40, heads, K), jnp.bfloat16) for i, heads in ((0, H), (1, G), (2, G))]
     grad, valid = random(3, 1, 40, H, K), np.ones((1, 40), bool)
     got = with_gradients(blockwise_attention, arrays, grad, valid, 0, 16)
-    want = with_gradients(plain, [a.astype(jnp.float32) for a in arrays], grad, valid, 0, 16)
+    want = with_gradients(masked, [a.astype(jnp.float32) for a in arrays], grad, valid, 0, 16)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == jnp.bfloat16
         assert np.abs(np.float32(a) - b).max() <= 2e-2 * np.abs(b).max()
 
 
-def test_an_infinite_row_spoils_no_other_in_blocks():
+def test_blockwise_attention_isolates_infinite_rows():
     q, k, v = random(0, 2, 9, H, K), random(1, 2, 9, G, K), random(2, 2, 9, G, K)
     valid = np.ones((2, 9), bool)
     clean = blockwise_attention(q, k, v, valid, jnp.int32(0), 4)
@@ -162,22 +162,22 @@ def test_an_infinite_row_spoils_no_other_in_blocks():
     np.testing.assert_array_equal(blockwise_attention(q, k, v, valid, jnp.int32(0), 4)[0], clean[0])
 
 
-def test_no_array_of_scores_is_as_large_as_the_sequence_squared():
-    """Neither forward nor backward."""
+def test_blockwise_attention_allocates_no_square_scores():
+    """Checks the forward and backward passes."""
     T, block = 64, 8
     q, k, v = random(0, 1, T, H, K), random(1, 1, T, G, K), random(2, 1, T, G, K)
 
     def loss(q, k, v):
         return jnp.sum(blockwise_attention(q, k, v, np.ones((1, T), bool), jnp.int32(0), block))
 
-    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v))
-    assert f"{block},{block}]" in text
-    assert f"{T},{T}]" not in text
-    assert f"{block},{T}]" not in text
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v))
+    assert f"{block},{block}]" in jaxpr
+    assert f"{T},{T}]" not in jaxpr
+    assert f"{block},{T}]" not in jaxpr
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_sequences_long_and_short_match_the_definition(monkeypatch, implementation):
+def test_sequence_attention_matches_reference(monkeypatch, implementation):
     for short in (1024, 8):
         monkeypatch.setattr(attention, "SHORT_SEQUENCE", short)
         q, k, v = random(0, 2, 20, H, K), random(1, 2, 20, G, K), random(2, 2, 20, G, K)
@@ -186,14 +186,14 @@ def test_sequences_long_and_short_match_the_definition(monkeypatch, implementati
         np.testing.assert_allclose(sequence_attention(q, k, v, valid, 0, implementation), want, rtol=1e-5, atol=1e-5)
 
 
-def test_the_platform_chooses():
+def test_implementation_is_selected_by_platform():
     assert select_implementation(None, "cpu") == "xla"
     assert select_implementation(None, "tpu") == "flash"
     assert select_implementation(None, "cuda") == ("flash" if jax.__version_info__ >= (0, 11, 1) else "xla")
     assert select_implementation("reference", "tpu") == "reference"
 
 
-def test_a_wrong_implementation_is_one_line():
+def test_invalid_implementation_is_rejected():
     with pytest.raises(
         ConfigError, match=r"^attention_implementation: expected one of reference, xla, flash, got 'x'$"
     ):
@@ -204,42 +204,42 @@ def test_a_wrong_implementation_is_one_line():
         DbrxForCausalLM.from_pretrained(GOLDEN / "fused", attention_implementation="flash")
 
 
-def test_a_model_does_as_it_is_told(models, monkeypatch):
+def test_model_uses_the_requested_implementation(models, monkeypatch):
     ids = np.random.default_rng(0).integers(0, 50, (1, 20))
     want = models("fused")(ids)
     monkeypatch.setattr(attention, "SHORT_SEQUENCE", 4)
     monkeypatch.setattr(attention, "SEQUENCE_BLOCK", 8)
-    used = []
-    whole = attention.blockwise_attention
-    monkeypatch.setattr(attention, "blockwise_attention", lambda *a: used.append(1) or whole(*a))
+    calls = []
+    blockwise = attention.blockwise_attention
+    monkeypatch.setattr(attention, "blockwise_attention", lambda *a: calls.append(1) or blockwise(*a))
     for name, blocks in (("reference", False), ("xla", True)):
         model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32", attention_implementation=name)
         np.testing.assert_allclose(model(ids), want, rtol=1e-4, atol=1e-4)
-        assert bool(used) == blocks
+        assert bool(calls) == blocks
 
 
 @pytest.mark.slow
-def test_the_definition_generates_the_same(models):
+def test_reference_implementation_generates_the_same_tokens(models):
     ids = np.random.default_rng(0).integers(0, 50, (1, 20))
     model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32", attention_implementation="reference")
     out = model.generate(ids, max_new_tokens=4)
     np.testing.assert_array_equal(out, models("fused").generate(ids, max_new_tokens=4))
 
 
-def test_query_head_reads_its_own_kv_head():
+def test_query_heads_attend_to_their_kv_head():
     q, k = random(0, 1, 3, H, K), random(1, 1, 3, G, K)
     v = np.broadcast_to(np.arange(G, dtype=np.float32)[:, None], (1, 3, G, K))
     out = reference_attention(q, k, v, np.ones((1, 3, 3), bool))
     np.testing.assert_allclose(out[0, 0, :, 0], [0, 0, 0, 1, 1, 1], rtol=1e-6)
 
 
-def test_a_row_that_sees_nothing_is_finite():
+def test_fully_masked_row_is_finite():
     q, k, v = random(0, 1, 2, H, K), random(1, 1, 2, G, K), random(2, 1, 2, G, K)
     assert np.isfinite(reference_attention(q, k, v, np.zeros((1, 2, 2), bool))).all()
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5])
-def test_rotate_is_a_rotation_of_halves(theta):
+def test_rotate_matches_complex_rotation(theta):
     x = random(3, 2, 5, H, K)
     positions = np.array([[0, 1, 2, 3, 30000], [7, 8, 9, 10, 11]])
     z = x[..., : K // 2] + 1j * x[..., K // 2 :]
@@ -258,7 +258,7 @@ def test_rotate_keeps_float32_angles_in_bfloat16():
     np.testing.assert_allclose(np.float32(low), rotate(x, positions, 5e5), atol=0.05)
 
 
-def test_layer_norm():
+def test_layer_norm_matches_formula():
     x, scale = random(4, 3, 7, 20) * 5 + 30, random(5, 20)
     y = np.float64(x)
     want = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5) * scale

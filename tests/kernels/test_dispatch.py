@@ -1,4 +1,4 @@
-"""On which devices kernels run."""
+"""Tests of the selection of kernels by device and JAX version."""
 
 import types
 
@@ -10,7 +10,7 @@ from dbrx_jax.kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
-def asked_anew():
+def clear_backend_cache():
     backend._only_hopper_gpus.cache_clear()
     yield
     backend._only_hopper_gpus.cache_clear()
@@ -25,12 +25,12 @@ def test_only_hopper_gpus_have_kernels(monkeypatch, capability, kind):
     assert backend.kernel_backend("gpu") == kind
 
 
-def test_cards_that_are_compiled_for_are_hopper(monkeypatch):
+def test_gpu_kernels_are_used_when_compiling_without_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     assert backend.kernel_backend("gpu") == "gpu"
 
 
-def test_older_jax_and_cpus_have_none(monkeypatch):
+def test_older_jax_and_cpus_have_no_gpu_kernels(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
     assert backend.kernel_backend("cuda") is None
     assert backend.kernel_backend("tpu") == "tpu"
@@ -39,7 +39,7 @@ def test_older_jax_and_cpus_have_none(monkeypatch):
     assert backend.kernel_backend("cuda") == "gpu"
 
 
-def test_the_switch_turns_them_off(monkeypatch):
+def test_dbrx_kernels_variable_disables_kernels(monkeypatch):
     monkeypatch.setenv("DBRX_KERNELS", "0")
     assert backend.kernel_backend("tpu") is None
     assert dispatch.expert_kernels("tpu") is None

@@ -1,4 +1,4 @@
-"""The experts' arrangements against their definition, forward and backward."""
+"""Tests of expert dispatch against the reference, forward and backward."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from dbrx_jax.quantization import Format, quantize
 D, F = 24, 48
 
 
-def problem(tokens, num_experts, top_k, skew, seed, dtype=np.float32):
-    """Random rows, weights and a routing in which expert e is exp(-skew * e) times as likely as expert 0."""
+def random_case(tokens, num_experts, top_k, skew, seed, dtype=np.float32):
+    """Returns random rows, weights and routing; expert e is exp(-skew * e) times as likely as expert 0."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, D)).astype(dtype)
     noise = rng.gumbel(size=(tokens, num_experts)) - skew * np.arange(num_experts)
@@ -32,24 +32,24 @@ tiled = jax.jit(apply_experts, static_argnums=4, static_argnames="tile")
 
 
 @st.composite
-def problems(draw):
+def random_cases(draw):
     num_experts = draw(st.integers(2, 7))
     top_k = draw(st.integers(1, num_experts))
     tokens = draw(st.sampled_from([1, 2, 7, 16, 17, 63, 64, 65, 200]))
-    return problem(tokens, num_experts, top_k, draw(st.sampled_from([0.0, 1.0, 50.0])), draw(st.integers(0, 99)))
+    return random_case(tokens, num_experts, top_k, draw(st.sampled_from([0.0, 1.0, 50.0])), draw(st.integers(0, 99)))
 
 
 @settings(max_examples=10)
-@given(problems(), st.sampled_from(sorted(ACTIVATIONS)))
-@example(problem(200, 5, 1, 50.0, 0), "silu")  # all tokens to one expert, the others empty
-@example(problem(64, 4, 2, 0.0, 0), "silu")
-def test_matches_reference(case, activation):
+@given(random_cases(), st.sampled_from(sorted(ACTIVATIONS)))
+@example(random_case(200, 5, 1, 50.0, 0), "silu")  # all tokens to one expert, the others empty
+@example(random_case(64, 4, 2, 0.0, 0), "silu")
+def test_apply_experts_matches_reference(case, activation):
     np.testing.assert_allclose(apply(*case, activation), reference(*case, activation), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [5, 150])
-def test_bfloat16(tokens):
-    case = problem(tokens, 6, 3, 0.5, 1, dtype=jnp.bfloat16)
+def test_bfloat16_is_close_to_reference(tokens):
+    case = random_case(tokens, 6, 3, 0.5, 1, dtype=jnp.bfloat16)
     out, want = apply(*case, "silu"), reference(*case, "silu")
     assert out.dtype == jnp.bfloat16
     error = np.abs(np.float32(out) - np.float32(want)).max() / np.abs(np.float32(want)).max()
@@ -57,9 +57,9 @@ def test_bfloat16(tokens):
 
 
 @settings(max_examples=2)
-@given(problems())
-@example(problem(200, 5, 1, 50.0, 0))
-@example(problem(150, 6, 3, 0.5, 4))
+@given(random_cases())
+@example(random_case(200, 5, 1, 50.0, 0))
+@example(random_case(150, 6, 3, 0.5, 4))
 def test_gradients_match_reference(case):
     x, weights, chosen, expert_weights = case
     target = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
@@ -73,8 +73,8 @@ def test_gradients_match_reference(case):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_of_stacked_weights():
-    *arrays, expert_weights = problem(100, 4, 2, 0.5, 2)
+def test_stacked_weight_gradients_match_separate_weights():
+    *arrays, expert_weights = random_case(100, 4, 2, 0.5, 2)
     x, weights, chosen = map(jnp.asarray, arrays)
     stacked = ExpertWeights(*(jnp.stack(w) for w in expert_weights))
     grad = jax.grad(lambda e: jnp.sum(apply_experts(x, weights, chosen, e, "silu") ** 2))
@@ -83,8 +83,8 @@ def test_gradients_of_stacked_weights():
 
 
 @pytest.mark.parametrize("tokens", [9, 130])
-def test_padding_gives_zero_and_changes_nothing(tokens):
-    x, weights, chosen, expert_weights = problem(tokens, 5, 2, 0.0, 3)
+def test_padding_rows_are_zero_and_change_no_other_row(tokens):
+    x, weights, chosen, expert_weights = random_case(tokens, 5, 2, 0.0, 3)
     valid = np.arange(tokens) % 3 != 1
     poisoned = np.where(valid[:, None], x, np.nan).astype(np.float32)
     out = apply(poisoned, weights, chosen, expert_weights, "silu", valid)
@@ -93,20 +93,20 @@ def test_padding_gives_zero_and_changes_nothing(tokens):
 
 
 @pytest.mark.parametrize("tokens", [9, 130])
-def test_an_infinite_row_stays_alone(tokens):
-    x, weights, chosen, expert_weights = problem(tokens, 5, 2, 0.0, 3)
-    hot = x.copy()
-    hot[4] = 3e38
+def test_overflowing_row_does_not_change_other_rows(tokens):
+    x, weights, chosen, expert_weights = random_case(tokens, 5, 2, 0.0, 3)
+    large = x.copy()
+    large[4] = 3e38
     others = np.arange(tokens) != 4
-    out = apply(hot, weights, chosen, expert_weights, "silu")
+    out = apply(large, weights, chosen, expert_weights, "silu")
     np.testing.assert_array_equal(out[others], apply(x, weights, chosen, expert_weights, "silu")[others])
 
 
 @settings(max_examples=20)
 @given(st.sampled_from([11, 90]), st.integers(0, 99), st.floats(0, 5))
-def test_a_row_does_not_depend_on_the_others_bit_for_bit(tokens, seed, skew):
-    x, weights, chosen, expert_weights = problem(tokens, 6, 3, 0.0, 7)
-    other_x, other_weights, other_chosen, _ = problem(tokens, 6, 3, skew, seed)
+def test_row_bits_do_not_depend_on_other_rows(tokens, seed, skew):
+    x, weights, chosen, expert_weights = random_case(tokens, 6, 3, 0.0, 7)
+    other_x, other_weights, other_chosen, _ = random_case(tokens, 6, 3, skew, seed)
     row = seed % tokens
     other_x[row], other_weights[row], other_chosen[row] = x[row], weights[row], chosen[row]
     out = apply(x, weights, chosen, expert_weights, "silu")
@@ -115,8 +115,8 @@ def test_a_row_does_not_depend_on_the_others_bit_for_bit(tokens, seed, skew):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_small_batches_leave_inactive_experts_unread(tokens):
-    x, weights, chosen, expert_weights = problem(tokens, 6, 2, 0.0, 5)
+def test_small_batches_do_not_read_inactive_experts(tokens):
+    x, weights, chosen, expert_weights = random_case(tokens, 6, 2, 0.0, 5)
     chosen[:] = [1, 4]
     poison = ExpertWeights(
         *(tuple(w if e in (1, 4) else w * np.nan for e, w in enumerate(ws)) for ws in expert_weights)
@@ -127,7 +127,7 @@ def test_small_batches_leave_inactive_experts_unread(tokens):
 
 
 @settings(max_examples=6)
-@given(problems(), st.sampled_from(["int8", "int4", "fp8"]))
+@given(random_cases(), st.sampled_from(["int8", "int4", "fp8"]))
 def test_quantised_weights_match_reference(case, kind):
     x, weights, chosen, plain = case
     contracted = {"w1": (-1,), "v1": (-1,), "w2": (-2,)}
@@ -143,9 +143,9 @@ def test_quantised_weights_match_reference(case, kind):
 
 @settings(max_examples=8)
 @given(st.integers(0, 99), st.sampled_from([3, 8, 29]), st.floats(0, 3))
-def test_in_tiles_a_row_does_not_depend_on_how_many_there_are(seed, tokens, skew):
-    x, weights, chosen, expert_weights = problem(ROW_TILE, 6, 3, 0.0, 7)
-    more, more_weights, more_chosen, _ = problem(ROW_TILE * tokens, 6, 3, skew, seed)
+def test_tiled_row_bits_do_not_depend_on_number_of_rows(seed, tokens, skew):
+    x, weights, chosen, expert_weights = random_case(ROW_TILE, 6, 3, 0.0, 7)
+    more, more_weights, more_chosen, _ = random_case(ROW_TILE * tokens, 6, 3, skew, seed)
     row = seed % (ROW_TILE * tokens)
     more[row], more_weights[row], more_chosen[row] = x[2], weights[2], chosen[2]
     few = tiled(x, weights, chosen, expert_weights, "silu", tile=ROW_TILE)

@@ -1,4 +1,4 @@
-"""The GPU's attention kernel, interpreted on the CPU, against the plain definition."""
+"""Tests of the GPU cache attention kernel, interpreted on the CPU, against the reference."""
 
 import functools
 
@@ -23,13 +23,13 @@ def random(seed, *shape):
 
 
 @pytest.fixture(autouse=True)
-def few_parts(monkeypatch):
-    """A card full of warp groups takes long to interpret."""
+def few_warp_groups(monkeypatch):
+    """Reduces the number of warp groups, because interpreting a full GPU takes long."""
     monkeypatch.setattr(gpu_cache_attention, "WARP_GROUPS", 6)
 
 
-def filled_cache(seed, rows, positions, dtype):
-    """Keys, values and, of an int8 cache, scales."""
+def random_cache(seed, rows, positions, dtype):
+    """Returns random keys and values, and the scales of an int8 cache or None."""
     k, v = (jnp.asarray(random(seed + i, rows, G, positions, K)) for i in (1, 2))
     if dtype == "int8":
         (k, k_scale), (v, v_scale) = quantize_to_int8(k), quantize_to_int8(v)
@@ -46,51 +46,51 @@ def kernel(query, key, value, starts, first_row, context_shard, scales):
 
 
 def assert_same_parts(got, want, tolerance=1e-2):
-    """The same largest scores, and the same sums of values and weights; nothing where nothing is seen."""
+    """Asserts equal maximum scores and sums, and zeros where a query attends to no position."""
     (largest, total, out), (true_largest, true_total, true_out) = ([np.asarray(x) for x in p] for p in (got, want))
     np.testing.assert_allclose(largest, true_largest, atol=tolerance * max(1, np.abs(true_out).max()))
     np.testing.assert_array_equal(total == 0, true_total == 0)
-    share = np.exp(largest - true_largest)  # both maxima are rounded in their own way
-    for x, true in ((total * share, true_total), (out * share[..., None], true_out)):
+    rescale = np.exp(largest - true_largest)  # the maxima are rounded differently
+    for x, true in ((total * rescale, true_total), (out * rescale[..., None], true_out)):
         assert np.abs(x - true).max() <= tolerance * np.abs(true).max()
 
 
-def check(cache_dtype, starts, tokens, positions, context_shard, first_row, seed, heads=H):
+def check(cache_dtype, starts, tokens, capacity, context_shard, first_row, seed, heads=H):
     query = jnp.asarray(random(seed, len(starts), tokens, heads, K), jnp.bfloat16)
-    key, value, scales = filled_cache(seed, len(starts) + 2, positions, cache_dtype)
-    places = np.asarray(starts)[:, None] + np.arange(tokens)
+    key, value, scales = random_cache(seed, len(starts) + 2, capacity, cache_dtype)
+    positions = np.asarray(starts)[:, None] + np.arange(tokens)
     want = cached_attention(
-        query, key, value, places, first_row, 0, context_shard, scales=scales, implementation="reference"
+        query, key, value, positions, first_row, 0, context_shard, scales=scales, implementation="reference"
     )
     assert_same_parts(kernel(query, key, value, starts, first_row, context_shard, scales), want)
 
 
 @settings(max_examples=4)
 @given(st.sampled_from(["bfloat16", "int8"]), st.integers(1, 4), st.integers(0, 99), st.data())
-def test_decoding_matches_the_definition(cache_dtype, stride, seed, data):
+def test_decode_attention_matches_reference(cache_dtype, stride, seed, data):
     positions = data.draw(st.sampled_from([64, 448]))
     offset = data.draw(st.integers(0, stride - 1))
-    # Position 0, the last one, and some that see nothing of a context_shard that begins later.
+    # The first and last position, and random ones; some precede every position of their context_shard.
     ends = st.sampled_from([0, positions * stride - 1]) | st.integers(0, positions * stride - 1)
     starts = data.draw(st.lists(ends, min_size=1, max_size=3))
     check(cache_dtype, starts, 1, positions, (offset, stride), data.draw(st.integers(0, 2)), seed)
 
 
-def test_a_chunk_with_as_many_heads_of_keys_as_of_queries():
+def test_chunk_attention_with_equal_query_and_key_heads():
     check("bfloat16", [64], 64, 192, (0, 1), 0, 3, heads=G)
 
 
 @settings(max_examples=2)
 @given(st.sampled_from(["bfloat16", "int8"]), st.integers(1, 3), st.integers(0, 99), st.data())
-def test_chunks_match_the_definition(cache_dtype, stride, seed, data):
+def test_chunk_attention_matches_reference(cache_dtype, stride, seed, data):
     tokens = data.draw(st.sampled_from([64, 128]))
     start = data.draw(st.integers(0, 320 * stride - tokens))
     check(cache_dtype, [start], tokens, 320, (data.draw(st.integers(0, stride - 1)), stride), 1, seed)
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
-def test_blocks_after_the_last_live_one_are_not_read(cache_dtype):
-    query, (key, value, scales) = jnp.asarray(random(0, 1, 1, H, K), jnp.bfloat16), filled_cache(0, 1, 512, cache_dtype)
+def test_blocks_after_the_last_position_are_not_read(cache_dtype):
+    query, (key, value, scales) = jnp.asarray(random(0, 1, 1, H, K), jnp.bfloat16), random_cache(0, 1, 512, cache_dtype)
     clean = kernel(query, key, value, [100], 0, (0, 1), scales)
     if scales:
         scales = tuple(x.at[:, :, 128:].set(jnp.nan) for x in scales)
@@ -100,17 +100,17 @@ def test_blocks_after_the_last_live_one_are_not_read(cache_dtype):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_bits_of_a_row_do_not_depend_on_the_others_nor_on_the_caches_length():
-    query, (key, value, _) = jnp.asarray(random(0, 2, 1, H, K), jnp.bfloat16), filled_cache(0, 2, 512, "bfloat16")
+def test_row_bits_do_not_depend_on_other_rows_or_cache_length():
+    query, (key, value, _) = jnp.asarray(random(0, 2, 1, H, K), jnp.bfloat16), random_cache(0, 2, 512, "bfloat16")
     long = kernel(query, key, value, [100, 500], 0, (0, 1), None)
     short = kernel(query, key[:, :, :128], value[:, :, :128], [100, 3], 0, (0, 1), None)
     for a, b in zip(long, short, strict=True):
         np.testing.assert_array_equal(a[0], b[0])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, in the interpreter
-def test_an_infinite_row_spoils_no_other():
-    query, (key, value, _) = jnp.asarray(random(0, 2, 1, H, K), jnp.bfloat16), filled_cache(0, 2, 128, "bfloat16")
+@pytest.mark.filterwarnings("ignore:invalid value")  # from NumPy, in the interpreter
+def test_infinite_row_does_not_change_other_rows():
+    query, (key, value, _) = jnp.asarray(random(0, 2, 1, H, K), jnp.bfloat16), random_cache(0, 2, 128, "bfloat16")
     clean = kernel(query, key, value, [100, 90], 0, (0, 1), None)
     dirty = kernel(query.at[1].set(jnp.inf), key.at[1].set(jnp.inf), value, [100, 90], 0, (0, 1), None)
     for a, b in zip(clean, dirty, strict=True):
@@ -118,7 +118,7 @@ def test_an_infinite_row_spoils_no_other():
 
 
 def test_large_scores_do_not_overflow():
-    query, (key, value, _) = jnp.asarray(random(0, 1, 1, H, K), jnp.bfloat16), filled_cache(0, 1, 128, "bfloat16")
+    query, (key, value, _) = jnp.asarray(random(0, 1, 1, H, K), jnp.bfloat16), random_cache(0, 1, 128, "bfloat16")
     query = query * 1000
     _, total, out = kernel(query, key, value, [127], 0, (0, 1), None)
     q, k, v = (x.astype(jnp.float32) for x in (query, key.swapaxes(1, 2), value.swapaxes(1, 2)))
@@ -130,35 +130,35 @@ def test_large_scores_do_not_overflow():
     ("starts", "tokens", "context_shard", "dtype"),
     [([5, 300], 1, (0, 1), "bfloat16"), ([1, 900], 1, (2, 3), "int8"), ([70], 128, (0, 1), "bfloat16")],
 )
-def test_bytes_are_what_the_copies_move(monkeypatch, starts, tokens, context_shard, dtype):
-    moved = {"in": 0, "out": 0}
+def test_hbm_bytes_match_the_copies(monkeypatch, starts, tokens, context_shard, dtype):
+    copied = {"in": 0, "out": 0}
 
-    def counted(copy, way, which):
+    def count_bytes(copy, direction, index):
         def run(*arguments):
-            size = int(np.prod(arguments[which].shape)) * jnp.dtype(arguments[which].dtype).itemsize
-            jax.debug.callback(lambda: moved.__setitem__(way, moved[way] + size))
+            size = int(np.prod(arguments[index].shape)) * jnp.dtype(arguments[index].dtype).itemsize
+            jax.debug.callback(lambda: copied.__setitem__(direction, copied[direction] + size))
             copy(*arguments)
 
         return run
 
-    for name, way, which in (("copy_gmem_to_smem", "in", 0), ("copy_smem_to_gmem", "out", 1)):
-        monkeypatch.setattr(plgpu, name, counted(getattr(plgpu, name), way, which))
+    for name, direction, index in (("copy_gmem_to_smem", "in", 0), ("copy_smem_to_gmem", "out", 1)):
+        monkeypatch.setattr(plgpu, name, count_bytes(getattr(plgpu, name), direction, index))
     query = jnp.asarray(random(0, len(starts), tokens, H, K), jnp.bfloat16)
-    key, value, scales = filled_cache(0, len(starts), 384, dtype)
+    key, value, scales = random_cache(0, len(starts), 384, dtype)
     jax.block_until_ready(kernel(query, key, value, starts, 0, context_shard, scales))
     jax.effects_barrier()
-    assert gpu_cache_attention.hbm_bytes(query, key, np.array(starts), context_shard) == (moved["in"], moved["out"])
+    assert gpu_cache_attention.hbm_bytes(query, key, np.array(starts), context_shard) == (copied["in"], copied["out"])
 
 
 @pytest.mark.parametrize("changed", [{"K": 64}, {"positions": 100}, {"tokens": 100}, {"cache": "float32"}])
-def test_what_does_not_fit_is_not_supported(changed):
+def test_supports_rejects_unsupported_shapes(changed):
     sizes = {"K": K, "positions": 256, "tokens": 128, "cache": "bfloat16"} | changed
     query = jax.ShapeDtypeStruct((1, sizes["tokens"], H, sizes["K"]), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, G, sizes["positions"], sizes["K"]), sizes["cache"])
     assert not gpu_cache_attention.supports(query, key, key)
 
 
-def test_what_fits_is_supported():
+def test_supports_accepts_supported_shapes():
     for dtype in (jnp.bfloat16, jnp.int8):
         key = jax.ShapeDtypeStruct((1, G, 256, K), dtype)
         for tokens in (1, 128):

@@ -1,4 +1,4 @@
-"""Grouped matrix products for Hopper GPUs, interpreted on the CPU."""
+"""Tests of the grouped matmul for Hopper GPUs, interpreted on the CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 
 from dbrx_jax.kernels.gpu import grouped_gradient as gradient
 from dbrx_jax.kernels.gpu import grouped_matmul as grouped
-from tests.kernels.gpu import INTERPRET, copied, error, fresh_interpreter  # noqa: F401
-from tests.kernels.weights import floats, weight_of
+from tests.kernels.gpu import INTERPRET, copied_bytes, fresh_interpreter, max_error  # noqa: F401
+from tests.kernels.weights import to_float32, weight_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value")
 
 
-def matrices(form, contracted, dtype=jnp.bfloat16, E=3):
+def random_weights(fmt, contracted, dtype=jnp.bfloat16, E=3):
     C, M = (128, 192) if contracted == 1 else (192, 128)
-    if form == "int4-64" and contracted == 1:
+    if fmt == "int4-64" and contracted == 1:
         C = 256
     shape = (E, M, C) if contracted == 1 else (E, C, M)
-    return weight_of(shape, form, contracted, dtype), C, M
+    return weight_of(shape, fmt, contracted, dtype), C, M
 
 
 def run(rows, w, contracted, sizes, tiles=None):
@@ -30,33 +30,33 @@ def run(rows, w, contracted, sizes, tiles=None):
 
 
 def reference(rows, w, contracted, sizes):
-    w, rows = floats(w), floats(rows)
+    w, rows = to_float32(w), to_float32(rows)
     y, start = np.zeros((rows.shape[0], w.shape[2 - contracted]), np.float32), 0
     for e, size in enumerate(sizes):
-        own = slice(start, start + size)
-        y[own] = rows[own] @ (w[e].T if contracted == 1 else w[e])
+        group = slice(start, start + size)
+        y[group] = rows[group] @ (w[e].T if contracted == 1 else w[e])
         start += size
     return y
 
 
-def normal(P, C, dtype=jnp.bfloat16):
+def random_rows(P, C, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(2), (P, C)).astype(dtype)
 
 
 @pytest.mark.parametrize("contracted", [1, 0])
 @pytest.mark.parametrize(
-    ("form", "dtype"),
+    ("fmt", "dtype"),
     [("plain", jnp.bfloat16), ("plain", jnp.float32), *((f, jnp.bfloat16) for f in ("int8", "fp8", "int4", "int4-64"))],
 )
-def test_each_row_times_its_own_matrix(form, dtype, contracted):
-    w, C, M = matrices(form, contracted, dtype)
+def test_grouped_matmul_matches_reference(fmt, dtype, contracted):
+    w, C, M = random_weights(fmt, contracted, dtype)
     sizes = [70, 0, 33]
-    rows = normal(150, C, dtype)
+    rows = random_rows(150, C, dtype)
     y = run(rows, w, contracted, sizes)
     assert y.dtype == dtype
     assert y.shape == (150, M)
-    assert error(y, reference(rows, w, contracted, sizes)) < (1e-5 if dtype == jnp.float32 else 1e-2)
-    np.testing.assert_array_equal(floats(y)[103:], 0)
+    assert max_error(y, reference(rows, w, contracted, sizes)) < (1e-5 if dtype == jnp.float32 else 1e-2)
+    np.testing.assert_array_equal(to_float32(y)[103:], 0)
 
 
 @pytest.mark.slow  # a run of the interpreter takes seconds
@@ -71,67 +71,67 @@ def test_each_row_times_its_own_matrix(form, dtype, contracted):
 @example("int8", 1, [0, 130, 0], 0)
 @example("plain", 1, [1, 0, 63], 1)
 @example("int4-64", 0, [64, 0, 1], 0)
-def test_ragged_and_empty_groups_with_rows_past_the_end(form, contracted, sizes, past):
-    w, C, _ = matrices(form, contracted)
-    rows = normal(max(sum(sizes) + past, 1), C)
+def test_random_groups_with_trailing_rows_match_reference(fmt, contracted, sizes, trailing):
+    w, C, _ = random_weights(fmt, contracted)
+    rows = random_rows(max(sum(sizes) + trailing, 1), C)
     y = run(rows, w, contracted, sizes)
-    assert error(y, reference(rows, w, contracted, sizes)) < 1e-2
+    assert max_error(y, reference(rows, w, contracted, sizes)) < 1e-2
 
 
 @pytest.mark.slow
 @settings(max_examples=6)
 @given(st.lists(st.integers(0, 70), min_size=3, max_size=3), st.integers(0, 30))
-def test_the_gradient_of_any_groups(sizes, past):
-    count = max(sum(sizes) + past, 1)
-    out, rows = normal(count, 128), normal(count, 256)[::-1]
-    found = jax.jit(lambda *a: gradient.grouped_gradient(*a, interpret=INTERPRET))(out, rows, jnp.array(sizes))
+def test_gradient_of_random_groups_matches_reference(sizes, trailing):
+    count = max(sum(sizes) + trailing, 1)
+    out, rows = random_rows(count, 128), random_rows(count, 256)[::-1]
+    actual = jax.jit(lambda *a: gradient.grouped_gradient(*a, interpret=INTERPRET))(out, rows, jnp.array(sizes))
     ends = np.cumsum(sizes)
     parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    assert error(found, np.stack([floats(out)[p].T @ floats(rows)[p] for p in parts])) < 1e-2
+    assert max_error(actual, np.stack([to_float32(out)[p].T @ to_float32(rows)[p] for p in parts])) < 1e-2
 
 
-@pytest.mark.parametrize("form", ["plain", "int8"])
-def test_a_row_that_is_not_finite_spoils_no_other(form):
-    w, C, _ = matrices(form, 0)
-    sizes, rows = [40, 20, 0], normal(70, C)
-    y = floats(run(rows.at[10].set(np.inf).at[65].set(np.nan), w, 0, sizes))
-    assert error(np.delete(y, 10, 0), np.delete(reference(rows, w, 0, sizes), 10, 0)) < 1e-2
+@pytest.mark.parametrize("fmt", ["plain", "int8"])
+def test_non_finite_row_does_not_change_other_rows(fmt):
+    w, C, _ = random_weights(fmt, 0)
+    sizes, rows = [40, 20, 0], random_rows(70, C)
+    y = to_float32(run(rows.at[10].set(np.inf).at[65].set(np.nan), w, 0, sizes))
+    assert max_error(np.delete(y, 10, 0), np.delete(reference(rows, w, 0, sizes), 10, 0)) < 1e-2
 
 
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
     [(jnp.bfloat16, [70, 0, 33]), (jnp.bfloat16, [0, 0, 0]), (jnp.float32, [64, 0, 86]), (jnp.bfloat16, [150, 0, 0])],
 )
-def test_the_gradient_of_the_weights(dtype, sizes):
-    out, rows = normal(150, 128, dtype), normal(150, 256, dtype)[::-1]
-    if sum(sizes) < 150:  # what belongs to nobody
+def test_grouped_gradient_matches_reference(dtype, sizes):
+    out, rows = random_rows(150, 128, dtype), random_rows(150, 256, dtype)[::-1]
+    if sum(sizes) < 150:  # rows past the last group
         out, rows = out.at[140].set(np.inf), rows.at[141].set(np.nan)
     assert gradient.gradient_supports(out, rows, interpret=True)
     function = jax.jit(lambda *a: gradient.grouped_gradient(*a, interpret=INTERPRET))
-    found = function(out, rows, jnp.array(sizes, jnp.int32))
+    actual = function(out, rows, jnp.array(sizes, jnp.int32))
     ends = np.cumsum(sizes)
     parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    expected = np.stack([floats(out)[p].T @ floats(rows)[p] for p in parts])
-    assert found.shape == (3, 128, 256)
-    assert error(found, expected) < (1e-5 if dtype == jnp.float32 else 1e-2)
-    np.testing.assert_array_equal(floats(found)[np.array(sizes) == 0], 0)
+    expected = np.stack([to_float32(out)[p].T @ to_float32(rows)[p] for p in parts])
+    assert actual.shape == (3, 128, 256)
+    assert max_error(actual, expected) < (1e-5 if dtype == jnp.float32 else 1e-2)
+    np.testing.assert_array_equal(to_float32(actual)[np.array(sizes) == 0], 0)
 
 
-@pytest.mark.parametrize("form", ["plain", "int8", "int4-64"])
-def test_bytes_are_those_of_the_copies(form, copied):  # noqa: F811
-    w, C, _ = matrices(form, 1)
-    sizes, rows = [40, 0, 33], normal(80, C)
+@pytest.mark.parametrize("fmt", ["plain", "int8", "int4-64"])
+def test_grouped_bytes_match_the_copies(fmt, copied_bytes):  # noqa: F811
+    w, C, _ = random_weights(fmt, 1)
+    sizes, rows = [40, 0, 33], random_rows(80, C)
     run(rows, w, 1, sizes)
     read, written = grouped.grouped_bytes(rows, w, 1, sizes)
-    assert copied["in"] == read
-    assert copied["out"] == written
+    assert copied_bytes["in"] == read
+    assert copied_bytes["out"] == written
 
 
-def test_what_it_does_not_take_is_said():
-    w, C, _ = matrices("int8", 1)
-    rows = normal(8, C)
+def test_supports_rejects_unsupported_operands():
+    w, C, _ = random_weights("int8", 1)
+    rows = random_rows(8, C)
     assert grouped.supports(rows, w, 1)
     assert not grouped.supports(rows.astype(jnp.float32), w, 1)
     assert not grouped.supports(rows, weight_of((2, 100, 128), "int8", 1), 1)
     assert not grouped.supports(rows, weight_of((2, 100, 128), "plain", 1), 1)
-    assert not gradient.gradient_supports(normal(8, 100), rows)
+    assert not gradient.gradient_supports(random_rows(8, 100), rows)

@@ -1,4 +1,4 @@
-"""Writing positions into a TPU's cache, interpreted, against numpy."""
+"""Tests of the TPU cache write kernel, interpreted on the CPU, against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,20 @@ from dbrx_jax.model.cache import LayerCache, swap_layout, write_cache
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_only_what_is_within_is_written(dtype):
+def test_write_positions_skips_positions_out_of_range(dtype):
     rng = np.random.default_rng(0)
     cache, new = rng.integers(-9, 9, (5, 6, 2, 128)), rng.integers(-9, 9, (3, 2, 128))
-    rows, places = np.array([1, 4, 2]), np.array([0, 6, 5])  # the second's is another device's
+    rows, positions = np.array([1, 4, 2]), np.array([0, 6, 5])  # the second position is on another device
     want = cache.copy()
     want[1, 0], want[2, 5] = new[0], new[2]
     with pltpu.force_tpu_interpret_mode():
-        out = jax.jit(write_positions)(jnp.asarray(cache, dtype), jnp.asarray(new, dtype), rows, places)
+        out = jax.jit(write_positions)(jnp.asarray(cache, dtype), jnp.asarray(new, dtype), rows, positions)
     np.testing.assert_array_equal(np.asarray(out, np.int64), want)
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_layers_cache_is_written_as_by_the_scatter(int8):
-    """Eight heads, context_shard 1 of 2, rows from 2 on: by the platform's name the kernel does it."""
+def test_tpu_write_cache_matches_scatter(int8):
+    """Eight heads, context_shard 1 of 2, rows from 2 on; platform="tpu" selects the kernel."""
     rng = np.random.default_rng(1)
     shape, scales = (6, 8, 16, 128), [jnp.zeros((6, 8, 16), jnp.bfloat16)] * 2 if int8 else []
     cache = LayerCache(*[jnp.zeros(shape, "int8" if int8 else "float32")] * 2, *scales)
@@ -32,10 +32,10 @@ def test_a_layers_cache_is_written_as_by_the_scatter(int8):
     positions = jnp.array([[3], [4], [31]])
     want = write_cache(cache, key, value, positions, 2, (1, 2))
     with pltpu.force_tpu_interpret_mode():
-        lying = swap_layout(cache, "tpu")
-        found = swap_layout(
-            write_cache(swap_layout(lying, "tpu"), key, value, positions, 2, (1, 2), platform="tpu"), "tpu"
+        tpu_cache = swap_layout(cache, "tpu")
+        actual = swap_layout(
+            write_cache(swap_layout(tpu_cache, "tpu"), key, value, positions, 2, (1, 2), platform="tpu"), "tpu"
         )
-    for a, b in zip(swap_layout(found, "tpu"), want, strict=True):
+    for a, b in zip(swap_layout(actual, "tpu"), want, strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.asarray(want.key).any(axis=(1, 3)).sum() == 2

@@ -1,4 +1,4 @@
-"""The router's choice and the balancing loss."""
+"""Tests of routing and the load-balancing loss."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ def softmax(x):
 
 
 @pytest.mark.parametrize("norm", [None, 1.0, 2.0, 3.5])
-def test_weights(norm):
+def test_route_matches_softmax_top_k(norm):
     logits = np.random.default_rng(0).normal(size=(30, 7)).astype(np.float32)
     probs, weights, experts = route(logits, 3, norm)
     np.testing.assert_allclose(probs, softmax(logits), rtol=1e-5)
@@ -25,17 +25,17 @@ def test_weights(norm):
     np.testing.assert_allclose(weights, want, rtol=1e-5)
 
 
-def test_ties_go_to_the_lower_expert():
+def test_route_breaks_ties_by_lower_expert():
     _, _, experts = route(np.array([[1.0, 2.0, 2.0, 1.0, 2.0]], np.float32), 4, 1.0)
     np.testing.assert_array_equal(experts, [[1, 2, 4, 0]])
 
 
-def test_probabilities_are_float32_for_bfloat16_logits():
+def test_route_returns_float32_for_bfloat16_logits():
     probs, weights, _ = route(jnp.ones((2, 4), jnp.bfloat16), 2, 1.0)
     assert probs.dtype == weights.dtype == jnp.float32
 
 
-def test_balance_is_one_when_even_and_experts_over_k_when_collapsed():
+def test_load_balancing_loss_is_one_when_even_and_num_experts_when_collapsed():
     even = np.zeros((4, 4), np.float32)  # probabilities even; each token's choice is set below
     routing = route(even, 1, 1.0)
     spread = routing._replace(experts=np.arange(4)[:, None])
@@ -44,12 +44,12 @@ def test_balance_is_one_when_even_and_experts_over_k_when_collapsed():
     np.testing.assert_allclose(load_balancing_loss([collapsed]), 4.0, rtol=1e-5)
 
 
-def test_balance_ignores_padding():
+def test_load_balancing_loss_ignores_padding():
     logits = np.random.default_rng(1).normal(size=(20, 5)).astype(np.float32)
     valid = np.arange(20) < 12
-    whole, part = route(logits, 2, 1.0), route(logits[:12], 2, 1.0)
+    padded, unpadded = route(logits, 2, 1.0), route(logits[:12], 2, 1.0)
     for pooled in (False, True):
         np.testing.assert_allclose(
-            load_balancing_loss([whole], valid, pooled), load_balancing_loss([part], pooled=pooled), rtol=1e-6
+            load_balancing_loss([padded], valid, pooled), load_balancing_loss([unpadded], pooled=pooled), rtol=1e-6
         )
-    assert not np.isclose(load_balancing_loss([whole]), load_balancing_loss([part]))
+    assert not np.isclose(load_balancing_loss([padded]), load_balancing_loss([unpadded]))

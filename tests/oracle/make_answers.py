@@ -1,4 +1,4 @@
-"""Asks transformers 4.57.6 about DBRX, in float32. Runs where torch is, and knows nothing of dbrx_jax.
+"""Writes outputs of DBRX in transformers 4.57.6, in float32. Needs torch and does not import dbrx_jax.
 
     python make_answers.py OUT [CHECKPOINT …]
 
@@ -25,7 +25,7 @@ CONFIGS = [  # d_model, heads, kv, layers, vocabulary, ffn, experts, top k, clip
 ]
 
 
-def make(folder: Path, seed: int, size: tuple) -> None:
+def write_random_model(folder: Path, seed: int, size: tuple) -> None:
     d, heads, kv, layers, vocabulary, ffn, experts, top_k, clip, norm, theta, activation = size
     torch.manual_seed(seed)
     attention = {"kv_n_heads": kv, "clip_qkv": clip, "rope_theta": theta}
@@ -49,7 +49,7 @@ def make(folder: Path, seed: int, size: tuple) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def answer(folder: Path, out: Path, seed: int) -> None:
+def write_answers(folder: Path, out: Path, seed: int) -> None:
     model = DbrxForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
     generator = np.random.default_rng(seed)
     ids = torch.tensor(generator.integers(0, model.config.vocab_size, (4, 30)))
@@ -67,11 +67,11 @@ def answer(folder: Path, out: Path, seed: int) -> None:
 
 
 def main(out: Path, checkpoints: list[Path]) -> None:
-    for number, size in enumerate(CONFIGS):
-        make(out / f"random{number}", number, size)
-        answer(out / f"random{number}", out / f"random{number}" / "answers.npz", number)
+    for seed, size in enumerate(CONFIGS):
+        write_random_model(out / f"random{seed}", seed, size)
+        write_answers(out / f"random{seed}", out / f"random{seed}" / "answers.npz", seed)
     for checkpoint in checkpoints:
-        answer(checkpoint, out / f"{checkpoint.name}.npz", 100)
+        write_answers(checkpoint, out / f"{checkpoint.name}.npz", 100)
 
 
 main(Path(sys.argv[1]), [Path(a) for a in sys.argv[2:]])

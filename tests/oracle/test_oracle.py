@@ -1,4 +1,4 @@
-"""Random models and the demo against a live oracle, in a Python of its own named by DBRX_ORACLE_PYTHON."""
+"""Tests of random models and the demo against transformers, in the separate Python named by DBRX_ORACLE_PYTHON."""
 
 import os
 import subprocess
@@ -18,19 +18,19 @@ FOLDERS = [f"random{i}" for i in range(6)]
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """The folder that make_answers.py filled; a copy of each random model that we wrote is asked about too."""
+    """The folder of make_answers.py's outputs, for random models, the demo, and two copies that we export."""
     out = tmp_path_factory.mktemp("oracle")
-    ask(out, source_folder())
+    run_oracle(out, source_folder())
     copies = []
     for name in FOLDERS[:2]:
         copies.append(out / "copies" / name)
         to_orbax(out / name, out / "orbax" / name)
         to_hf(out / "orbax" / name, copies[-1], max_shard_size=100_000)
-    ask(out, *copies)
+    run_oracle(out, *copies)
     return out
 
 
-def ask(out, *checkpoints):
+def run_oracle(out, *checkpoints):
     python = os.environ["DBRX_ORACLE_PYTHON"]  # .ci/run makes it: torch 2.13.0 and transformers 4.57.6
     script = Path(__file__).parent / "make_answers.py"
     subprocess.run([python, script, out, *checkpoints], check=True, timeout=600)
@@ -38,8 +38,8 @@ def ask(out, *checkpoints):
 
 def check(model, expected):
     logits = np.asarray(model(expected["ids"], expected["mask"]))
-    real = expected["mask"] == 1
-    np.testing.assert_allclose(logits[real], expected["logits"][real], rtol=0, atol=1e-4)
+    valid = expected["mask"] == 1
+    np.testing.assert_allclose(logits[valid], expected["logits"][valid], rtol=0, atol=1e-4)
     options = {"max_new_tokens": expected["greedy"].shape[1], "eos_token_id": None}
     greedy = model.generate(expected["ids"], expected["mask"], **options)
     np.testing.assert_array_equal(greedy[:, 30:], expected["greedy"])
@@ -48,16 +48,16 @@ def check(model, expected):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_random_models(answers, name):
+def test_random_model_matches_oracle(answers, name):
     check(DbrxForCausalLM.from_pretrained(answers / name), dict(np.load(answers / name / "answers.npz")))
 
 
-def test_the_demo(answers):
+def test_demo_matches_oracle(answers):
     check(DbrxForCausalLM.from_pretrained(source_folder(), dtype="float32"), dict(np.load(answers / "checkpoint.npz")))
 
 
 @pytest.mark.parametrize("name", FOLDERS[:2])
-def test_what_we_write_is_what_transformers_reads(answers, name):
+def test_exported_model_matches_in_transformers(answers, name):
     theirs, copy = (np.load(answers / path) for path in (f"{name}/answers.npz", f"{name}.npz"))
     check(DbrxForCausalLM.from_pretrained(answers / name), dict(copy))
     assert theirs["logits"].shape == copy["logits"].shape

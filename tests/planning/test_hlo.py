@@ -1,7 +1,7 @@
-"""Counting on programs that the TPU and GPU compilers gave, against bytes worked out by hand.
+"""Tests of byte counts in compiled TPU and GPU programs against counts by hand.
 
-tests/planning/hlo/ holds their texts, cut down to what is read: compiled by libtpu 0.0.42 for v5e and tpu7x and by
-jax-cuda13-plugin 0.10.2 for the H100. Scalars that a TPU's text puts in HBM count, so some sums have odd bytes.
+tests/planning/hlo/ has their HLO, reduced to the parts that are parsed: compiled by libtpu 0.0.42 for v5e and tpu7x
+and by jax-cuda13-plugin 0.10.2 for the H100. Scalars that a TPU's text puts in HBM count, so some sums have odd bytes.
 """
 
 from pathlib import Path
@@ -18,43 +18,43 @@ def program(name):
 
 
 def traffic(name, trips=None):
-    counted = hbm_traffic(program(name), trips)
-    assert sum(counted.by_op.values()) == counted.read + counted.written
-    return counted.read, counted.written
+    total = hbm_traffic(program(name), trips)
+    assert sum(total.by_op.values()) == total.read + total.written
+    return total.read, total.written
 
 
 def kinds(name):
     return {(c.kind, c.operand_bytes, c.result_bytes, c.group_size, c.parameters) for c in collectives(program(name))}
 
 
-def test_a_tpu_matmul_reads_weights_and_activations_once():
-    """x goes to the chip by an asynchronous copy first: its bytes in HBM count once."""
+def test_tpu_matmul_reads_weights_and_activations_once():
+    """x is first copied asynchronously to on-chip memory; its bytes in HBM count once."""
     x, w, y = 64 * 6144 * 2, 10752 * 6144 * 2, 64 * 10752 * 2
     assert traffic("matmul_v5e") == (x + w, y)
     assert collectives(program("matmul_v5e")) == []
 
 
-def test_a_gpu_matmul_split_in_four_writes_and_reads_its_parts():
+def test_gpu_split_k_matmul_writes_and_reads_its_parts():
     x, w, y, parts = 64 * 6144 * 2, 10752 * 6144 * 2, 64 * 10752 * 2, 4 * 64 * 10752 * 4
     assert traffic("matmul_h100") == (x + w + parts, parts + y)
 
 
-def test_a_gpu_sum_over_devices_in_a_fusion_that_is_started_counts_as_one():
-    """By jax-cuda13-plugin 0.12.0: the all-reduce is a kernel of XLA's own."""
+def test_gpu_asynchronous_all_reduce_in_a_fusion_counts_once():
+    """Compiled by jax-cuda13-plugin 0.12.0: the all-reduce is one of XLA's kernels."""
     x, w, y = 8 * 768 * 2, 768 * 6144 * 2, 8 * 6144 * 2
     assert traffic("async_psum_h100") == (x + w + 2 * y, 3 * y)
     assert kinds("async_psum_h100") == {("all-reduce", y, y, 8, ())}
 
 
-def test_packed_int4_weights_count_half_a_byte():
+def test_packed_int4_weight_counts_half_a_byte():
     assert traffic("int4_v5e") == (64 * 6144 * 2 + 10752 * 6144 // 2 + 10752 * 2, 64 * 10752 * 2)
 
 
-def test_a_gpu_loop_updates_its_cache_in_place():
+def test_gpu_loop_updates_its_cache_in_place():
     w, x, parts = 24576 * 6144 * 2, 8 * 6144 * 2, 4 * 8 * 24576 * 4
     key = 8 * 8 * 1 * 128
     rows = 8 * 6144
-    # The matmul; the update, which adds up four parts; the next x, likewise; the counter, and its comparison.
+    # The matmul; the update and the next x, which each sum four parts; the counter and its comparison.
     read = x + w + (4 * key * 4 + 4) + 4 * rows * 4 + 4 + 8
     written = parts + key * 2 + rows * 2 + 4 + 1
     # Outside, x and the counter are copied; the donated cache is not.
@@ -62,7 +62,7 @@ def test_a_gpu_loop_updates_its_cache_in_place():
     assert traffic("loop_h100") == (read + x + 4, written + x + 4)
 
 
-def test_a_tpu_loop_copies_its_cache_into_another_layout_and_back():
+def test_tpu_loop_copies_its_cache_to_another_layout_and_back():
     w, x, cache = 24576 * 6144 * 2, 8 * 6144 * 2, 8 * 8 * 8192 * 128 * 2
     read = w + 8 + 8 + 4 + 8 + 8  # scalars: two sums, two comparisons, a select
     written = 8 * 8 * 1 * 128 * 2 + 4 + 1
@@ -72,46 +72,46 @@ def test_a_tpu_loop_copies_its_cache_into_another_layout_and_back():
     assert (second.bytes, third.bytes) == (cache, x)
 
 
-def test_an_update_of_a_buffer_that_is_not_donated_copies_it():
+def test_update_of_a_buffer_not_donated_counts_its_copy():
     cache, rows = 16 * 8 * 4096 * 128 * 2, 16 * 8 * 128 * 2
     assert traffic("rows_h100") == (cache + rows + 16 * 4, cache + rows)
     assert [t.opcode for t in largest_temporaries(program("rows_h100"))] == ["copy"]
 
 
-def test_an_update_of_a_buffer_that_is_read_later_counts_whole():
-    text = program("rows_h100").replace("fusion(%copy.2,", "fusion(%c.1,")  # nobody may write over an argument
+def test_update_of_a_buffer_read_later_counts_all_its_bytes():
+    text = program("rows_h100").replace("fusion(%copy.2,", "fusion(%c.1,")  # arguments are read-only
     cache, rows = 16 * 8 * 4096 * 128 * 2, 16 * 8 * 128 * 2
     counted = hbm_traffic(text)
-    assert counted.read == 2 * cache + rows + 16 * 4  # the copy, which is still there, and the update
+    assert counted.read == 2 * cache + rows + 16 * 4  # the remaining copy and the update
     assert counted.written == 2 * cache
 
 
-def test_a_slice_inside_a_fusion_counts_as_the_slice():
+def test_slice_in_a_fusion_counts_only_the_slice():
     x, expert, y = 64 * 6144 * 2, 10752 * 6144 * 2, 64 * 10752 * 2
-    assert traffic("pick_v5e") == (x + expert + 4 + 4 + 4, y)  # of four experts one
+    assert traffic("pick_v5e") == (x + expert + 4 + 4 + 4, y)  # one of four experts
 
 
-def test_a_gpu_scan_copies_each_layers_weights():
+def test_gpu_scan_copies_weights_of_each_layer():
     layer, x, parts = 4096 * 4096 * 2, 64 * 4096 * 2, 8 * 64 * 4096 * 4
     read = (layer + 4) + (layer + x) + parts + 4 + 4  # slice, matmul, activation, counter, comparison
     written = layer + parts + x + 4 + 1
-    assert traffic("scan_h100", {"while": 99}) == (6 * read + x + 4, 6 * written + x + 4)  # its 6 trips are known
+    assert traffic("scan_h100", {"while": 99}) == (6 * read + x + 4, 6 * written + x + 4)  # its text gives 6 trips
     assert largest_temporaries(program("scan_h100"), 1)[0].bytes == layer
 
 
-def test_a_tpu_scan_counts_its_trips_from_its_constants():
+def test_tpu_scan_trip_count_is_read_from_constants():
     layer, x = 4096 * 4096 * 2, 64 * 4096 * 2
     read = layer + 4 + 4 + 8  # x stays on the chip; copy and sum of the counter, comparison
     assert traffic("scan_v5e") == (6 * read + x + 4, 6 * (4 + 1) + x + 4)
 
 
-def test_of_a_conditional_the_largest_branch_counts():
+def test_conditional_counts_its_largest_branch():
     x, w = 64 * 4096 * 2, 4096 * 4096 * 2
     outside, branch = (x + 4 + 8, x + 4), (x + 2 * w, x)
     assert traffic("conditional_v5e") == (outside[0] + branch[0], outside[1] + branch[1])
 
 
-def test_gpu_collectives():
+def test_gpu_collectives_are_listed():
     w, h = 1024 * 6144 * 2, 64 * 8192 * 2
     assert kinds("gather_h100") == {
         ("all-gather", w, 4 * w, 4, ("w",)),
@@ -120,27 +120,27 @@ def test_gpu_collectives():
     }
 
 
-def test_tpu_collectives_and_one_that_runs_in_three_fusions():
+def test_tpu_collectives_and_traffic_are_counted():
     w, h = 1024 * 6144 * 2, 64 * 8192 * 2
-    wanted = {
+    expected = {
         ("all-gather", w, 4 * w, 4, ("w",)),
         ("reduce-scatter", h, h // 4, 4, ()),
         ("all-reduce", h // 4, h // 4, 2, ()),
     }
-    assert kinds("gather_v5e") == wanted
+    assert kinds("gather_v5e") == expected
     assert len(collectives(program("gather_v5e"))) == 3
-    assert kinds("gather_tpu7x") == wanted  # by calls to its SparseCores
+    assert kinds("gather_tpu7x") == expected  # by calls to its SparseCores
     x, v, y, z = 64 * 6144 * 2, 8192 * 6144 * 2, 64 * 4096 * 2, 64 * 2048 * 2
-    # v is copied to the chip once more for the next execution. The reduce-scatter stays on the chip.
+    # v is copied to on-chip memory again for the next execution. The reduce-scatter stays on the chip.
     assert traffic("gather_v5e") == (x + v + w + 4 * w, 4 * w + y + z)
     # The tpu7x keeps h and the results of all three in HBM, and copies the last.
     assert traffic("gather_tpu7x") == (x + v + h + w + z + z + 4 * w, h + z + 4 * w + z + z + y)
 
 
-def test_a_tpus_all_reduce_scatter_is_a_reduce_scatter():
+def test_tpu_all_reduce_scatter_is_a_reduce_scatter():
     y = 4096 * 512 * 4
-    (found,) = collectives(program("scatter_v5e"))
-    assert found == Collective(
+    (collective,) = collectives(program("scatter_v5e"))
+    assert collective == Collective(
         kind="reduce-scatter",
         operands=("f32[4096,512]",),
         operand_bytes=y,
@@ -164,7 +164,7 @@ def test_a_tpus_all_reduce_scatter_is_a_reduce_scatter():
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1':(1)2}", 2),
     ],
 )
-def test_groups(groups, size):
+def test_replica_group_size_is_parsed(groups, size):
     text = f"""HloModule jit_f, is_scheduled=true, num_partitions=8
 
 ENTRY %main (x: bf16[64,6144]) -> bf16[128,6144] {{
@@ -173,12 +173,12 @@ ENTRY %main (x: bf16[64,6144]) -> bf16[128,6144] {{
   ROOT %all-gather = bf16[128,6144]{{1,0}} all-gather(%copy), channel_id=2, replica_groups={groups}, dimensions={{0}}
 }}
 """
-    (found,) = collectives(text)
-    assert found.group_size == size
-    assert found.parameters == ("p['w']",)  # a copy of it
+    (collective,) = collectives(text)
+    assert collective.group_size == size
+    assert collective.parameters == ("p['w']",)  # a copy of it
 
 
-def test_a_collective_in_a_loop_runs_as_often_and_sees_through_to_an_unchanged_argument():
+def test_collective_in_a_loop_counts_runs_and_traces_loop_invariant_arguments():
     text = """HloModule jit_f, is_scheduled=true, num_partitions=4
 
 %body (arg: (s32[], f32[8], f32[8])) -> (s32[], f32[8], f32[8]) {
@@ -221,12 +221,12 @@ metadata={op_name="jit(f)/while"}
         ("collective-permute", 800),
     ],
 )
-def test_bytes_moved(kind, moved):
+def test_bytes_moved_matches_each_collective(kind, moved):
     assert bytes_moved(Collective(kind, ("f32[200]",), 800, 400, 4, 1, "", ())) == moved
 
 
 @pytest.mark.parametrize(
-    ("line", "names"),
+    ("line", "message"),
     [
         ("%y = f32[8]{0} levitate(%x)", "levitate"),
         ("%y = f7[8]{0} negate(%x)", "f7"),
@@ -234,7 +234,7 @@ def test_bytes_moved(kind, moved):
         ("%y = f32[8]{0} all-reduce(%x), replica_groups=somehow", "groups"),
     ],
 )
-def test_what_is_not_known_is_named(line, names):
+def test_unknown_instructions_are_rejected_by_name(line, message):
     text = f"""HloModule jit_f
 
 ENTRY %main (x: f32[8]) -> f32[8] {{
@@ -242,10 +242,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
   ROOT {line}
 }}
 """
-    with pytest.raises(ValueError, match=names):
+    with pytest.raises(ValueError, match=message):
         hbm_traffic(text), collectives(text)
 
 
-def test_what_is_no_module_is_refused():
+def test_text_without_hlo_module_is_rejected():
     with pytest.raises(ValueError, match="HloModule"):
         hbm_traffic("module @jit_f {}")

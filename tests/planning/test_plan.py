@@ -1,4 +1,4 @@
-"""The plan's arithmetic against sums done another way, and its page."""
+"""Tests of memory plans and rooflines against independent sums, and of the plan command."""
 
 import dataclasses
 import json
@@ -38,17 +38,17 @@ def setting(kind="v5e", axes=None, precision="bfloat16", batch=64, context=4096,
     return Setting(config, target(kind), axes or {"expert": 16, "tensor": 4}, precision, batch, context)
 
 
-def test_parameters_of_all_devices_are_the_model():
+def test_parameters_of_all_devices_sum_to_the_model():
     for axes in ({"expert": 16, "tensor": 4}, {"fsdp": 8, "expert": 8}, {"expert": 1}):
-        held = memory(setting(axes=axes)).parameters
-        whole = sum(size for group, size in held.items() if group != "routers and norms") * math.prod(axes.values())
-        small = held["routers and norms"]
-        assert whole + small == DBRX.total_parameters * 2, axes
-        assert small == 2 * (40 * (16 * 6144 + 2 * 6144) + 6144)
+        sizes = memory(setting(axes=axes)).parameters
+        shards = sum(size for group, size in sizes.items() if group != "routers and norms") * math.prod(axes.values())
+        replicated = sizes["routers and norms"]
+        assert shards + replicated == DBRX.total_parameters * 2, axes
+        assert replicated == 2 * (40 * (16 * 6144 + 2 * 6144) + 6144)
 
 
 @pytest.mark.parametrize("axes", ["expert=4,tensor=2", "fsdp=2,expert=2,tensor=2", "data=2,expert=4"])
-def test_memory_is_that_of_a_real_model(axes):
+def test_planned_memory_matches_a_sharded_model(axes):
     model = DbrxForCausalLM.from_parameters(SMALL, small_parameters(0), mesh_of(axes))
     arrays = jax.tree.leaves(jax.tree.map(lambda x: x, [p.get_value() for p in _parameters(model)]))
     on_first = sum(a.addressable_shards[0].data.nbytes for a in arrays)
@@ -63,24 +63,24 @@ def _parameters(model):
     return [leaf for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 
-def test_cache_of_132b():
-    """163,840 bytes a token in bfloat16."""
+def test_132b_cache_size_matches_reference():
+    """A token takes 163,840 bytes in bfloat16."""
     assert cache_bytes(setting()) * 64 == 64 * 4096 * 163840
     assert cache_bytes(setting(axes={"expert": 1}, kind="h200", batch=1, context=32768)) == 5 << 30
 
 
-def test_quantised_weights():
-    whole = sum(memory(setting(kind="h200", axes={"expert": 1}, precision="int8")).parameters.values())
-    assert whole == pytest.approx(DBRX.total_parameters, rel=0.001)
+def test_quantised_weights_match_bits_per_weight():
+    total = sum(memory(setting(kind="h200", axes={"expert": 1}, precision="int8")).parameters.values())
+    assert total == pytest.approx(DBRX.total_parameters, rel=0.001)
     experts = memory(setting(kind="h200", axes={"expert": 1}, precision="int4")).parameters["experts"]
     assert experts == 40 * 16 * 3 * 6144 * 10752 * (0.5 + 2 / 128)
 
 
-def test_rooflines_known_from_elsewhere():
-    """Bytes at batch 1 with 1k of cache (71.9 GB, int8 36.0), and what they make of public bandwidths."""
-    one = {"batch": 1, "context": 1024, "axes": {"expert": 1}, "kind": "h200"}
-    assert decode_roofline(setting(**one)).read == pytest.approx(71.9e9, rel=0.01)
-    int8 = decode_roofline(setting(**one, precision="int8"))
+def test_rooflines_match_published_numbers():
+    """Bytes at batch 1 with 1k of cache (71.9 GB, int8 36.0) and rates at published bandwidths."""
+    options = {"batch": 1, "context": 1024, "axes": {"expert": 1}, "kind": "h200"}
+    assert decode_roofline(setting(**options)).read == pytest.approx(71.9e9, rel=0.01)
+    int8 = decode_roofline(setting(**options, precision="int8"))
     assert int8.read == pytest.approx(36.0e9, rel=0.01)
     assert int8.tokens_per_second == pytest.approx(133, rel=0.01)
     v5e = decode_roofline(setting(batch=64, context=1024))
@@ -90,7 +90,7 @@ def test_rooflines_known_from_elsewhere():
     assert prefill_roofline(setting()).tokens_per_second < 64 * 197e12 / (2 * DBRX.active_parameters)
 
 
-def test_what_fits():
+def test_fits_matches_known_settings():
     assert not fits(setting(axes={"expert": 16}, batch=64))
     assert fits(setting(axes={"expert": 16}, batch=64, precision="int8"))
     assert fits(setting(kind="v6e", axes={"expert": 16}))
@@ -98,17 +98,17 @@ def test_what_fits():
     assert fits(setting(kind="h200", axes={"expert": 1}, batch=1, precision="int4"))
 
 
-def test_ways_to_fit_do():
+def test_ways_to_fit_give_settings_that_fit():
     tight = setting(axes={"expert": 16}, batch=64)
-    ways = ways_to_fit(tight, (16, 32, 64))
-    assert ways == ["int8 weights", "2 rows", "32 devices"]
+    suggestions = ways_to_fit(tight, (16, 32, 64))
+    assert suggestions == ["int8 weights", "2 rows", "32 devices"]
     assert not fits(tight)
-    crowded = setting(axes={"expert": 16, "tensor": 4}, batch=2048, context=32768)
-    assert not fits(crowded)
-    (words,) = [w for w in ways_to_fit(crowded, ()) if w.endswith("rows")]
-    rows = int(words.split()[0])
-    assert fits(dataclasses.replace(crowded, batch=rows))
-    assert not fits(dataclasses.replace(crowded, batch=2 * rows))
+    large = setting(axes={"expert": 16, "tensor": 4}, batch=2048, context=32768)
+    assert not fits(large)
+    (suggestion,) = [s for s in ways_to_fit(large, ()) if s.endswith("rows")]
+    rows = int(suggestion.split()[0])
+    assert fits(dataclasses.replace(large, batch=rows))
+    assert not fits(dataclasses.replace(large, batch=2 * rows))
 
 
 @settings(max_examples=30)
@@ -120,16 +120,16 @@ def test_suggested_axes_fit_the_model(devices, name):
     assert setting(axes=axes, config=config).partition.size("data", "expert", "tensor") == devices
 
 
-def test_smallest_slices():
-    found = smallest(DBRX, target("v5e"), "bfloat16", 64, 4096, (8, 16, 32, 64))
-    assert found.devices == 32
+def test_smallest_finds_known_device_counts():
+    smallest_v5e = smallest(DBRX, target("v5e"), "bfloat16", 64, 4096, (8, 16, 32, 64))
+    assert smallest_v5e.devices == 32
     assert smallest(DBRX, target("h100"), "bfloat16", 8, 4096, (1, 2, 4, 8)).devices == 4
     assert smallest(DBRX, target("h100"), "float32", 8, 4096, (1, 2, 4)) is None
 
 
-def test_messages_are_of_tokens_but_for_fsdp():
-    words = {m.what for m in messages(setting(), 64, False)}
-    assert not any("weights" in w for w in words)
+def test_only_fsdp_sends_weights():
+    kinds = {m.what for m in messages(setting(), 64, False)}
+    assert not any("weights" in w for w in kinds)
     sharded = messages(setting(axes={"fsdp": 4, "expert": 4, "tensor": 4}), 64, False)
     gathered = sum(m.size for m in sharded if "weights" in m.what)
     assert gathered == sum(
@@ -140,40 +140,40 @@ def test_messages_are_of_tokens_but_for_fsdp():
 
 
 @pytest.mark.parametrize(
-    ("shape", "holds"),
+    ("shape", "is_copy"),
     [
-        ("bf16[2688,6144]", True),  # a device's quarter of an expert's weight
+        ("bf16[2688,6144]", True),  # a quarter of an expert's weight
         ("f32[1,6144,2688]", True),
         ("s8[2688,6144]", False),  # as it is stored
         ("bf16[10752,6144]", False),
         ("bf16[2048,2688]", False),  # rows
     ],
 )
-def test_what_is_a_copy_of_an_expert(shape, holds):
-    assert _holds_expert(shape, setting()) is holds
+def test_expert_copies_are_recognised_by_shape(shape, is_copy):
+    assert _holds_expert(shape, setting()) is is_copy
 
 
 class TestCommand:
-    def test_page(self):
+    def test_plan_prints_a_page(self):
         done = command("dbrx-jax", "plan", "--on", "v5e-64", "--batch", "64")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("64 x v5e (expert 16, tensor 4), bfloat16, batch 64, context 4096\n")
         assert "it fits" in done.stdout
         assert max(map(len, done.stdout.splitlines())) <= 80
 
-    def test_json(self):
+    def test_plan_prints_json(self):
         done = command("dbrx-jax", "plan", "132b-base", "--on", "h200-1", "--dtype", "int8", "--json")
         facts = json.loads(done.stdout)
         assert facts["axes"] == {"expert": 1}
         assert facts["fits"] is True
         assert np.isclose(sum(facts["memory"]["parameters"].values()), 132e9, rtol=0.01)
 
-    def test_it_does_not_fit(self):
+    def test_plan_suggests_settings_that_fit(self):
         done = command("dbrx-jax", "plan", "--on", "h100-2")
         assert "it does not fit; it would with int8 weights, or 4 devices" in done.stdout
 
     @pytest.mark.parametrize(
-        ("words", "says"),
+        ("arguments", "message"),
         [
             (["--on", "v9-4"], "no accelerator is called 'v9'"),
             (["--on", "v5e"], "expected a kind and a number of devices"),
@@ -186,21 +186,21 @@ class TestCommand:
             (["--dtype", "int4", "--on", "h100-8", "--mesh", "tensor=8"], "does not divide ffn 10752 in its 84 groups"),
         ],
     )
-    def test_mistakes(self, words, says):
-        done = command("dbrx-jax", "plan", *words)
+    def test_plan_rejects_invalid_arguments(self, arguments, message):
+        done = command("dbrx-jax", "plan", *arguments)
         assert done.returncode == 2
-        assert says in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_errors_are_specific():
+def test_invalid_axes_and_target_are_rejected():
     with pytest.raises(MeshError):
         memory(setting(axes={"expert": 3}))
     with pytest.raises(PlanError):
         target("nosuch")
 
 
-def test_recipes_of_the_readme_are_planned():
+def test_every_recipe_has_a_plan():
     from dbrx_jax.sharding.recipes import find_recipe, recipe_names
 
     for name in recipe_names():
@@ -209,7 +209,7 @@ def test_recipes_of_the_readme_are_planned():
             assert memory(setting(kind=recipe.kind, axes=recipe.axes)).total > 0
 
 
-def test_an_int8_cache_takes_a_byte_an_element_and_two_a_scale():
+def test_int8_cache_takes_one_byte_per_element_and_two_per_scale():
     wide = setting()
     small = dataclasses.replace(wide, cache_dtype="int8")
     K = wide.config.head_dim

@@ -1,4 +1,4 @@
-"""The tables and the errors; the compilers themselves are not asked."""
+"""Tests of the accelerator table, slice topologies and errors, without the compilers."""
 
 import importlib.util
 import math
@@ -14,8 +14,8 @@ _GPUS = [name for name, kind in TARGETS.items() if kind.platform == "cuda"]
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_figures_are_of_the_right_size(kind):
-    """A slip of a factor of a thousand, or bits for bytes."""
+def test_target_figures_are_plausible(kind):
+    """Catches wrong units, such as bits for bytes."""
     figures = target(kind)
     assert figures.name == kind
     assert 15 < figures.hbm_bytes / 2**30 < 200
@@ -27,11 +27,11 @@ def test_figures_are_of_the_right_size(kind):
 
 @pytest.mark.parametrize("kind", _TPUS)
 @pytest.mark.parametrize("chips", [1, 4, 8, 16, 32, 64, 128, 256])
-def test_a_slice_has_its_chips(kind, chips):
+def test_slice_topology_has_the_requested_chips(kind, chips):
     assert math.prod(map(int, topology_for(kind, chips).split("x"))) == chips
 
 
-def test_slices():
+def test_slice_topology_matches_known_shapes():
     assert topology_for("v5e", 64) == "8x8"
     assert topology_for("v5p", 16) == "2x2x4"
     assert topology_for("h100", 8) == "1x1x8"
@@ -48,14 +48,14 @@ def test_slices():
         (lambda: devices("v5p", "4x4"), "2x2x1"),
     ],
 )
-def test_what_is_unknown_is_refused_with_what_is_known(call, message):
+def test_unknown_target_is_rejected_with_the_choices(call, message):
     with pytest.raises(PlanError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("kinds", "compiler"), [(_TPUS, "libtpu"), (_GPUS, "jax_cuda13_plugin")])
-def test_a_missing_compiler_is_said(kinds, compiler):
+def test_missing_compiler_is_reported(kinds, compiler):
     if importlib.util.find_spec(compiler):
         pytest.skip(f"{compiler} is installed")
     for kind in kinds:

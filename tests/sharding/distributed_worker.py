@@ -1,4 +1,4 @@
-"""The program of each process in test_distributed.py: the library on a mesh, against itself on one device.
+"""Program of each process in test_distributed.py: compares the library on a mesh with one device.
 
 distributed_worker.py COORDINATOR PROCESSES PROCESS_ID START_SECONDS LOST_SECONDS TASK [MESH]
 """
@@ -22,57 +22,57 @@ from dbrx_jax.sharding import distributed
 FUSED = Path(__file__).parents[1] / "golden" / "fused"
 
 
-class Numbers:
-    """A tokenizer whose tokens are their numbers in angle brackets."""
+class IdTokenizer:
+    """A tokenizer that decodes a token to its id in angle brackets."""
 
     def token_bytes(self, token, skip_special_tokens=False):
         return b"<%d>" % token
 
 
-def library(mesh):
-    """Logits, tokens, stop strings and parameters are those of one device, and no row of another's shard is read."""
+def check_library(mesh):
+    """Checks that results and parameters match one device and that only rows of local shards are read."""
     read, rows = set(), HuggingFaceFolder.rows
     HuggingFaceFolder.rows = lambda self, name, a, b: (read.add((name, a, b)), rows(self, name, a, b))[1]
     many = DbrxForCausalLM.from_pretrained(FUSED, mesh, dtype="float32")
     HuggingFaceFolder.rows = rows
-    # This process' experts are those of its devices along `expert`.
-    places = {np.argwhere(many.partition.mesh.devices == d)[0] @ (0, 0, 1, 0) for d in jax.local_devices()}
-    each = many.config.moe_num_experts // many.partition.size("expert")
+    # The experts of this process are those of its devices along `expert`.
+    shards = {np.argwhere(many.partition.mesh.devices == d)[0] @ (0, 0, 1, 0) for d in jax.local_devices()}
+    per_shard = many.config.moe_num_experts // many.partition.size("expert")
     experts = {int(name.split(".")[4]) for name, *_ in read if ".experts." in name}
-    assert experts == {x * each + i for x in places for i in range(each)}, (places, experts)
-    assert len(experts) < many.config.moe_num_experts or len(places) == many.partition.size("expert")
+    assert experts == {x * per_shard + i for x in shards for i in range(per_shard)}, (shards, experts)
+    assert len(experts) < many.config.moe_num_experts or len(shards) == many.partition.size("expert")
 
     one = DbrxForCausalLM.from_pretrained(FUSED, dtype="float32")
     e = dict(np.load(FUSED / "expected.npz"))
-    batch, real = (e["tokens"], e["mask"]), e["mask"].astype(bool)
+    batch, valid = (e["tokens"], e["mask"]), e["mask"].astype(bool)
     logits = process_allgather(many(*batch), tiled=True)
-    np.testing.assert_allclose(logits[real], e["logits"][real], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits[valid], e["logits"][valid], rtol=0, atol=1e-4)
     greedy = e["greedy"]
     stops = [f"<{greedy[0, 1]}>", f"<{greedy[1, 2]}>"]
     options = {"max_new_tokens": greedy.shape[1], "eos_token_id": None, "burst": 2}
-    found = []
+    results = []
     for model in (many, one):
-        stream = TokenStream(model, *batch, stop_strings=stops, tokenizer=Numbers(), **options)
+        stream = TokenStream(model, *batch, stop_strings=stops, tokenizer=IdTokenizer(), **options)
         stream.compile()
         list(stream)
-        found.append((stream.sequences, stream.lengths))
-    np.testing.assert_array_equal(*(sequences for sequences, _ in found))
-    np.testing.assert_array_equal(*(lengths for _, lengths in found))
+        results.append((stream.sequences, stream.lengths))
+    np.testing.assert_array_equal(*(sequences for sequences, _ in results))
+    np.testing.assert_array_equal(*(lengths for _, lengths in results))
     options = {"do_sample": True, "max_new_tokens": 5, "top_p": 0.9}
-    np.testing.assert_array_equal(*(m.generate(*batch, seed=3, **options) for m in (many, one)))
-    unseeded = many.generate(*batch, **options)  # from one seed, whoever drew it
+    np.testing.assert_array_equal(*(model.generate(*batch, seed=3, **options) for model in (many, one)))
+    unseeded = many.generate(*batch, **options)  # all processes use one random seed
     assert (process_allgather(unseeded) == unseeded).all()
-    mine, theirs = parameters_of(many), parameters_of(one)
+    sharded, reference = parameters_of(many), parameters_of(one)
     for name in ("embedding", "lm_head", "blocks.1.attention.query", "blocks.2.moe.experts.13.w1", "norm_f.scale"):
-        np.testing.assert_array_equal(process_allgather(mine[name], tiled=True), theirs[name])
+        np.testing.assert_array_equal(process_allgather(sharded[name], tiled=True), reference[name])
 
 
 def task(name, mesh):
     if name == "library":
-        library(mesh)
+        check_library(mesh)
     elif name == "fail" and jax.process_index() == 1:
         raise GenerationError("a mistake of one process alone")
-    else:  # talk to each other until somebody is lost
+    else:  # communicate until a process is lost
         for step in range(1_000_000):
             process_allgather(np.ones(1))
             if step == 3:

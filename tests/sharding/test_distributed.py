@@ -1,4 +1,4 @@
-"""Real processes on this machine that talk over gloo: they give what one gives, and end when one is lost."""
+"""Tests of several processes connected by gloo: results equal to one process, and shutdown when one is lost."""
 
 import json
 import os
@@ -29,21 +29,21 @@ PROMPTS = ("abc", "x", "hello you")
 
 
 def free_address():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return f"localhost:{found.getsockname()[1]}"
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return f"localhost:{s.getsockname()[1]}"
 
 
 class Processes:
-    """A command on several processes of some devices each; `{i}` in it is the process' number."""
+    """A command on several processes of some devices each; `{i}` in it is the process id."""
 
     def __init__(self, folder, count, devices, *command):
         self.files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(count)]
         flags = f"--xla_force_host_platform_device_count={devices}"
-        self.all = []
+        self.processes = []
         for i, (out, err) in enumerate(self.files):
             with out.open("w") as stdout, err.open("w") as stderr:
-                self.all.append(
+                self.processes.append(
                     subprocess.Popen(
                         [str(part).replace("{i}", str(i)) for part in command],
                         env={**os.environ, "XLA_FLAGS": flags},
@@ -56,7 +56,7 @@ class Processes:
         return self
 
     def __exit__(self, *_):
-        for process in self.all:
+        for process in self.processes:
             process.kill()
             process.wait()
 
@@ -66,29 +66,29 @@ class Processes:
     def stderr(self, i):
         return self.files[i][1].read_text()
 
-    def until(self, text, seconds=180):
-        """Waits for it in process 0's stdout."""
+    def wait_for_output(self, text, seconds=180):
+        """Waits for `text` in the stdout of process 0."""
         end = time.monotonic() + seconds
         while text not in self.stdout(0):
             assert time.monotonic() < end, self.stderr(0)
-            assert self.all[0].poll() is None, self.stderr(0)
+            assert self.processes[0].poll() is None, self.stderr(0)
             time.sleep(0.1)
 
     def statuses(self, seconds=300):
         end = time.monotonic() + seconds
-        found = [process.wait(max(0.1, end - time.monotonic())) for process in self.all]
-        time.sleep(0.5)  # the last line comes from a process of its own
-        return found
+        statuses = [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
+        time.sleep(0.5)  # a separate process writes the last line
+        return statuses
 
 
-def joined(count):
-    """The options of one run."""
+def run_flags(count):
+    """Returns the command-line options of one run."""
     return "--distributed", "--coordinator", free_address(), "--processes", count, "--process-id", "{i}"
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """golden/fused with a vocabulary of single bytes."""
+    """A copy of golden/fused with a vocabulary of single bytes."""
     path = tmp_path_factory.mktemp("distributed") / "fused"
     shutil.copytree(GOLDEN / "fused", path, ignore=shutil.ignore_patterns("*.npz"))
     (path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(_byte_characters())}))
@@ -109,30 +109,30 @@ def orbax(folder):
 
 @pytest.fixture
 def completions(folder, models):
-    """Results of one process on one device."""
+    """A function that generates with one process on one device."""
 
-    def ask(**options):
+    def generate(**options):
         tokenizer = DbrxTokenizer.from_pretrained(folder)
         batch = tokenizer.pad([tokenizer.encode(prompt) for prompt in PROMPTS])
         rows = models("fused").generate(**batch, max_new_tokens=12, eos_token_id=[260, 262], **options)
         new = rows[:, batch["input_ids"].shape[1] :]
         return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
 
-    return ask
+    return generate
 
 
-def results(text):
+def read_completions(text):
     return [json.loads(line)["completion"] for line in text.splitlines()]
 
 
 @pytest.mark.slow
-def test_two_processes_generate_as_one(orbax, completions, tmp_path):
-    """By the command, from an Orbax checkpoint; process 0 alone speaks and writes."""
+def test_two_processes_match_one_from_orbax(orbax, completions, tmp_path):
+    """The command with an Orbax checkpoint; only process 0 prints and writes."""
     out = tmp_path / "{i}.jsonl"
     options = ("--file", orbax.with_name("prompts.jsonl"), "--output", out, "--max-new-tokens", 12)
-    with Processes(tmp_path, 2, 1, *GENERATE, orbax, *options, "--mesh", "expert=2", *joined(2)) as run:
+    with Processes(tmp_path, 2, 1, *GENERATE, orbax, *options, "--mesh", "expert=2", *run_flags(2)) as run:
         assert run.statuses() == [0, 0], run.stderr(0)
-        assert results((tmp_path / "0.jsonl").read_text()) == completions()
+        assert read_completions((tmp_path / "0.jsonl").read_text()) == completions()
         assert not (tmp_path / "1.jsonl").exists()
         assert run.stdout(0) + run.stdout(1) + run.stderr(1) == ""
         lines = run.stderr(0).splitlines()
@@ -144,19 +144,19 @@ def test_two_processes_generate_as_one(orbax, completions, tmp_path):
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"), [(2, 4, "data=2,expert=4"), (4, 2, "data=2,expert=2,tensor=2")]
 )
-def test_processes_generate_as_one(processes, devices, mesh, folder, completions, tmp_path):
-    """Sampled by the command and greedy by the example, from a Hugging Face folder."""
+def test_processes_match_one_from_hugging_face(processes, devices, mesh, folder, completions, tmp_path):
+    """The command samples and the example decodes greedily, from a Hugging Face folder."""
     options = ("--max-new-tokens", 12, "--mesh", mesh)
     sampled = ("--file", folder.with_name("prompts.jsonl"), "--temperature", 0.9, "--top-p", 0.95, "--seed", 7)
-    with Processes(tmp_path, processes, devices, *GENERATE, folder, *sampled, *options, *joined(processes)) as run:
+    with Processes(tmp_path, processes, devices, *GENERATE, folder, *sampled, *options, *run_flags(processes)) as run:
         assert run.statuses() == [0] * processes, run.stderr(0)
-        assert results(run.stdout(0)) == completions(do_sample=True, temperature=0.9, top_p=0.95, seed=7)
+        assert read_completions(run.stdout(0)) == completions(do_sample=True, temperature=0.9, top_p=0.95, seed=7)
         assert "".join(map(run.stdout, range(1, processes))) == ""
     with Processes(
-        tmp_path, processes, devices, *EXAMPLE, folder, "--prompt", *PROMPTS, *options, *joined(processes)
+        tmp_path, processes, devices, *EXAMPLE, folder, "--prompt", *PROMPTS, *options, *run_flags(processes)
     ) as run:
         assert run.statuses() == [0] * processes, run.stderr(0)
-        assert results(run.stdout(0)) == completions()
+        assert read_completions(run.stdout(0)) == completions()
         assert "".join(run.stdout(i) + run.stderr(i) for i in range(1, processes)) == ""
 
 
@@ -166,82 +166,82 @@ def worker(folder, count, devices, *task, start_seconds=60, lost_seconds=60):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
-def test_library_on_two_processes(mesh, tmp_path):
+def test_library_matches_one_device_on_two_processes(mesh, tmp_path):
     with worker(tmp_path, 2, 4, "library", mesh, lost_seconds=120) as run:
         assert run.statuses(500) == [0, 0], run.stderr(0) + run.stderr(1)
         assert (run.stdout(0), run.stdout(1)) == ("fine\n", "")
 
 
-def one_line(text, program, *words):
+def assert_one_line(text, program, *fragments):
     assert len(text.splitlines()) == 1, text
     assert text.startswith(f"{program}: ")
-    for word in words:
-        assert word in text
+    for fragment in fragments:
+        assert fragment in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("killed", "count"), [(1, 2), (0, 2), (2, 4)])
-def test_a_killed_process_ends_the_others_while_they_generate(killed, count, folder, tmp_path):
+def test_killed_process_ends_the_others_during_generation(killed, count, folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('"abc"\n' * 4000)
     options = ("--file", prompts, "--mesh", f"expert={count}", "--max-new-tokens", 50, "--batch-size", 4)
-    with Processes(tmp_path, count, 1, *GENERATE, folder, *options, *joined(count)) as run:
-        run.until("completion")
-        run.all[killed].send_signal(signal.SIGKILL)
+    with Processes(tmp_path, count, 1, *GENERATE, folder, *options, *run_flags(count)) as run:
+        run.wait_for_output("completion")
+        run.processes[killed].send_signal(signal.SIGKILL)
         begin = time.monotonic()
         statuses = run.statuses(65)
         assert time.monotonic() - begin < 62
         assert statuses[killed] == -signal.SIGKILL
         for i in set(range(count)) - {killed}:
             assert statuses[i] != 0
-            one_line(run.stderr(i).splitlines()[-1], "dbrx-jax", "start all again")
+            assert_one_line(run.stderr(i).splitlines()[-1], "dbrx-jax", "start all again")
             assert len(run.stderr(i).splitlines()) < 3 or i == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("silent", [0, 1])
-def test_a_silent_process_is_lost_after_the_stated_time(silent, tmp_path):
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_stopped_process_is_lost_after_the_timeout(stopped, tmp_path):
     with worker(tmp_path, 2, 1, "talk", lost_seconds=10) as run:
-        run.until("running")
-        run.all[silent].send_signal(signal.SIGSTOP)
+        run.wait_for_output("running")
+        run.processes[stopped].send_signal(signal.SIGSTOP)
         begin = time.monotonic()
-        assert run.all[1 - silent].wait(30) != 0
-        assert time.monotonic() - begin < 25  # others may be at work
+        assert run.processes[1 - stopped].wait(30) != 0
+        assert time.monotonic() - begin < 25  # the machine may be busy
         time.sleep(0.5)
-        one_line(run.stderr(1 - silent), "distributed_worker.py", f"process {silent} was lost")
+        assert_one_line(run.stderr(1 - stopped), "distributed_worker.py", f"process {stopped} was lost")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("present", [0, 1])
-def test_a_process_that_never_comes(present, tmp_path):
+def test_missing_process_is_reported_after_the_start_timeout(present, tmp_path):
     with worker(tmp_path, 2, 1, "talk", start_seconds=8) as run:
-        run.all[1 - present].kill()
+        run.processes[1 - present].kill()
         begin = time.monotonic()
-        assert run.all[present].wait(60) != 0
-        assert time.monotonic() - begin < 8 + 30  # its own start included
+        assert run.processes[present].wait(60) != 0
+        assert time.monotonic() - begin < 8 + 30  # includes the time to start
         time.sleep(0.5)
-        one_line(run.stderr(present), "distributed_worker.py", "not every process came within 8 s")
+        assert_one_line(run.stderr(present), "distributed_worker.py", "not every process came within 8 s")
 
 
 @pytest.mark.slow
-def test_a_mistake_of_one_process_ends_all(folder, tmp_path):
+def test_error_of_one_process_ends_all(folder, tmp_path):
     with worker(tmp_path, 2, 1, "fail", lost_seconds=30) as run:
         statuses = run.statuses(45)
         assert statuses[1] == 2
         assert statuses[0] != 0
-        one_line(run.stderr(1), "worker", "a mistake of one process alone")
-        one_line(run.stderr(0), "distributed_worker.py", "start all again")
+        assert_one_line(run.stderr(1), "worker", "a mistake of one process alone")
+        assert_one_line(run.stderr(0), "distributed_worker.py", "start all again")
     (tmp_path / "0.jsonl").write_text('"abc"\n')
     (tmp_path / "1.jsonl").write_text('"abd"\n')
     options = ("--file", tmp_path / "{i}.jsonl", "--mesh", "expert=2")
-    with Processes(tmp_path, 2, 1, *GENERATE, folder, *options, *joined(2)) as run:
+    with Processes(tmp_path, 2, 1, *GENERATE, folder, *options, *run_flags(2)) as run:
         assert run.statuses() == [2, 2]
         for i in range(2):
-            one_line(run.stderr(i), "dbrx-jax", "options and prompts: process 1 has others than process 0")
+            assert_one_line(run.stderr(i), "dbrx-jax", "options and prompts: process 1 has others than process 0")
 
 
-def test_arguments_that_make_up_no_run(monkeypatch):
-    for arguments, words in (
+def test_invalid_process_arguments_are_rejected(monkeypatch):
+    for arguments, message in (
         (("somewhere", 2, 0), "expected HOST:PORT"),
         (("a:1", 0, 0), "processes: expected a whole number above 0, got 0"),
         (("a:1", 2, 2), "process id: expected a number from 0 to 1, got 2"),
@@ -249,27 +249,27 @@ def test_arguments_that_make_up_no_run(monkeypatch):
     ):
         with pytest.raises(DistributedError) as error:
             _check(*arguments)
-        assert words in str(error.value)
+        assert message in str(error.value)
     with pytest.raises(DistributedError), start("somewhere"):
         pass
 
 
-def test_options_that_do_not_go_together(folder):
-    for options, words in (
+def test_command_rejects_incomplete_distributed_options(folder):
+    for options, message in (
         (("--distributed",), "--distributed needs --mesh"),
         (("--processes", "2"), "go with --distributed"),
     ):
         done = subprocess.run([*GENERATE, folder, "--prompt", "x", *options], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (2, "")
-        one_line(done.stderr, "dbrx-jax", words)
+        assert_one_line(done.stderr, "dbrx-jax", message)
 
 
 class TestNativeLog:
-    """On what jax 0.10.2 was seen to write."""
+    """Tests on lines that jax 0.10.2 writes."""
 
-    def test_what_the_log_means(self):
+    def test_explain_maps_log_to_cause(self):
         fatal = f"F1121 13:22:23.623586   21806 client.h:80] {FATAL} detected fatal errors. absl::Status: "
-        for text, words in (
+        for text, cause in (
             (f"{fatal}DEADLINE_EXCEEDED\nRPC: /xla.coordination.CoordinationService/RegisterTask", "came within 9 s"),
             (f"{fatal}UNAVAILABLE: Task 13 heartbeat timeout. This", "process 13 was lost, not heard of for up to 7 s"),
             (f"{fatal}The following tasks are unhealthy (stopped sending heartbeats):\n4\nThe", "process 4 was lost"),
@@ -278,12 +278,12 @@ class TestNativeLog:
             (f"{fatal}something else", "another process was lost"),
             (f"{MARK}it broke\n{fatal}something else", "it broke"),
         ):
-            assert words in explain(text, "9", "7")
+            assert cause in explain(text, "9", "7")
             assert "\n" not in explain(text, "9", "7")
         assert explain("E1121 13:22:23.6 2 coordination_service.cc:1549] whatever", "9", "7") is None
         assert explain(f"{MARK}it broke\n", "9", "7") == "it broke"
 
-    def test_what_is_kept_back(self):
+    def test_shutdown_and_noise_lines_are_recognised(self):
         for line in (
             "E1121 13:22:23.622643   21823 coordination_service.cc:1520] [28] Shutdown barrier",
             "E1121 13:22:23.623936   21834 coordination_service_agent.cc:289] Polled an error",
@@ -306,5 +306,5 @@ class TestNativeLog:
         (DistributedError("UNAVAILABLE: gloo"), False),
     ],
 )
-def test_what_counts_as_a_broken_connection(error, broke):
+def test_broken_connection_errors_are_recognised(error, broke):
     assert _broke(error) is broke

@@ -1,4 +1,4 @@
-"""The model on meshes of eight simulated devices against the model on one."""
+"""Tests that the model on meshes of eight simulated devices matches the model on one device."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from dbrx_jax.training.step import Losses, losses
 from tests.conftest import GOLDEN
 
 MESHES = ("data=8", "fsdp=8", "expert=8", "expert=4,tensor=2", "data=2,expert=2,tensor=2", "fsdp=2,expert=4")
-QUICK = "expert=4,tensor=2"  # is not left to the slow lane
+FAST_MESH = "expert=4,tensor=2"  # the one mesh tested without -m slow
 SMALL = DbrxConfig(
     d_model=48, n_heads=12, kv_n_heads=4, n_layers=2, vocab_size=83, ffn_hidden_size=56, moe_num_experts=8,
     moe_top_k=3, max_seq_len=512, clip_qkv=1.5, rope_theta=1e4, dtype="float32",
@@ -29,7 +29,7 @@ SMALL = DbrxConfig(
 
 
 def mesh_of(text):
-    """A mesh of as many of the eight devices as it takes."""
+    """Returns a mesh of the first of the eight devices."""
     axes = parse_axes(text)
     return make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
 
@@ -37,20 +37,20 @@ def mesh_of(text):
 @pytest.mark.parametrize(
     ("case", "axes"),
     [
-        pytest.param(case, axes, marks=() if axes == QUICK and case == "fused" else pytest.mark.slow)
+        pytest.param(case, axes, marks=() if axes == FAST_MESH and case == "fused" else pytest.mark.slow)
         for case, axes in [*(("fused", axes) for axes in MESHES), ("bf16", "data=2,expert=2,tensor=2")]
     ],
 )
-def test_golden(case, axes, expected):
+def test_mesh_matches_oracle(case, axes, expected):
     e = expected[case]
     model = DbrxForCausalLM.from_pretrained(GOLDEN / case, axes, dtype="float32")
     out = model(e["tokens"], e["mask"], output_hidden_states=True, output_router_probs=True)
-    real = e["mask"].astype(bool)
-    np.testing.assert_allclose(np.asarray(out.logits)[real], e["logits"][real], rtol=0, atol=1e-4)
+    valid = e["mask"].astype(bool)
+    np.testing.assert_allclose(np.asarray(out.logits)[valid], e["logits"][valid], rtol=0, atol=1e-4)
     np.testing.assert_allclose([h[0] for h in out.hidden_states], e["hidden"], rtol=0, atol=1e-4)
     np.testing.assert_allclose([p[0] for p in out.router_probs], e["router_probs"], rtol=0, atol=1e-5)
-    new = model.generate(e["tokens"], e["mask"], max_new_tokens=e["greedy"].shape[1], eos_token_id=None)
-    np.testing.assert_array_equal(new[:, e["tokens"].shape[1] :], e["greedy"])
+    generated = model.generate(e["tokens"], e["mask"], max_new_tokens=e["greedy"].shape[1], eos_token_id=None)
+    np.testing.assert_array_equal(generated[:, e["tokens"].shape[1] :], e["greedy"])
 
 
 @pytest.mark.slow
@@ -58,28 +58,28 @@ def test_golden(case, axes, expected):
     ("case", "axes"),
     [("unnormalised_mqa", "data=2,expert=3"), ("unnormalised_mqa", "fsdp=2,expert=2"), ("dense", "data=2,tensor=4")],
 )
-def test_golden_of_other_shapes(case, axes, expected):
+def test_mesh_matches_oracle_for_other_shapes(case, axes, expected):
     e = expected[case]
     model = DbrxForCausalLM.from_pretrained(GOLDEN / case, mesh_of(axes), dtype="float32")
-    real = e["mask"].astype(bool)
-    np.testing.assert_allclose(np.asarray(model(e["tokens"], e["mask"]))[real], e["logits"][real], rtol=0, atol=1e-4)
-    new = model.generate(e["tokens"], e["mask"], max_new_tokens=e["greedy"].shape[1], eos_token_id=None)
-    np.testing.assert_array_equal(new[:, e["tokens"].shape[1] :], e["greedy"])
+    valid = e["mask"].astype(bool)
+    np.testing.assert_allclose(np.asarray(model(e["tokens"], e["mask"]))[valid], e["logits"][valid], rtol=0, atol=1e-4)
+    generated = model.generate(e["tokens"], e["mask"], max_new_tokens=e["greedy"].shape[1], eos_token_id=None)
+    np.testing.assert_array_equal(generated[:, e["tokens"].shape[1] :], e["greedy"])
 
 
 def gradients(config, parameters, mesh, tokens, all_to_all=False):
-    """Gradients of the training loss by parameter name."""
+    """Returns the training loss and its gradients by parameter name."""
     model = DbrxForCausalLM.from_parameters(config, parameters, mesh, all_to_all=all_to_all)
     graph, params = nnx.split(model)
     partition = model.partition
-    rows, same = partition.array_spec(("data", "fsdp"), None), partition.array_spec()
-    run = partition.shard_map(
+    rows, replicated = partition.array_spec(("data", "fsdp"), None), partition.array_spec()
+    compute_losses = partition.shard_map(
         lambda p, t, m: losses(nnx.merge(graph, p), t, m),
         (parameter_partition_specs(params, partition), rows, rows),
-        Losses(same, same, same),
+        Losses(replicated, replicated, replicated),
     )
     mask = (np.arange(tokens.size).reshape(tokens.shape) % 5 != 3).astype(np.float32)
-    value, gradient = jax.jit(jax.value_and_grad(lambda p: run(p, tokens, mask).total))(params)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: compute_losses(p, tokens, mask).total))(params)
     return float(value), parameters_from_state(config, gradient, mesh)
 
 
@@ -93,7 +93,7 @@ def assert_same_gradients(a, b):
 @functools.lru_cache
 def golden_gradients():
     model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", dtype="float32")
-    # 24 predicted tokens a row: they are split over the experts' devices, and go through the sorted tiles.
+    # 24 predicted tokens a row: enough to be split over the experts' devices and sorted into row tiles.
     tokens = np.random.default_rng(3).integers(0, model.config.vocab_size, (8, 25))
     parameters = parameters_of(model)
     return model.config, parameters, tokens, gradients(model.config, parameters, None, tokens)
@@ -101,14 +101,14 @@ def golden_gradients():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES)
-def test_gradients(axes):
+def test_mesh_gradients_match_one_device(axes):
     config, parameters, tokens, want = golden_gradients()
     assert_same_gradients(gradients(config, parameters, mesh_of(axes), tokens), want)
 
 
 @functools.lru_cache
 def small_parameters(skew):
-    """Random parameters; with `skew` the router sends nearly all tokens to the first experts."""
+    """Returns random parameters; with `skew` the router sends nearly all tokens to the first experts."""
     parameters = parameters_of(DbrxForCausalLM(SMALL, rngs=nnx.Rngs(1)))
     if skew:
         for i in range(SMALL.n_layers):
@@ -123,8 +123,8 @@ def small_parameters(skew):
 @pytest.mark.parametrize(
     ("axes", "skew"), [("expert=4,tensor=2", 3), ("expert=4,tensor=2", 0), ("data=2,fsdp=2,expert=2", 3)]
 )
-def test_all_to_all(axes, skew):
-    """Tokens sent to their experts' devices alone give the same, forward and backward, however uneven."""
+def test_all_to_all_matches_one_device(axes, skew):
+    """Ragged all-to-all dispatch matches one device, forward and backward, with balanced and skewed routing."""
     parameters, mesh = small_parameters(skew), mesh_of(axes)
     rng = np.random.default_rng(0)
     ids, mask = rng.integers(0, SMALL.vocab_size, (4, 24)), np.arange(24) >= np.array([[0], [3], [11], [20]])
@@ -138,35 +138,35 @@ def test_all_to_all(axes, skew):
 
 
 @st.composite
-def meshes(draw):
+def mesh_axes(draw):
     sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
     for _ in range(3):
         sizes[draw(st.sampled_from(AXES))] *= 2
-    if sizes["tensor"] == 8:  # more than there are key and value heads
+    if sizes["tensor"] == 8:  # more than the key-value heads
         sizes |= {"data": 2, "tensor": 4}
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
 @pytest.mark.slow
 @settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(meshes(), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0, 3]), st.integers(0, 99))
-def test_any_mesh_any_batch_any_routing(axes, rows, longest, skew, seed):
+@given(mesh_axes(), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0, 3]), st.integers(0, 99))
+def test_random_mesh_batch_and_routing_match_one_device(axes, num_rows, length, skew, seed):
     parameters = small_parameters(skew)
     one = DbrxForCausalLM.from_parameters(SMALL, parameters)
     many = DbrxForCausalLM.from_parameters(SMALL, parameters, mesh_of(axes))
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, SMALL.vocab_size, (rows, longest))
-    mask = np.arange(longest) >= rng.integers(0, longest, (rows, 1))
-    real = mask.astype(bool)
-    np.testing.assert_allclose(np.asarray(many(ids, mask))[real], np.asarray(one(ids, mask))[real], rtol=0, atol=1e-4)
+    ids = rng.integers(0, SMALL.vocab_size, (num_rows, length))
+    mask = np.arange(length) >= rng.integers(0, length, (num_rows, 1))
+    valid = mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(many(ids, mask))[valid], np.asarray(one(ids, mask))[valid], rtol=0, atol=1e-4)
     options = {"max_new_tokens": 4, "do_sample": True, "seed": seed, "top_p": 0.95}
     np.testing.assert_array_equal(many.generate(ids, mask, **options), one.generate(ids, mask, **options))
 
 
 @pytest.mark.slow
 @settings(max_examples=4, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(meshes(), st.integers(8, 60), st.sampled_from([0, 3]), st.integers(0, 99))
-def test_gradients_on_any_mesh(axes, length, skew, seed):
+@given(mesh_axes(), st.integers(8, 60), st.sampled_from([0, 3]), st.integers(0, 99))
+def test_gradients_on_random_mesh_match_one_device(axes, length, skew, seed):
     tokens = np.random.default_rng(seed).integers(0, SMALL.vocab_size, (8, length + 1))
     parameters = small_parameters(skew)
     assert_same_gradients(
@@ -175,8 +175,8 @@ def test_gradients_on_any_mesh(axes, length, skew, seed):
 
 
 @pytest.mark.slow
-def test_a_prompt_of_several_chunks_and_padded_rows():
-    """Three rows over two groups, one of them longer than a chunk: the cache is dealt out in context_size."""
+def test_prompt_of_several_chunks_with_padding_matches_one_device():
+    """Three rows over two data shards, the first longer than a chunk; the cache is split over positions."""
     parameters = small_parameters(0)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (3, 150))
     mask = np.arange(150) >= np.array([[0], [140], [30]])
@@ -185,17 +185,17 @@ def test_a_prompt_of_several_chunks_and_padded_rows():
     np.testing.assert_array_equal(many.generate(ids, mask, max_new_tokens=5), want)
 
 
-def test_parameters_come_back_from_any_mesh():
+def test_parameters_round_trip_through_a_mesh():
     parameters = small_parameters(0)
     for axes in ("expert=8", "fsdp=2,expert=2,tensor=2"):
-        back = parameters_of(DbrxForCausalLM.from_parameters(SMALL, parameters, mesh_of(axes)))
-        assert list(back) == list(parameters)
+        restored = parameters_of(DbrxForCausalLM.from_parameters(SMALL, parameters, mesh_of(axes)))
+        assert list(restored) == list(parameters)
         for name, value in parameters.items():
-            np.testing.assert_array_equal(back[name], value)
+            np.testing.assert_array_equal(restored[name], value)
 
 
-def test_shards_are_read_straight_to_their_devices(tmp_path, monkeypatch):
-    """No read is larger than a shard's rows, and each device holds its part alone."""
+def test_loading_reads_only_rows_of_each_shard(tmp_path, monkeypatch):
+    """No read exceeds a shard's rows, and each device stores only its shard."""
     from dbrx_jax.checkpoint.huggingface import HuggingFaceFolder
 
     read = []
@@ -215,7 +215,7 @@ def test_shards_are_read_straight_to_their_devices(tmp_path, monkeypatch):
     assert {s.data.shape for s in query.addressable_shards} == {(3, config.head_dim, config.d_model // 4)}
 
 
-def test_random_parameters_are_drawn_where_they_lie():
+def test_random_parameters_are_initialised_as_shards():
     model = DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0), mesh=mesh_of("expert=4,tensor=2"))
     w1 = model.blocks[1].moe.experts[1].w1.get_value()
     assert {s.data.shape for s in w1.addressable_shards} == {(1, 28, 48)}
@@ -224,35 +224,35 @@ def test_random_parameters_are_drawn_where_they_lie():
 
 
 @pytest.mark.parametrize(
-    ("axes", "words"),
+    ("axes", "message"),
     [
         ("tensor=8", "tensor=8 does not divide kv_n_heads 4; 1, 2, 4 would"),
         ("expert=3", "expert=3 does not divide moe_num_experts 8; 1, 2, 4 would"),
         ("fsdp=5", "expert times fsdp=5 does not divide d_model 48; 1, 2, 3, 4, 6, 8 would"),
     ],
 )
-def test_meshes_that_do_not_fit_the_model(axes, words):
+def test_mesh_that_does_not_divide_the_model_is_rejected(axes, message):
     with pytest.raises(MeshError) as error:
         DbrxForCausalLM(SMALL, rngs=None, mesh=mesh_of(axes))
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
     "text", ["", "expert", "expert=", "expert=0", "expert=2,expert=4", "model=2", "expert=-1", "v9"]
 )
-def test_texts_that_are_no_mesh(text):
+def test_find_mesh_rejects_invalid_text(text):
     with pytest.raises(MeshError):
         find_mesh(text)
 
 
-def test_a_mesh_of_other_devices_or_axes():
+def test_mesh_of_other_size_or_axes_is_rejected():
     with pytest.raises(MeshError, match="makes 4 devices, and there are 8"):
         find_mesh("expert=4")
     with pytest.raises(MeshError, match="no axis is called 'model'"):
         DbrxForCausalLM(SMALL, rngs=None, mesh=jax.make_mesh((8,), ("model",)))
 
 
-def test_recipes():
+def test_recipes_match_their_names_and_divide_the_model():
     assert find_mesh("cpu-8").shape == {"data": 1, "fsdp": 1, "expert": 4, "tensor": 2}
     config = DbrxConfig.from_name("132b-instruct")
     for name in recipe_names():
@@ -265,32 +265,32 @@ def test_recipes():
     assert find_axes("v5e-64") == {"expert": 16, "tensor": 4}
 
 
-def test_all_to_all_is_refused_where_there_is_none():
-    mesh = Mesh(np.array([Device(0, 0)]), ("expert",))
+def test_all_to_all_is_rejected_on_tpu_v5e():
+    mesh = Mesh(np.array([FakeDevice(0, 0)]), ("expert",))
     DbrxForCausalLM(SMALL, rngs=None, mesh=mesh, all_to_all=True)
     mesh.devices[0].device_kind = "TPU v5 lite"
     with pytest.raises(MeshError, match="the network of TPU v5e cannot"):
         DbrxForCausalLM(SMALL, rngs=None, mesh=mesh, all_to_all=True)
 
 
-class Device:
-    """As much of a device as a mesh's layout asks for."""
+class FakeDevice:
+    """The attributes of a device that the layout of a mesh depends on."""
 
     platform = device_kind = "gpu"
 
-    def __init__(self, number, slice_index):
-        self.id, self.slice_index, self.process_index = number, slice_index, slice_index
+    def __init__(self, device_id, slice_index):
+        self.id, self.slice_index, self.process_index = device_id, slice_index, slice_index
 
 
-def test_between_slices_goes_the_axis_that_says_least():
-    devices = [Device(i, i // 4) for i in range(8)]
+def test_data_axis_spans_slices():
+    devices = [FakeDevice(i, i // 4) for i in range(8)]
     grid = make_mesh({"data": 2, "expert": 4}, devices).devices
     assert {d.slice_index for d in grid[0].flat} == {0}
     with pytest.raises(MeshError, match="data or fsdp must be a multiple of the 2 slices"):
         make_mesh({"expert": 8}, devices)
 
 
-def test_rules_split_each_dimension_once():
+def test_partition_specs_match_parameter_axes():
     partition = Partition(mesh_of("fsdp=2,expert=2,tensor=2"))
     specs = {name: partition.spec(spec.axes) for name, spec in parameter_specs(SMALL).items()}
     assert specs["embedding"] == jax.P(("expert", "tensor"), ("fsdp",))

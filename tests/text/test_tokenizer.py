@@ -1,4 +1,4 @@
-"""The tokenizer: exact ids, every form of vocabulary, chat templates, and text that stays text."""
+"""Tests of the tokenizer: published ids, vocabulary files, chat templates, and special tokens in user text."""
 
 import base64
 import json
@@ -32,7 +32,7 @@ def ranks():
 
 
 def gpt2_files(ranks):
-    """vocab.json and merges as converters write them: every split of every token, by rank."""
+    """Returns vocab.json and merges as converters write them: every split of every token, by rank."""
     characters = _byte_characters()
     vocab = {"".join(characters[b] for b in token): rank for token, rank in ranks.items()}
     merges = []
@@ -48,31 +48,31 @@ def vocab_text(token, characters):
 
 
 class TestIds:
-    def test_published_vectors(self, dbrx):
+    def test_encode_matches_published_ids(self, dbrx):
         assert dbrx.encode(HELLO) == HELLO_IDS
         assert dbrx.apply_chat_template(QUESTION, add_generation_prompt=True) == QUESTION_IDS
 
-    def test_merges_run_across_the_templates_newline_and_the_content(self, dbrx):
+    def test_merges_cross_the_boundary_of_template_and_content(self, dbrx):
         assert dbrx.apply_chat_template([{"role": "user", "content": "\nhello"}])[:4] == [100278, 882, 271, 15339]
 
-    def test_special_tokens_are_the_published_ones(self, dbrx):
+    def test_special_tokens_match_published_ids(self, dbrx):
         assert dbrx.special_tokens == DBRX_SPECIAL_TOKENS
         assert (dbrx.eos_token_id, dbrx.pad_token_id, dbrx.vocab_size) == (100257, 100277, 100280)
 
-    def test_ids_without_text(self, dbrx):
+    def test_decode_skips_unassigned_ids(self, dbrx):
         assert dbrx.decode([100280, 100351, 100256, 9906, 100270]) == "Hello"
 
-    def test_decode_special_tokens(self, dbrx):
+    def test_decode_keeps_or_skips_special_tokens(self, dbrx):
         ids = [100278, 9906, 100279]
         assert dbrx.decode(ids) == "<|im_start|>Hello<|im_end|>"
         assert dbrx.decode(ids, skip_special_tokens=True) == "Hello"
 
     @settings(max_examples=200)
     @given(st.text())
-    def test_round_trip(self, dbrx, text):
+    def test_decode_inverts_encode(self, dbrx, text):
         assert dbrx.decode(dbrx.encode(text)) == text.encode("utf-8", errors="replace").decode()
 
-    def test_streaming_holds_back_halves_of_characters(self, dbrx):
+    def test_stream_withholds_incomplete_characters(self, dbrx):
         text = "naïve 日本語 🙂 done"
         stream = dbrx.stream()
         pieces = [stream.push([i]) for i in dbrx.encode(text)]
@@ -81,15 +81,15 @@ class TestIds:
         stream.push(dbrx.encode("🙂")[:1])
         assert stream.finish() == "�"
 
-    def test_pad(self, dbrx):
+    def test_pad_fills_on_the_left(self, dbrx):
         padded = dbrx.pad([[1, 2, 3], [4]])
         assert padded["input_ids"].tolist() == [[1, 2, 3], [100277, 100277, 4]]
         assert padded["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 @pytest.fixture(scope="module")
-def small(ranks):
-    """The first 3000 ranks: a vocabulary of its own, quick to write in every form."""
+def small_ranks(ranks):
+    """The first 3000 ranks, a vocabulary that is fast to write in every format."""
     return {token: rank for token, rank in ranks.items() if rank < 3000}
 
 
@@ -98,43 +98,43 @@ def special():
     return {"<|endoftext|>": 3005, "<|im_start|>": 3006, "<|im_end|>": 3007}
 
 
-class TestForms:
-    """The same ids from every form in which copies carry the vocabulary."""
+class TestVocabularyFormats:
+    """Every vocabulary format gives the same ids."""
 
-    def write(self, folder, form, small, special):
-        vocab, merges = gpt2_files(small)
-        if form == "tiktoken":
-            lines = [f"{base64.b64encode(t).decode()} {r}" for t, r in small.items()]
+    def write_vocabulary(self, folder, file_format, small_ranks, special):
+        vocab, merges = gpt2_files(small_ranks)
+        if file_format == "tiktoken":
+            lines = [f"{base64.b64encode(t).decode()} {r}" for t, r in small_ranks.items()]
             (folder / "any.tiktoken").write_text("\n".join(lines) + "\n")
-        elif form == "vocab.json":
+        elif file_format == "vocab.json":
             vocab |= special | {f"<||_unused_{i}_||>": 3000 + i for i in range(5)}
             (folder / "vocab.json").write_text(json.dumps(vocab))
             (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges))
         else:
-            joined = [" ".join(m) for m in merges] if form == "tokenizer.json, old" else merges
+            joined = [" ".join(m) for m in merges] if file_format == "tokenizer.json, old" else merges
             added = [{"id": i, "content": t, "special": True} for t, i in special.items()]
             data = {"added_tokens": added, "model": {"type": "BPE", "vocab": vocab | special, "merges": joined}}
             (folder / "tokenizer.json").write_text(json.dumps(data))
-        if not form.startswith("tokenizer.json"):
+        if not file_format.startswith("tokenizer.json"):
             added = {str(i): {"content": t, "special": True} for t, i in special.items()}
             (folder / "tokenizer_config.json").write_text(
                 json.dumps({"added_tokens_decoder": added, "eos_token": {"content": "<|im_end|>"}, "pad_token": None})
             )
 
-    @pytest.mark.parametrize("form", ["tiktoken", "vocab.json", "tokenizer.json", "tokenizer.json, old"])
-    def test_form(self, tmp_path, form, small, special):
-        self.write(tmp_path, form, small, special)
+    @pytest.mark.parametrize("file_format", ["tiktoken", "vocab.json", "tokenizer.json", "tokenizer.json, old"])
+    def test_vocabulary_format_gives_expected_ids(self, tmp_path, file_format, small_ranks, special):
+        self.write_vocabulary(tmp_path, file_format, small_ranks, special)
         tokenizer = DbrxTokenizer.from_pretrained(tmp_path)
-        want = DbrxTokenizer(small, special)
+        want = DbrxTokenizer(small_ranks, special)
         text = HELLO + " the quick brown fox's naïve 日本語 🙂\r\n\t if x:\n        return 3.14159"
         assert tokenizer.encode(text) == want.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.special_tokens == special
-        if form in ("tiktoken", "vocab.json"):
+        if file_format in ("tiktoken", "vocab.json"):
             assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (3007, None)
             assert stop_tokens(tmp_path) == ((3007,), None)
 
-    def test_the_whole_of_cl100k_as_vocab_json(self, tmp_path, ranks, dbrx):
+    def test_cl100k_as_vocab_json_gives_published_ids(self, tmp_path, ranks, dbrx):
         characters = _byte_characters()
         vocab = {vocab_text(token, characters): rank for token, rank in ranks.items()}
         (tmp_path / "vocab.json").write_text(json.dumps(vocab))
@@ -144,7 +144,7 @@ class TestForms:
         assert tokenizer.encode(HELLO) == HELLO_IDS
         assert tokenizer.special_tokens == DBRX_SPECIAL_TOKENS
 
-    def test_tiktokens_cache(self, tmp_path, monkeypatch):
+    def test_tiktoken_cache_is_read_and_verified(self, tmp_path, monkeypatch):
         (tmp_path / "checkpoint").mkdir()
         (tmp_path / CL100K_CACHE_NAME).write_bytes(CL100K.read_bytes())
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
@@ -154,7 +154,7 @@ class TestForms:
         with pytest.raises(TokenizerError, match="SHA-256"):
             DbrxTokenizer.from_pretrained(tmp_path / "checkpoint")
 
-    def test_nothing_at_all(self, tmp_path, monkeypatch):
+    def test_missing_vocabulary_is_reported(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         with pytest.raises(TokenizerError, match=r"holds no vocabulary .* put the ranks file cl100k_base\.tiktoken"):
             DbrxTokenizer.from_pretrained(tmp_path)
@@ -166,7 +166,7 @@ BYTES = {c: i for i, c in enumerate(_byte_characters())}
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "message"),
     [
         ({"a.tiktoken": "!!! 0"}, "not a tiktoken ranks file"),
         ({"a.tiktoken": "YQ== x"}, "not a tiktoken ranks file"),
@@ -195,19 +195,19 @@ BYTES = {c: i for i, c in enumerate(_byte_characters())}
         ),
     ],
 )
-def test_damaged_files(tmp_path, files, words):
+def test_damaged_vocabulary_files_are_rejected(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(TokenizerError) as error:
         DbrxTokenizer.from_pretrained(tmp_path)
-    assert words in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 SPECIAL_TEXTS = st.sampled_from([*DBRX_SPECIAL_TOKENS, "<|", "|>", "im_start", "<", "\n", "system", "\ue000"])
 
 
-class TestForging:
+class TestSpecialTokensInText:
     @settings(max_examples=25)
     @given(st.lists(SPECIAL_TEXTS | st.text(max_size=4), max_size=6).map("".join))
     def test_content_never_becomes_a_special_token(self, dbrx, content):
@@ -215,12 +215,12 @@ class TestForging:
         assert [i for i in ids if i >= 100257] == [100278, 100279, 100278]
         assert dbrx.decode(ids) == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
 
-    def test_nor_does_a_role(self, dbrx):
+    def test_role_never_becomes_a_special_token(self, dbrx):
         ids = dbrx.apply_chat_template([{"role": "user<|im_end|>", "content": "x"}])
         assert ids.count(100279) == 1
 
     @pytest.mark.parametrize("text", [*DBRX_SPECIAL_TOKENS])
-    def test_encode(self, dbrx, text):
+    def test_encode_treats_special_tokens_as_text(self, dbrx, text):
         assert max(dbrx.encode(f"a{text}b")) < 100257
         assert dbrx.decode(dbrx.encode(text)) == text
 
@@ -231,7 +231,7 @@ class TestTemplates:
             {bytes([b]): b for b in range(256)}, {"<|x|>": 300, "<|endoftext|>": 301}, chat_template=template
         )
 
-    def test_the_checkpoints_own_is_used(self, tmp_path):
+    def test_template_of_the_checkpoint_is_used(self, tmp_path):
         template = (
             "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe DBRX.<|im_end|>\\n' }}{% endif %}"
             + ("{% for m in messages %}{{ m.content | trim }}{% endfor %}{{ eos_token }}")
@@ -245,7 +245,7 @@ class TestTemplates:
         (tmp_path / "chat_template.jinja").write_text("{{ messages | length }}")
         assert DbrxTokenizer.from_pretrained(tmp_path, CL100K).apply_chat_template(QUESTION) == [16]
 
-    def test_a_refusal_of_the_templates_own(self, dbrx):
+    def test_error_raised_by_a_template_is_reported(self, dbrx):
         tokenizer = self.tokenizer(dbrx, "{{ raise_exception('roles must alternate') }}")
         with pytest.raises(TokenizerError, match="the chat template failed: roles must alternate"):
             tokenizer.apply_chat_template(QUESTION)
@@ -266,12 +266,12 @@ class TestTemplates:
             " " * (1 << 19),
         ],
     )
-    def test_hostile_templates_end_in_an_error(self, dbrx, template):
+    def test_hostile_template_is_rejected(self, dbrx, template):
         with pytest.raises(TokenizerError, match="the chat template failed: ") as error:
             self.tokenizer(dbrx, template).apply_chat_template(QUESTION)
         assert "\n" not in str(error.value)
 
-    def test_a_template_without_end(self, dbrx, monkeypatch):
+    def test_endless_template_times_out(self, dbrx, monkeypatch):
         monkeypatch.setattr("dbrx_jax.text.chat_template.SECONDS", 1)
         template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
         with pytest.raises(TokenizerError, match="seconds"):
@@ -280,6 +280,6 @@ class TestTemplates:
     @pytest.mark.parametrize(
         "messages", [[{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 5}], ["x"]]
     )
-    def test_messages_that_are_none(self, dbrx, messages):
+    def test_invalid_messages_are_rejected(self, dbrx, messages):
         with pytest.raises(TokenizerError, match="message 0: expected an object with the texts role and content"):
             dbrx.apply_chat_template(messages)

@@ -1,4 +1,4 @@
-"""The training loss against the oracle's, and that a step learns."""
+"""Tests of the training loss against the oracle, of gradients, and of a training step."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from tests.model.test_causal_lm import TINY
 
 
 def evaluate(model, tokens, loss_mask):
-    """The losses, compiled as a whole, which takes less time than operation by operation."""
+    """Returns the losses, compiled as one program for speed."""
     graph, params = nnx.split(model)
     return jax.jit(lambda p: losses(nnx.merge(graph, p), tokens, loss_mask))(params)
 
@@ -24,7 +24,7 @@ def evaluate(model, tokens, loss_mask):
 def test_losses_match_the_oracle(case, models, expected):
     e = expected[case]
     tokens = e["tokens"][:1]
-    # The oracle's auxiliary loss is over all tokens; ours is over those that predict one.
+    # The oracle's auxiliary loss includes all tokens; ours only those with a target.
     result = evaluate(models(case), tokens, np.ones_like(tokens))
     np.testing.assert_allclose(result.cross_entropy, e["loss"], rtol=1e-5)
     graph, params = nnx.split(models(case))
@@ -35,16 +35,16 @@ def test_losses_match_the_oracle(case, models, expected):
     np.testing.assert_allclose(result.total, result.cross_entropy + weight * result.balance, rtol=1e-6)
 
 
-def test_masked_targets_do_not_count(models, expected):
+def test_masked_targets_do_not_change_the_loss(models, expected):
     tokens = expected["fused"]["tokens"][:2]
     mask = np.ones_like(tokens)
     mask[0, 5:] = 0
     mask[1] = 0
-    part = evaluate(models("fused"), tokens[:1, :5], np.ones((1, 5)))
-    np.testing.assert_allclose(evaluate(models("fused"), tokens, mask).cross_entropy, part.cross_entropy, rtol=1e-5)
+    unmasked = evaluate(models("fused"), tokens[:1, :5], np.ones((1, 5)))
+    np.testing.assert_allclose(evaluate(models("fused"), tokens, mask).cross_entropy, unmasked.cross_entropy, rtol=1e-5)
 
 
-def test_gradients_of_every_parameter_match_those_of_the_plain_experts(monkeypatch):
+def test_gradients_match_reference_experts(monkeypatch):
     graph, params = nnx.split(DbrxForCausalLM(TINY, rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 101, (2, 41))
 
@@ -63,14 +63,14 @@ def test_gradients_of_every_parameter_match_those_of_the_plain_experts(monkeypat
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b), path
 
 
-def test_loss_goes_down_and_experts_stay_in_balance():
+def test_training_reduces_loss_and_keeps_experts_balanced():
     model = DbrxForCausalLM(TINY, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     optimizer = optax.adam(3e-3)
     state, step = optimizer.init(params), make_step(graph, optimizer)
     rng = np.random.default_rng(0)
     first = None
-    for _ in range(60):  # rows that count up: the next token follows from this one
+    for _ in range(60):  # consecutive token ids, so that each token determines the next
         tokens = (rng.integers(0, 101, (4, 1)) + np.arange(25)) % 101
         params, state, result, norm = step(params, state, tokens, np.ones(tokens.shape, np.float32))
         first = first or float(result.cross_entropy)
