@@ -1,6 +1,5 @@
 """Tests of the command lines: standard output, standard error and exit status."""
 
-import io
 import json
 import os
 import pty
@@ -9,16 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
-import dbrx_convert.cli
-import dbrx_jax.cli.main
-import dbrx_jax.runtime
 from dbrx_jax.cli.chat import Conversation, converse
+from tests.commands import in_process
 from tests.conftest import GOLDEN
 
 BIN = Path(sys.executable).parent
@@ -33,21 +28,6 @@ def command(name, *arguments, stdin="", env=None):
         timeout=300,
         env={**os.environ, **(env or {})},
     )
-
-
-def in_process(name, *arguments):
-    """Runs a command in this process, for errors that are detected before anything is computed."""
-    main = {"dbrx-jax": dbrx_jax.cli.main.main, "dbrx-convert": dbrx_convert.cli.main}[name]
-    out, errors = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
-        patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        # The command would change these settings of the process.
-        patch.setattr(dbrx_jax.runtime, "enable_compilation_cache", lambda print_status: None)
-        patch.setattr(dbrx_jax.cli.main, "set_process_defaults", lambda: None)
-        patch.setattr(warnings, "showwarning", warnings.showwarning)
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-    return subprocess.CompletedProcess(arguments, exit_info.value.code, out.getvalue(), errors.getvalue())
 
 
 def fails(result, *fragments):

@@ -23,6 +23,7 @@ from dbrx_jax.checkpoint.layouts import FUSED, expand
 from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.orbax import MANIFEST
 from dbrx_jax.errors import CheckpointError, DbrxError
+from tests.commands import in_process
 from tests.conftest import GOLDEN
 
 # Processes that are killed leave their pipes to the collector.
@@ -305,7 +306,7 @@ def test_command_reports_damaged_source_in_one_line(tmp_path):
         folder = tmp_path / str(index)
         shutil.copytree(GOLDEN / "dense", folder)
         damage_checkpoint(folder, kind, seed)
-        done = subprocess.run([CONVERT, "to-orbax", folder, folder / "out"], capture_output=True, text=True, timeout=60)
+        done = in_process("dbrx-convert", "to-orbax", folder, folder / "out")
         assert done.returncode in (0, 2), (kind, seed, done.stderr)
         assert "Traceback" not in done.stderr
         if done.returncode == 2:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.generation.decode import empty, prefill_chunk
+from dbrx_jax.generation.decode import empty_cache, prefill_chunk
 from dbrx_jax.model.cache import cache_capacity, prefill_chunks
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.ops.attention import reference_attention
@@ -68,7 +68,7 @@ def test_last_logits_of_32768_tokens_match_reference():
     want = np.asarray(reference_last_logits(model, ids))
     assert want.std() > 0.5
     graph, partition = split_model(model), model.partition
-    cache, logits = empty(CONFIG, partition, 1, cache_capacity(TOKENS, partition), np.dtype("float32"))
+    cache, logits = empty_cache(CONFIG, partition, 1, cache_capacity(TOKENS, partition), np.dtype("float32"))
     for start, length in prefill_chunks(TOKENS, partition):
         span = np.array([[0, start, length]], np.int32)
         cache, logits = prefill_chunk(graph, cache, logits, ids[:, start : start + length], span)

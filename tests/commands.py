@@ -1,0 +1,28 @@
+"""Runs the command lines in the process of the tests."""
+
+import io
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+
+import dbrx_convert.cli
+import dbrx_jax.cli.main
+import dbrx_jax.runtime
+
+
+def in_process(name, *arguments):
+    """Runs a command in this process, for errors that are detected before anything is computed."""
+    main = {"dbrx-jax": dbrx_jax.cli.main.main, "dbrx-convert": dbrx_convert.cli.main}[name]
+    out, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        # The command would change these settings of the process.
+        patch.setattr(dbrx_jax.runtime, "enable_compilation_cache", lambda print_status: None)
+        patch.setattr(dbrx_jax.cli.main, "set_process_defaults", lambda: None)
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+    return subprocess.CompletedProcess(arguments, exit_info.value.code, out.getvalue(), errors.getvalue())
