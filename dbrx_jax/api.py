@@ -1,4 +1,4 @@
-"""DbrxForCausalLM: the model as users load it, call it and generate with it."""
+"""DbrxForCausalLM: the public model class, which loads checkpoints, computes logits and generates."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from dbrx_jax.text.tokenizer import stop_tokens
 
 
 class DbrxForCausalLM(CausalLM):
-    """DBRX with its language-model head: the network, with loading and generating."""
+    """DBRX with its language-model head, loading of checkpoints, and generation."""
 
     @classmethod
     def from_pretrained(
@@ -41,31 +41,31 @@ class DbrxForCausalLM(CausalLM):
     ) -> Self:
         """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
 
-        Every shard is read straight to its device.
+        Each shard is read directly to its device.
 
         Args:
           path: a local folder, a URL such as gs://bucket/folder (extra [gcs]), or `hf://owner/name` on the
             Hugging Face hub (extra [hub]).
-          mesh: the devices to lay it over: a jax Mesh, the name of a recipe such as "v5e-64", or axes such
+          mesh: the devices of the model: a jax Mesh, the name of a recipe such as "v5e-64", or axes such
             as "expert=16,tensor=4" over all devices; None is one device.
-          dtype: to cast the weights to; None keeps what the checkpoint holds. Of quantised weights, that of their
+          dtype: of the weights; None keeps that of the checkpoint. For quantised weights, the dtype of their
             scales and of the activations: bfloat16 or float32.
           quantization: quantises the weights while they are read: "int8", "int4" (experts in groups of 128, the
             rest int8; also "int4-32", "int4-64"), "fp8", or parts such as "experts=int4-64,attention=int8". None
-            keeps what the checkpoint holds.
-          all_to_all: in prompts and training, send tokens to their experts' devices alone rather than
-            round the ring (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all and picks).
+            keeps the checkpoint's.
+          all_to_all: in prefill and training, send tokens only to their experts' devices rather than
+            round the ring (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all tokens and selects).
           attention_implementation: "flash", kernels for TPU and GPU; "xla", blocks in plain XLA; "reference", the
             definition with all scores at once, for tests. None is "flash" where there are kernels, else "xla".
 
         Raises:
-          CheckpointError: the folder is not a complete checkpoint of a DBRX; the message says what is wrong.
-          ConfigError: its config.json is missing or has a value that cannot be used, or there is no such
-            implementation of attention, or none for the devices.
+          CheckpointError: the folder is not a complete DBRX checkpoint; the message says what is wrong.
+          ConfigError: config.json is missing or has an unusable value, or the implementation of attention is
+            unknown or does not run on the devices.
           MeshError: the mesh does not fit the model or the devices.
-          QuantizationError: the quantisation is not known, or does not fit the model.
+          QuantizationError: the quantisation is unknown, or does not fit the model.
         """
-        from dbrx_jax.checkpoint.load import load_model  # safetensors is imported when it is needed
+        from dbrx_jax.checkpoint.load import load_model  # imports safetensors
 
         folder = checkpoint_folder(path)
         model = load_model(cls, folder, mesh, dtype, quantization, all_to_all, attention_implementation)
@@ -81,10 +81,9 @@ class DbrxForCausalLM(CausalLM):
         quantization: Quantization | None = None,
         **options: Any,
     ) -> Self:
-        """Makes a model of arrays given under the names of :func:`dbrx_jax.checkpoint.parameters.parameter_specs`.
+        """Creates a model from arrays by the names of :func:`dbrx_jax.checkpoint.parameters.parameter_specs`.
 
         Args:
-          config: the sizes.
           parameters: arrays, or QuantizedArrays for the parts that `quantization` names.
           mesh, options: as in :class:`CausalLM`.
         """
@@ -98,38 +97,31 @@ class DbrxForCausalLM(CausalLM):
         output_hidden_states: bool = False,
         output_router_probs: bool = False,
     ) -> Float[Array, "B T V"] | CausalLMOutput:
-        """Logits (B, T, V) in float32 of every position.
+        """Computes the logits (B, T, V), float32, of every position.
 
         Args:
           input_ids: token ids.
           attention_mask: 1 for tokens, 0 for padding on the left or right, where logits are undefined.
-          position_ids: by default the number of tokens before, padding not counted.
-          output_hidden_states: return a :class:`CausalLMOutput` with them.
-          output_router_probs: return a :class:`CausalLMOutput` with them.
+          position_ids: by default the number of tokens before, without padding.
+          output_hidden_states: return a :class:`CausalLMOutput` with hidden states.
+          output_router_probs: return a :class:`CausalLMOutput` with router probabilities.
 
         Raises:
           GenerationError: the arrays' shapes do not fit each other, or an id is outside the vocabulary.
         """
         ids = check_ids(input_ids, self.config.vocab_size)
-        mask = (
-            np.ones(ids.shape, bool)
-            if attention_mask is None
-            else same_shape("attention_mask", attention_mask, ids) != 0
-        )
+        mask: Any = np.ones(ids.shape, bool)
+        if attention_mask is not None:
+            mask = same_shape("attention_mask", attention_mask, ids) != 0
         if position_ids is None:
-            positions = (
-                np.maximum(np.cumsum(np.asarray(mask), axis=1) - 1, 0)
-                if isinstance(mask, np.ndarray)
-                else (jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
-            )
+            xp = _numpy_of(mask)
+            positions = xp.maximum(xp.cumsum(mask, axis=1) - 1, 0)
         else:
             positions = same_shape("position_ids", position_ids, ids)
         B, T = ids.shape
-        wide = ((0, -B % self.partition.size(*BATCH_AXES)), (0, -T % self.partition.size("expert")))
-        ids, mask, positions = (
-            a if wide == ((0, 0), (0, 0)) else (np if isinstance(a, np.ndarray) else jnp).pad(a, wide)
-            for a in (ids, mask, positions)
-        )
+        padding = ((0, -B % self.partition.size(*BATCH_AXES)), (0, -T % self.partition.size("expert")))
+        if padding != ((0, 0), (0, 0)):
+            ids, mask, positions = (_numpy_of(a).pad(a, padding) for a in (ids, mask, positions))
         out = forward(split_model(self), ids, mask, positions, output_hidden_states, output_router_probs)
         if self.partition.mesh is not None:
             out = out._replace(
@@ -146,9 +138,14 @@ class DbrxForCausalLM(CausalLM):
         return generate(self, input_ids, attention_mask, **options)
 
 
+def _numpy_of(array: Any) -> Any:
+    """Returns the module with the functions of an array: numpy, or jax.numpy inside jit."""
+    return np if isinstance(array, np.ndarray) else jnp
+
+
 def _generation_config(path: Path) -> GenerationConfig:
-    """Reads generation_config.json, and from the tokenizer's files the ids that it leaves out."""
+    """Reads generation_config.json, and ids that it lacks from the tokenizer's files."""
     file = path / "generation_config.json"
-    given = GenerationConfig.from_file(file) if file.exists() else GenerationConfig()
+    config = GenerationConfig.from_file(file) if file.exists() else GenerationConfig()
     eos, pad = stop_tokens(path)
-    return GenerationConfig(given.eos_token_ids or eos, pad if given.pad_token_id is None else given.pad_token_id)
+    return GenerationConfig(config.eos_token_ids or eos, pad if config.pad_token_id is None else config.pad_token_id)

@@ -1,4 +1,4 @@
-"""The kernel backend of a platform: whether Pallas kernels run there, and whose."""
+"""Selects the backend of Pallas kernels for a platform, if they run there."""
 
 import functools
 import os
@@ -6,29 +6,26 @@ import os
 import jax
 
 GPU_PLATFORMS = ("gpu", "cuda")  # JAX's names of the platform
-# Kernel backend by platform. Tests interpret the kernels of either backend on a CPU.
+# Tests add "cpu", to interpret the kernels of either backend there.
 KERNEL_BACKENDS = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
-# The first version of JAX with which the kernels for GPUs were tested.
-MIN_JAX_FOR_GPU_KERNELS = (0, 11, 2)
+MIN_JAX_FOR_GPU_KERNELS = (0, 11, 2)  # the first version with which they were tested
 HOPPER = "9.0"  # compute capability
-# Environment variable that turns all kernels off when it is 0.
-KERNELS_VARIABLE = "DBRX_KERNELS"
+KERNELS_VARIABLE = "DBRX_KERNELS"  # environment variable; 0 turns all kernels off
 
 
 def kernel_backend(platform: str) -> str | None:
-    """The backend whose kernels run on a platform: "tpu", "gpu", or None where XLA's own operations are used."""
+    """Returns the backend whose kernels run on a platform: "tpu", "gpu", or None where XLA's operations are used."""
     backend = KERNEL_BACKENDS.get(platform)
     if os.environ.get(KERNELS_VARIABLE) == "0":
         return None
-    if backend == "gpu" and jax.__version_info__ < MIN_JAX_FOR_GPU_KERNELS:
-        return None
-    if backend == "gpu" and platform != "cpu" and not _only_hopper_gpus():
+    is_tested_jax = jax.__version_info__ >= MIN_JAX_FOR_GPU_KERNELS
+    if backend == "gpu" and not (is_tested_jax and (platform == "cpu" or _only_hopper_gpus())):
         return None
     return backend
 
 
 @functools.cache
 def _only_hopper_gpus() -> bool:
-    """Returns whether every GPU here is a Hopper; true if there is none, as when compiling ahead of time."""
+    """Returns whether all GPUs are Hopper; true without a GPU, as in ahead-of-time compilation."""
     gpus = jax.devices() if jax.default_backend() == "gpu" else []
     return all(getattr(device, "compute_capability", None) == HOPPER for device in gpus)

@@ -1,12 +1,12 @@
-"""The errors that a user can cause and mend. The command line prints each as one line and exits with 2."""
+"""Errors in the user's input. The commands print each as one line and exit with 2."""
 
 
 class DbrxError(ValueError):
-    """Base of all errors that come from the user's input; the message says what, where and what to do."""
+    """Base class of errors in the user's input; the message says what is wrong, where, and what to do."""
 
 
 class ConfigError(DbrxError):
-    """A configuration is missing, damaged, or has a value that cannot be used."""
+    """A configuration is missing or damaged, or has an unusable value."""
 
 
 class CheckpointError(DbrxError):
@@ -18,19 +18,19 @@ class TokenizerError(DbrxError):
 
 
 class GenerationError(DbrxError):
-    """Arguments of generate that do not fit each other or the model."""
+    """Arguments of generate do not fit each other or the model."""
 
 
 class MeshError(DbrxError):
-    """A mesh of devices does not fit the model, or the devices that there are."""
+    """A device mesh does not fit the model or the available devices."""
 
 
 class QuantizationError(DbrxError):
-    """A quantisation is not known, or weights cannot be quantised in that way."""
+    """A quantisation is unknown, or does not fit the weights."""
 
 
 class PlanError(DbrxError):
-    """A plan names an accelerator or a slice that is unknown, or needs a compiler that is not installed."""
+    """A plan names an unknown accelerator or slice, or needs a compiler that is not installed."""
 
 
 class DistributedError(DbrxError):

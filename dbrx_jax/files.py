@@ -1,4 +1,4 @@
-"""Local and remote paths, and reading small untrusted files."""
+"""Local and remote paths, and readers of small untrusted files."""
 
 import json
 import stat
@@ -12,18 +12,18 @@ MAX_JSON = 64 << 20  # bytes; a tokenizer.json of 100k entries is under 10 MB
 
 
 def location(path: str | Path) -> Path:
-    """A local path, made absolute; for a URL such as gs://bucket/folder a UPath, which has a Path's methods.
+    """Returns a local path made absolute, or for a URL such as gs://bucket/folder a UPath with a Path's methods.
 
     Raises:
-      CheckpointError: the file system of such URLs is not installed, or there is none.
+      CheckpointError: the file system of such URLs is not installed, or is unknown.
     """
     if "://" not in str(path):
         return Path(path).absolute()
     try:
         from upath import UPath
 
-        found: Any = UPath(path)
-        _ = found.fs
+        remote: Any = UPath(path)
+        _ = remote.fs  # raises if the file system is not available
     except ImportError as error:
         raise CheckpointError(
             f"{path}: needs the file system's client ({error}); pip install 'dbrx-jax[gcs]' for gs://, "
@@ -31,7 +31,7 @@ def location(path: str | Path) -> Path:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path}: no such kind of location ({error})") from None
-    return Path(found.path) if found.protocol in ("file", "local") else found
+    return Path(remote.path) if remote.protocol in ("file", "local") else remote
 
 
 def is_remote(path: Path) -> bool:
@@ -40,7 +40,7 @@ def is_remote(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file of bounded size.
+    """Reads a UTF-8 file of at most MAX_JSON bytes.
 
     Raises:
       ConfigError: the file is missing, no regular file, too large, or not UTF-8.
@@ -61,27 +61,27 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file.
+    """Reads a JSON file.
 
     Raises:
       ConfigError: as in :func:`read_text`, or the text is not JSON, or repeats a key.
     """
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except _RepeatedKey as error:
+        return json.loads(text, object_pairs_hook=_dict_of_unique_keys)
+    except _RepeatedKeyError as error:
         raise ConfigError(f"{path}: the key {error} occurs twice in one JSON object") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
 
 
-class _RepeatedKey(Exception):
+class _RepeatedKeyError(Exception):
     pass
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _dict_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         counts = Counter(key for key, _ in pairs)
-        raise _RepeatedKey(repr(next(key for key, count in counts.items() if count > 1)))
+        raise _RepeatedKeyError(repr(next(key for key, count in counts.items() if count > 1)))
     return result

@@ -1,4 +1,4 @@
-"""GenerationConfig: what a checkpoint says about the end of a text."""
+"""GenerationConfig: a checkpoint's end-of-sequence and padding tokens."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from dbrx_jax.files import read_json
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Ids that end a row, and the id that fills ended rows."""
+    """Token ids that end a row, and the id that pads ended rows."""
 
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -21,7 +21,7 @@ class GenerationConfig:
         """Reads a ``generation_config.json``.
 
         Raises:
-          ConfigError: it is not one.
+          ConfigError: the file is missing, no JSON object, or has ids that are not whole numbers.
         """
         data = read_json(path)
         if not isinstance(data, Mapping):

@@ -1,4 +1,4 @@
-"""Finding a checkpoint's folder: local, by URL, or by its name on the Hugging Face hub (extra [hub])."""
+"""Locates a checkpoint's folder: local, at a URL, or on the Hugging Face hub (extra [hub])."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import location
 
 SCHEME = "hf://"
-# What a checkpoint consists of; never the pickled weights that a repository may hold beside them.
+# The files of a checkpoint, without the pickled weights that a repository may hold beside them.
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "*.tiktoken")
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder itself, or for `hf://owner/name` the local copy of that repository, downloaded if need be.
+    """Returns the folder, or for `hf://owner/name` the local copy of that repository, downloaded if necessary.
 
     Raises:
-      CheckpointError: there is no such folder, and no such repository that can be read.
+      CheckpointError: the folder does not exist, or the repository cannot be downloaded.
     """
     if not str(path).startswith(SCHEME):
         folder = location(path)

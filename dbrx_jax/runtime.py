@@ -1,6 +1,6 @@
-"""Process-wide settings of JAX for programs that own their process: GPU memory and compiled programs.
+"""Process-wide settings of JAX for commands and scripts: GPU memory and the compilation cache.
 
-The library itself sets nothing; docs/kernels.md says what to set where it is used in another program.
+The library itself sets nothing; docs/kernels.md lists the settings for programs that use it.
 """
 
 import os
@@ -9,25 +9,25 @@ from pathlib import Path
 
 import jax
 
-# The share of a GPU's memory that JAX takes when it starts. Its own three quarters of an H200 are 113 GB: 132B in
-# int8 takes 132. A TPU's runtime gives all there is.
+# The fraction of a GPU's memory that JAX reserves when it starts. Its default, 0.75, is 113 GB of an H200: too little
+# for DBRX 132B in int8, which takes 132 GB. On a TPU all memory is available.
 ENVIRONMENT: Mapping[str, str] = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-MIN_SECONDS = 0.3  # what compiles faster is not kept
+MIN_SECONDS = 0.3  # programs that compile faster are not cached
 
 
 def set_process_defaults() -> None:
-    """Sets what the user has not set, in this process' environment; before JAX starts its devices."""
+    """Sets the variables of ENVIRONMENT that the user has not set; call it before JAX starts its devices."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def enable_compilation_cache(print_status: Callable[[str], None]) -> None:
-    """Makes JAX keep what it compiles, unless the user has told it where to (JAX_COMPILATION_CACHE_DIR).
+    """Makes JAX cache compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    JAX runs what it finds there: a folder that others may write to is not used.
+    JAX runs the programs that it reads there, so a folder that others may write to is not used.
 
     Args:
-      print_status: called with a line of text where the folder cannot be used.
+      print_status: called with a line of text if the folder cannot be used.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
@@ -36,15 +36,15 @@ def enable_compilation_cache(print_status: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.lstat()
     except OSError as error:
-        print_status(f"Compiled programs are not kept: {folder} cannot be used ({error.strerror})")
+        print_status(f"Compiled programs are not cached: {folder} cannot be used ({error.strerror})")
         return
     if folder.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        print_status(f"Compiled programs are not kept: {folder} is not yours alone to write to; remove it")
+        print_status(f"Compiled programs are not cached: {folder} is not yours alone to write to; remove it")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
 
 
 def user_cache_folder() -> Path:
-    """The package's folder among the user's caches."""
+    """Returns the package's folder among the user's caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dbrx_jax"

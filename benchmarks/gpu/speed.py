@@ -75,7 +75,7 @@ def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int
     """Runs `steps` steps that end with all rows at `positions` positions, each row on tokens of its own."""
     config, partition, model_state = model.config, model.partition, split_model(model)
     length = cache_capacity(positions, partition)
-    cache, logits = decoding.empty(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
+    cache, logits = decoding.empty_cache(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
     # Rows with the same tokens would all read the same experts.
     logits = logits + jax.random.normal(jax.random.key(3), logits.shape)
     sampling = Sampling(
@@ -109,7 +109,7 @@ def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     count = min(size.prompt, length)
     tokens = np.array(random_prompts(config, 0, 1, length), np.int32)
     at = np.array([[0, 0, count]], np.int32)
-    holder = [decoding.empty(config, partition, 1, cache_capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
+    holder = [decoding.empty_cache(config, partition, 1, cache_capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
 
     def run() -> None:
         holder.append(decoding.prefill_chunk(model_state, *holder.pop(), tokens, at))

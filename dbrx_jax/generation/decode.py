@@ -22,19 +22,19 @@ from dbrx_jax.ops.row_tiles import map_row_tiles, num_row_tiles
 from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS
 from dbrx_jax.sharding.partition import BATCH_AXES, VOCAB_AXES, Partition
 
-MAX_EOS = 8  # ids that can end a row, at most; a fixed shape
+MAX_EOS = 8  # limit of end-of-sequence ids, and the fixed size of their array
 
 
 class DecodeState(NamedTuple):
-    """A batch of B rows between two steps; S is the cache's length."""
+    """A batch of B rows between two decode steps; S is the cache's length."""
 
     cache: Cache
-    token: Int[Array, "B"]  # chosen, and not yet through the model
+    token: Int[Array, "B"]  # the last token, not yet in the cache
     position: Int[Array, "B"]  # of that token
     done: Bool[Array, "B"]
     running: Bool[Array, ""]  # whether any row is not done
-    step: Int[Array, ""]  # tokens chosen so far
-    tokens: Int[Array, "B S"]  # the chosen tokens
+    step: Int[Array, ""]  # number of new tokens so far
+    tokens: Int[Array, "B S"]  # the new tokens
     logprobs: Float[Array, "B S"]
     seen: Bool[Array, "B V"]
 
@@ -54,38 +54,35 @@ class ProgramSpecs(NamedTuple):
     logits: jax.sharding.PartitionSpec
     state: DecodeState
     settings: Settings
-    row: jax.sharding.PartitionSpec  # one number a row, or a group of rows
-    same: jax.sharding.PartitionSpec  # the same on all devices
+    vector: jax.sharding.PartitionSpec  # (B,)
+    matrix: jax.sharding.PartitionSpec  # (B, N), or a row for each group of rows
+    replicated: jax.sharding.PartitionSpec
 
 
 def program_specs(config, partition: Partition, int8: bool, sampled: bool = False) -> ProgramSpecs:
-    """Partition specs for an int8 cache, which has scales, and for sampling, which has random keys."""
-    cache = cache_specs(config, partition, int8)
-    row, columns, same = (
-        partition.array_spec(BATCH_AXES),
-        partition.array_spec(BATCH_AXES, None),
-        partition.array_spec(),
-    )
-    vocabulary = partition.array_spec(BATCH_AXES, VOCAB_AXES)
-    kinds: Any = (DecodeState, Settings, Sampling)  # of partition specs rather than arrays
-    state = kinds[0](cache, row, row, row, same, same, columns, columns, vocabulary)
-    settings = kinds[1](kinds[2](*[same] * len(Sampling._fields)), columns if sampled else None, same)
-    return ProgramSpecs(cache, vocabulary, state, settings, row, same)
+    """Returns the partition specs for an int8 or other cache, and for sampling or greedy decoding."""
+    cache, logits = cache_specs(config, partition, int8), partition.array_spec(BATCH_AXES, VOCAB_AXES)
+    vector, matrix = partition.array_spec(BATCH_AXES), partition.array_spec(BATCH_AXES, None)
+    replicated = partition.array_spec()
+    state = DecodeState._make((cache, vector, vector, vector, replicated, replicated, matrix, matrix, logits))
+    sampling = Sampling._make([replicated] * len(Sampling._fields))
+    settings = Settings._make((sampling, matrix if sampled else None, replicated))
+    return ProgramSpecs(cache, logits, state, settings, vector, matrix, replicated)
 
 
-def is_int8(cache: Cache) -> bool:
+def _is_int8(cache: Cache) -> bool:
     return cache[0].key_scale is not None
 
 
-def _jit_variants(options: dict[str, bool], function: Callable[..., Any], **of_jit: Any) -> dict[bool, Any]:
-    """The function compiled with these options of the compiler, under True, and without."""
+def _jit_variants(function: Callable[..., Any], **options: Any) -> dict[bool, Any]:
+    """Compiles a function with the compiler options for CPUs, under True, and without them, under False."""
     function.__name__ = function.__name__.removeprefix("_run_")  # as profiles show it
-    return {with_: jax.jit(function, compiler_options=options if with_ else None, **of_jit) for with_ in (True, False)}
+    return {True: jax.jit(function, compiler_options=CPU_OPTIONS, **options), False: jax.jit(function, **options)}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def empty(config, partition, rows, positions, dtype):
-    """A cache, and the place of each row's logits."""
+def empty_cache(config, partition, rows, positions, dtype):
+    """Creates an empty cache, and the array for the logits of each row's last prompt token."""
     specs = program_specs(config, partition, dtype == jnp.int8)
 
     def run():
@@ -96,57 +93,53 @@ def empty(config, partition, rows, positions, dtype):
     return partition.shard_map(run, (), (specs.cache, specs.logits))()
 
 
-def prefill_chunk(model_state, cache, logits, tokens, at):
-    """One chunk of one row of each group of rows, tokens (groups, C).
+def prefill_chunk(model_state, cache, logits, tokens, spans):
+    """Runs the model on one chunk of one row of each group of rows: tokens (groups, C).
 
-    `at` (groups, 3) has its row within the group, its first position and how many of its tokens count:
-    0 where the group has no more. On one device, or along `expert` and `tensor` alone, there is one group.
+    A row of `spans` (groups, 3) holds the row's index within its group, the chunk's first position and its number of
+    tokens: 0 if the group has none. There are as many groups as devices along `data` and `fsdp`.
     """
-    return _prefill_chunk[model_state.platform == "cpu"](model_state, cache, logits, tokens, at)
+    return _prefill_chunk[model_state.platform == "cpu"](model_state, cache, logits, tokens, spans)
 
 
-def _run_prefill_chunk(model_state, cache, logits, tokens, at):
+def _run_prefill_chunk(model_state, cache, logits, tokens, spans):
     model = model_state.merge()
-    partition, config = model.partition, model.config
+    partition, specs = model.partition, program_specs(model.config, model.partition, _is_int8(cache))
 
-    def run(model_state, cache, logits, tokens, at):
+    def run(model_state, cache, logits, tokens, spans):
         model = model_state.merge()
-        row, start, count = at[0]
-        place = jnp.arange(tokens.shape[1])[None]
-        x, cache = model.forward_with_cache(tokens, place < count, start + place, cache, row)
-        last = model.norm_f(lax.dynamic_slice_in_dim(x, jnp.maximum(count - 1, 0), 1, axis=1)[:, 0])
-        new = model.logits(last)
+        row, start, num_tokens = spans[0]
+        offsets = jnp.arange(tokens.shape[1])[None]
+        x, cache = model.forward_with_cache(tokens, offsets < num_tokens, start + offsets, cache, row)
+        last = lax.dynamic_slice_in_dim(x, jnp.maximum(num_tokens - 1, 0), 1, axis=1)[:, 0]
+        new = model.logits(model.norm_f(last))
         if partition.size(*BATCH_AXES) > 1:
-            new = jnp.where(count > 0, new, lax.dynamic_slice(logits, (row, 0), new.shape))
+            new = jnp.where(num_tokens > 0, new, lax.dynamic_slice(logits, (row, 0), new.shape))
         return cache, lax.dynamic_update_slice(logits, new, (row, 0))
 
-    specs = program_specs(config, partition, is_int8(cache))
-    columns = partition.array_spec(BATCH_AXES, None)
-    inside = (model_state.specs(), specs.cache, specs.logits, columns, columns)
-    return partition.shard_map(run, inside, (specs.cache, specs.logits))(model_state, cache, logits, tokens, at)
+    in_specs = (model_state.specs(), specs.cache, specs.logits, specs.matrix, specs.matrix)
+    out_specs = (specs.cache, specs.logits)
+    return partition.shard_map(run, in_specs, out_specs)(model_state, cache, logits, tokens, spans)
 
 
-_prefill_chunk = _jit_variants(CPU_OPTIONS, _run_prefill_chunk, donate_argnums=(1, 2))
+_prefill_chunk = _jit_variants(_run_prefill_chunk, donate_argnums=(1, 2))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
 def first_token(config, partition, filtered, tiled, settings, cache, logits, prompts, lengths, done):
-    """Each row's first new token, after prompts (B, T) of `lengths` (B,) tokens that gave `logits` (B, V).
+    """Samples each row's first new token, after prompts (B, T) of `lengths` (B,) tokens with last logits (B, V).
 
-    Rows that are `done` (B,) from the start only fill the batch.
+    Rows that are `done` (B,) from the start are padding of the batch.
 
     Args:
-      filtered: whether top-k, top-p or min-p does anything.
-      tiled: whether rows are computed in tiles, for bits that do not depend on their number.
+      filtered: whether top-k, top-p or min-p is in use.
+      tiled: whether rows are computed in tiles, so that results are batch-invariant bit for bit.
     """
-    specs = program_specs(config, partition, is_int8(cache), settings.keys is not None)
-    columns = partition.array_spec(BATCH_AXES, None)
+    specs = program_specs(config, partition, _is_int8(cache), settings.keys is not None)
 
     def run(settings, cache, logits, prompts, lengths, done):
         rows, positions = prompts.shape
-        local = prompts - partition.axis_index(*VOCAB_AXES) * logits.shape[1]
-        here = (jnp.arange(prompts.shape[1]) < lengths[:, None]) & (local >= 0)
-        local = jnp.where(here, local, logits.shape[1])  # past the end: dropped
+        in_prompt = jnp.arange(positions) < lengths[:, None]
         state = DecodeState(
             cache=cache,
             token=jnp.zeros(rows, jnp.int32),
@@ -156,16 +149,16 @@ def first_token(config, partition, filtered, tiled, settings, cache, logits, pro
             step=jnp.int32(0),
             tokens=jnp.zeros((rows, positions), jnp.int32),
             logprobs=jnp.zeros((rows, positions), jnp.float32),
-            seen=jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], local].set(True, mode="drop"),
+            seen=_mark_seen(jnp.zeros(logits.shape, bool), prompts, in_prompt, partition),
         )
-        return _add_token(settings, state, _sample(logits, filtered, tiled, settings, state, partition), partition)
+        return _append_token(logits, filtered, tiled, settings, state, partition)
 
-    inside = (specs.settings, specs.cache, specs.logits, columns, specs.row, specs.row)
-    return partition.shard_map(run, inside, specs.state)(settings, cache, logits, prompts, lengths, done)
+    in_specs = (specs.settings, specs.cache, specs.logits, specs.matrix, specs.vector, specs.vector)
+    return partition.shard_map(run, in_specs, specs.state)(settings, cache, logits, prompts, lengths, done)
 
 
 def decode(model_state, filtered, tiled, settings, state, steps):
-    """Up to `steps` more tokens of every row that is not done; `tiled` as in :func:`first_token`."""
+    """Adds up to `steps` tokens to every row that is not done; `filtered` and `tiled` as in :func:`first_token`."""
     return _decode[_may_reorder_sums(model_state, tiled)](model_state, filtered, tiled, settings, state, steps)
 
 
@@ -176,32 +169,33 @@ def _may_reorder_sums(model_state: ModelState, tiled: bool) -> bool:
 
 def _run_decode(model_state, filtered, tiled, settings, state, steps):
     model = model_state.merge()
-    partition, config = model.partition, model.config
+    partition = model.partition
 
     def run(model_state, settings, state, steps):
         model = model_state.merge()
-        end = state.step + steps
+        stop = state.step + steps
 
-        def body(state: DecodeState) -> DecodeState:
+        def head(x: Array) -> Array:
+            return model.logits(model.norm_f(x))
+
+        def step(state: DecodeState) -> DecodeState:
+            inputs = (state.token, ~state.done, state.position)
             if tiled:
-                x, cache = model.decode_in_row_tiles(state.token, ~state.done, state.position, state.cache)
+                x, cache = model.decode_in_row_tiles(*inputs, state.cache)
             else:
-                x, cache = model.forward_with_cache(
-                    state.token[:, None], ~state.done[:, None], state.position[:, None], state.cache
-                )
+                x, cache = model.forward_with_cache(*(a[:, None] for a in inputs), state.cache)
                 x = x[:, 0]
             state = state._replace(cache=cache)
-            sampled = _sample(x, filtered, tiled, settings, state, partition, lambda x: model.logits(model.norm_f(x)))
-            return _add_token(settings, state, sampled, partition)
+            return _append_token(x, filtered, tiled, settings, state, partition, head)
 
-        return lax.while_loop(lambda s: (s.step < end) & s.running, body, state)
+        return lax.while_loop(lambda state: (state.step < stop) & state.running, step, state)
 
-    specs = program_specs(config, partition, is_int8(state.cache), settings.keys is not None)
-    inside = (model_state.specs(), specs.settings, specs.state, specs.same)
-    return partition.shard_map(run, inside, specs.state)(model_state, settings, state, steps)
+    specs = program_specs(model.config, partition, _is_int8(state.cache), settings.keys is not None)
+    in_specs = (model_state.specs(), specs.settings, specs.state, specs.replicated)
+    return partition.shard_map(run, in_specs, specs.state)(model_state, settings, state, steps)
 
 
-_decode = _jit_variants(CPU_OPTIONS, _run_decode, static_argnums=(1, 2), donate_argnums=4)
+_decode = _jit_variants(_run_decode, static_argnums=(1, 2), donate_argnums=4)
 
 
 def lower(
@@ -214,91 +208,87 @@ def lower(
     cache_dtype: np.dtype,
     lengths: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """The programs of a generation by name, each lowered for the devices of the model's mesh when it is asked for.
+    """Yields each program of a generation with its name, lowered for the devices of the model's mesh when it is needed.
 
-    What takes longest to compile comes first.
+    Programs that take longest to compile come first.
 
-    The parameters and settings may be shapes without memory behind them; `rows` and `positions` are
-    those of the cache; `lengths` are of the prompts' chunks, the longest by default.
+    Args:
+      model_state, settings: arrays, or shapes without memory.
+      rows, positions: size of the cache.
+      lengths: of the prompts' chunks; by default the longest alone.
     """
     model = model_state.merge()
     config, partition = model.config, model.partition
-    groups = partition.size(*BATCH_AXES)
     specs = program_specs(config, partition, cache_dtype == np.int8, settings.keys is not None)
 
     def int32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     model_state = partition.abstract(model_state, model_state.specs()) if partition.mesh else model_state
-    cache, logits = jax.eval_shape(partial(empty, config, partition, rows, positions, cache_dtype))
+    cache, logits = jax.eval_shape(partial(empty_cache, config, partition, rows, positions, cache_dtype))
     cache, logits = partition.abstract(cache, specs.cache), partition.abstract(logits, specs.logits)
-    begin = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
-    state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *begin)
+    prompts = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
+    state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *prompts)
     state = partition.abstract(state, specs.state)
-    decode_here = _decode[_may_reorder_sums(model_state, tiled)]
-    yield "decode", decode_here.lower(model_state, filtered, tiled, settings, state, int32())
+    decode_program = _decode[_may_reorder_sums(model_state, tiled)]
+    yield "decode", decode_program.lower(model_state, filtered, tiled, settings, state, int32())
+    prefill_program, groups = _prefill_chunk[model_state.platform == "cpu"], partition.size(*BATCH_AXES)
     for length in prefill_chunk_lengths(partition)[-1:] if lengths is None else lengths:
         chunk = int32(groups, length), int32(groups, 3)
-        yield (
-            f"prefill {length}",
-            _prefill_chunk[model_state.platform == "cpu"].lower(model_state, cache, logits, *chunk),
-        )
-    yield "first_token", first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *begin)
-    yield "empty", empty.lower(config, partition, rows, positions, cache_dtype)
+        yield f"prefill {length}", prefill_program.lower(model_state, cache, logits, *chunk)
+    yield "first_token", first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *prompts)
+    yield "empty_cache", empty_cache.lower(config, partition, rows, positions, cache_dtype)
 
 
-class SampledToken(NamedTuple):
-    token: Int[Array, "B"]
-    logprob: Float[Array, "B"]
-
-
-def _sample(
+def _append_token(
     x: Float[Array, "B W"],
     filtered: bool,
     tiled: bool,
     settings: Settings,
     state: DecodeState,
     partition: Partition,
-    logits_of: Callable[[Array], Array] = lambda x: x,
-) -> SampledToken:
-    """Each row's next token, from logits or from what gives them."""
+    head: Callable[[Array], Array] = lambda x: x,
+) -> DecodeState:
+    """Samples each row's next token and appends it to the state; that of a row that is done is never read.
 
-    def pick(rows: tuple) -> SampledToken:
+    Args:
+      x: logits (B, V), or hidden states (B, D) that `head` maps to logits.
+    """
+
+    def sample(rows: tuple) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
         x, seen, keys, position = rows
-        logits = logits_of(x)
+        logits = head(x)
         token = sample_tokens(logits, seen, keys, position, settings.sampling, filtered, partition)
-        return SampledToken(token, log_probability(logits, token, partition))
+        return token, log_probability(logits, token, partition)
 
-    rows = (x, state.seen, settings.keys, _next_position(state))
-    if not tiled:
-        return pick(rows)
-    sampled, _ = map_row_tiles(
-        lambda _, rows, carry: (pick(rows), carry), rows, None, num_row_tiles(x.shape[0], state.position)
-    )
-    return sampled
-
-
-def _next_position(state: DecodeState) -> Int[Array, "B"]:
-    return jnp.where(state.done, state.position, state.position + 1)  # an ended row looks no further
-
-
-def _add_token(settings: Settings, state: DecodeState, sampled: SampledToken, partition: Partition) -> DecodeState:
-    """Notes each row's next token. What it notes for rows that are done, nobody reads."""
-    token = sampled.token
-    size = state.seen.shape[1]
-    local = token - partition.axis_index(*VOCAB_AXES) * size
-    local = jnp.where(local >= 0, local, size)  # another device's: dropped
+    position = jnp.where(state.done, state.position, state.position + 1)
+    rows = (x, state.seen, settings.keys, position)
+    if tiled:
+        num_tiles = num_row_tiles(x.shape[0], state.position)
+        (token, logprob), _ = map_row_tiles(lambda _, rows, carry: (sample(rows), carry), rows, None, num_tiles)
+    else:
+        token, logprob = sample(rows)
     done = state.done | jnp.any(token[:, None] == settings.eos, axis=1)
     return state._replace(
         token=token,
-        position=_next_position(state),
+        position=position,
         done=done,
         running=partition.pmax(jnp.any(~done).astype(jnp.int32), *BATCH_AXES) > 0,
         step=state.step + 1,
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
-        logprobs=lax.dynamic_update_slice(state.logprobs, sampled.logprob[:, None], (0, state.step)),
-        seen=state.seen.at[jnp.arange(token.shape[0]), local].set(True, mode="drop"),
+        logprobs=lax.dynamic_update_slice(state.logprobs, logprob[:, None], (0, state.step)),
+        seen=_mark_seen(state.seen, token[:, None], True, partition),
     )
+
+
+def _mark_seen(
+    seen: Bool[Array, "B V"], tokens: Int[Array, "B T"], valid: Bool[Array, "B T"] | bool, partition: Partition
+) -> Bool[Array, "B V"]:
+    """Marks the valid tokens in this device's shard of the vocabulary."""
+    shard_size = seen.shape[1]
+    local_ids = tokens - partition.axis_index(*VOCAB_AXES) * shard_size
+    local_ids = jnp.where(valid & (local_ids >= 0), local_ids, shard_size)  # ids past the end are dropped
+    return seen.at[jnp.arange(seen.shape[0])[:, None], local_ids].set(True, mode="drop")
 
 
 @partial(jax.jit, static_argnums=0)
@@ -311,15 +301,15 @@ def same_on_all_processes(partition: Partition, number: int) -> int:
     """Broadcasts one process' number (32 bits) to all processes of the mesh."""
     if partition.mesh is None or not partition.mesh.is_multi_process:
         return number
-    apart = jax.sharding.NamedSharding(partition.mesh, jax.sharding.PartitionSpec(partition.mesh.axis_names))
-    numbers = jax.make_array_from_callback((partition.mesh.size,), apart, lambda _: np.array([number], np.uint32))
+    sharding = jax.sharding.NamedSharding(partition.mesh, jax.sharding.PartitionSpec(partition.mesh.axis_names))
+    numbers = jax.make_array_from_callback((partition.mesh.size,), sharding, lambda _: np.array([number], np.uint32))
     return int(np.asarray(replicate(partition, numbers))[0])
 
 
 @partial(jax.jit, static_argnums=0)
-def stop_rows(partition, state_done, stopped):
-    """The rows that are done, with those that the host has stopped; and whether any other is left."""
-    done = state_done | stopped
+def stop_rows(partition, done, stopped):
+    """Returns the rows that are done once those `stopped` by the host are, and whether any other is left."""
+    done = done | stopped
     if partition.mesh is not None:
         done = lax.with_sharding_constraint(done, partition.sharding(partition.array_spec(BATCH_AXES)))
     return done, ~done.all()

@@ -1,18 +1,18 @@
-"""Generation on the host: arguments, prompts in chunks, bursts of decode steps, streaming and stops.
+"""Generation on the host: arguments, chunked prefill, bursts of decode steps, streaming and stops.
 
-Prompts go through the model row by row in chunks of fixed lengths, without padding, so that little is compiled and a
-row's numbers do not depend on the others. Then all rows decode together. On a mesh with several data-parallel groups
-each group prefills a row of its own at a time.
+Prompts go through the model row by row in chunks of fixed lengths, without padding, so that few programs are compiled
+and a row's numbers do not depend on the others. Then all rows decode together. On a mesh with several data-parallel
+groups each group prefills one of its rows at a time.
 """
 
 import dataclasses
+import itertools
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int
@@ -23,7 +23,7 @@ from dbrx_jax.generation.decode import (
     DecodeState,
     Settings,
     decode,
-    empty,
+    empty_cache,
     first_token,
     lower,
     prefill_chunk,
@@ -35,27 +35,26 @@ from dbrx_jax.generation.sampling import Sampling, row_keys
 from dbrx_jax.model.cache import cache_capacity, prefill_chunks
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import split_model
-from dbrx_jax.model.inputs import check_ids
+from dbrx_jax.model.inputs import check_ids, same_shape
 from dbrx_jax.ops.row_tiles import ROW_TILE
 from dbrx_jax.sharding.partition import BATCH_AXES, Partition
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
-# Tokens between two looks of the host, where somebody waits for them or they are searched for strings.
-BURST = 8
+BURST = 8  # decode steps between two transfers to the host, if tokens are streamed or searched for stop strings
 MIN_TEMPERATURE = 1e-3  # logits divided by much less are infinite
-_FROM_CHECKPOINT: Any = object()  # "not given", where None means something
+_FROM_CHECKPOINT: Any = object()  # the default of an option in which None has a meaning
 
 
 class GenerationOutput(NamedTuple):
     """The result of generate with return_dict_in_generate=True."""
 
     sequences: np.ndarray  # (B, T + N) int32
-    logprobs: np.ndarray | None  # (B, N) float32, of the raw logits; NaN behind a row's end
+    logprobs: np.ndarray | None  # (B, N) float32, of the raw logits; NaN after a row's end
 
 
 @dataclasses.dataclass
 class Timings:
-    """Seconds that a stream spent; compile is counted only if compile() was called."""
+    """Seconds that a stream spent in each phase; `compile` is counted only if compile() was called."""
 
     compile: float = 0.0
     prefill: float = 0.0
@@ -72,16 +71,16 @@ def generate(
     output_logprobs: bool = False,
     **options: Any,
 ) -> np.ndarray | GenerationOutput:
-    """The prompts as given, each with the tokens that follow: (B, T + N).
+    """Continues each prompt and returns the prompts as given with their new tokens: (B, T + N).
 
     N is the number of steps until the last row ended, at most max_new_tokens. A row keeps the token
-    that ended it, padded with the pad token after it.
+    that ended it and is padded with the pad token after it.
 
     Args:
-      streamer: a function that is called with new tokens (B, n) as they come, or an object with
-        put and end as transformers' streamers have.
+      streamer: a function that is called with new tokens (B, n) as they are generated, or an object with
+        the methods put and end of transformers' streamers.
       return_dict_in_generate: return a :class:`GenerationOutput`.
-      output_logprobs: with the above, each token's log-probability under the raw logits.
+      output_logprobs: with return_dict_in_generate, each token's log-probability under the raw logits.
       **options: see :class:`TokenStream`.
 
     Raises:
@@ -102,29 +101,29 @@ def generate(
 
 
 class TokenStream(Iterator[np.ndarray]):
-    """The new tokens of a batch as they come: an iterator over arrays (B, n), n from 1 to `burst`.
+    """Iterator over the new tokens of a batch as they are generated: arrays (B, n), n from 1 to `burst`.
 
     Args:
       model: the model.
       input_ids: prompts (B, T).
       attention_mask: 1 for tokens, 0 for padding, left or right; all ones by default.
-      max_new_tokens: the most tokens to add.
-      do_sample: draw at random rather than take the most probable token; the next four need it.
+      max_new_tokens: limit of new tokens in a row.
+      do_sample: sample rather than take the most probable token; the next four options need it.
       temperature: logits are divided by it; above 0.
       top_k: keep the k most probable tokens.
       top_p: keep the most probable tokens that together reach this probability.
       min_p: keep tokens at least this fraction as probable as the most probable one.
       repetition_penalty: above 1 makes tokens already in the row less probable.
-      seed: row i draws with fold_in(seed, i); a list gives each row its own; None is never twice the same.
+      seed: row i samples with fold_in(seed, i); a list gives each row its own seed; None draws a new seed.
       eos_token_id: id or ids that end a row; the checkpoint's by default, None never stops.
       pad_token_id: fills ended rows; by default the checkpoint's, else the first eos, else 0.
       stop_strings: a row ends with the token that completes one of these in its new text.
       tokenizer: needed for stop_strings.
-      burst: tokens a step of the iterator, at most; None takes all at once where nothing needs less.
-      cache_length: positions of the cache, at least; calls with the same number share what was compiled.
+      burst: limit of tokens in a step of the iterator; None is BURST with stop_strings, else no limit.
+      cache_length: minimum of the cache's positions; calls with the same number share compiled programs.
       cache_dtype: "int8" halves a bfloat16 cache, with a scale for each position and head; None is the model's.
-      batch_invariant: bit for bit the same tokens and log-probabilities of a row alone and in any company; see
-        docs/batch-invariance.md for what it costs.
+      batch_invariant: bit for bit the same tokens and log-probabilities of a row in a batch of any size; see
+        docs/batch-invariance.md for its cost.
 
     Raises:
       GenerationError: the arguments do not fit each other or the model.
@@ -153,9 +152,9 @@ class TokenStream(Iterator[np.ndarray]):
         cache_dtype: Literal["int8"] | None = None,
         batch_invariant: bool = False,
     ):
-        self.prompt, rows = _unpadded(model, input_ids, attention_mask)
-        longest = max(map(len, rows))
-        _positive("max_new_tokens", max_new_tokens, whole=True)
+        self.prompt, self._rows = _unpadded(model, input_ids, attention_mask)
+        num_rows, longest = len(self._rows), max(map(len, self._rows))
+        _check_positive("max_new_tokens", max_new_tokens, integer=True)
         if longest + max_new_tokens > model.config.max_seq_len:
             available = model.config.max_seq_len - longest
             raise GenerationError(
@@ -164,45 +163,42 @@ class TokenStream(Iterator[np.ndarray]):
                 + (f"ask for at most {available}" if available > 0 else "shorten the prompt")
             )
         if burst is not None:
-            _positive("burst", burst, whole=True)
-        eos = _eos_ids(model, eos_token_id)
-        self.pad_token_id = _pad_id(model, pad_token_id, eos)
-        self._stops = None
+            _check_positive("burst", burst, integer=True)
+        self._eos = _eos_ids(model, eos_token_id)
+        self.pad_token_id = _pad_id(model, pad_token_id, self._eos)
+        self._stop_searches = None
         if stop_strings:
             if tokenizer is None:
                 raise GenerationError("stop_strings: needs tokenizer=, to know the text of the tokens")
             strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-            self._stops = [_StopSearch(tokenizer, strings) for _ in rows]
-        self._max_new = max_new_tokens
-        self._burst = min(burst or (BURST if self._stops else max_new_tokens), max_new_tokens)
+            self._stop_searches = [_StopSearch(tokenizer, strings) for _ in self._rows]
+        self._max_new_tokens = max_new_tokens
+        self._burst = min(burst or (BURST if self._stop_searches else max_new_tokens), max_new_tokens)
         self._filtered = do_sample and any(f is not None for f in (top_k, top_p, min_p))
-        sampling = _sampling(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
-        self._partition = model.partition
-        self._groups = self._partition.size(*BATCH_AXES)
+        sampling = _make_sampling(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
+        self._config, self._partition, self._model_state = model.config, model.partition, split_model(model)
+        self._num_groups = self._partition.size(*BATCH_AXES)
         if cache_dtype not in (None, "int8"):
             raise GenerationError(f"cache_dtype: expected int8 or None, got {cache_dtype!r:.40}")
         self._cache_dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         self._tiled = batch_invariant
-        # Rows of padding.
-        self._padding_rows = -len(rows) % (self._groups * (ROW_TILE if batch_invariant else 1))
-        seeds, row_numbers = _seeds(seed, len(rows), self._partition)
+        self._padding_rows = -num_rows % (self._num_groups * (ROW_TILE if batch_invariant else 1))
+        seeds, row_numbers = _seeds(seed, num_rows, self._partition)
         keys: Any = None
         if do_sample:
-            keys = np.pad(np.asarray(_keys(seeds, row_numbers)), ((0, self._padding_rows), (0, 0)))
-        padded_eos = np.array(eos + [-1] * (MAX_EOS - len(eos)), np.int32)
+            keys = np.pad(np.asarray(row_keys(seeds, row_numbers)), ((0, self._padding_rows), (0, 0)))
+        padded_eos = np.array(self._eos + [-1] * (MAX_EOS - len(self._eos)), np.int32)
         self._settings = Settings(sampling, keys, padded_eos)
-        self._eos = eos
-        self._model, self._model_state = model, split_model(model)
-        self._lengths = np.zeros(len(rows), np.int32)  # new tokens of each row so far
-        self._ended = np.zeros(len(rows), bool)
-        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
-        self._rows, self._steps = rows, 0
+        self._lengths = np.zeros(num_rows, np.int32)  # new tokens of each row so far
+        self._ended = np.zeros(num_rows, bool)
+        self._steps = 0
+        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and log-probabilities of each burst
         self._state: DecodeState | None = None
         self.timings = Timings()
         self._positions = cache_capacity(max(longest + max_new_tokens, cache_length or 0), self._partition)
 
     def lowered(self) -> Iterator[tuple[str, Any]]:
-        """The programs that this stream will run, by name, each traced when it is asked for and not compiled."""
+        """Yields the programs that this stream will run, by name; each is traced when it is needed, not compiled."""
         return lower(
             self._model_state,
             self._settings,
@@ -215,7 +211,7 @@ class TokenStream(Iterator[np.ndarray]):
         )
 
     def compile(self) -> None:
-        """Compiles what this stream will run, one program while the next is traced; else the first steps do.
+        """Compiles the programs that this stream will run, each while the next is traced; else the first steps do.
 
         A second stream of the same shapes has nothing left to compile.
         """
@@ -226,164 +222,143 @@ class TokenStream(Iterator[np.ndarray]):
         self.timings.compile += time.perf_counter() - begin
 
     def __next__(self) -> np.ndarray:
-        if self._steps == self._max_new or self._ended.all():
+        if self._steps == self._max_new_tokens or self._ended.all():
             raise StopIteration
         begin = time.perf_counter()
-        first = self._state is None
         if self._state is None:
             self._state = self._prefill()
-        else:
-            steps = min(self._burst, self._max_new - self._steps)
-            self._state = decode(
-                self._model_state, self._filtered, self._tiled, self._settings, self._state, np.int32(steps)
-            )
-        tokens = self._take(self._state)
-        if first:
+            tokens = self._collect(self._state)
             self.timings.prefill += time.perf_counter() - begin
         else:
+            steps = np.int32(min(self._burst, self._max_new_tokens - self._steps))
+            self._state = decode(self._model_state, self._filtered, self._tiled, self._settings, self._state, steps)
+            tokens = self._collect(self._state)
             self.timings.decode += time.perf_counter() - begin
         return tokens
 
     def _prefill(self) -> DecodeState:
-        """All prompts through the model, and the first token of each chosen."""
-        model = self._model
+        """Runs the model on all prompts and samples each row's first token."""
         rows = [*self._rows, *[np.zeros(0, np.int32)] * self._padding_rows]
-        cache, logits = empty(model.config, self._partition, len(rows), self._positions, self._cache_dtype)
-        each = len(rows) // self._groups
-        for row in range(each):
-            mine = rows[row::each]  # of each group
-            plans = [list(prefill_chunks(len(ids), self._partition)) for ids in mine]
-            for number in range(max(map(len, plans))):
-                pieces = [plan[number] if number < len(plan) else (0, 0) for plan in plans]
-                # Each row is cut up by its own length alone: groups whose rows are at chunks of other lengths wait.
-                for length in sorted({n for _, n in pieces if n}):
+        cache, logits = empty_cache(self._config, self._partition, len(rows), self._positions, self._cache_dtype)
+        rows_per_group = len(rows) // self._num_groups
+        for row in range(rows_per_group):
+            group_prompts = rows[row::rows_per_group]  # one of each group
+            plans = [prefill_chunks(len(ids), self._partition) for ids in group_prompts]
+            for chunks in itertools.zip_longest(*plans, fillvalue=(0, 0)):
+                # A prompt's chunks depend on its own length alone; groups with chunks of another length wait.
+                for length in sorted({n for _, n in chunks if n}):
                     parts = [
-                        ids[s : s + n] if n == length else ids[:0] for ids, (s, n) in zip(mine, pieces, strict=True)
+                        ids[start : start + n] if n == length else ids[:0]
+                        for ids, (start, n) in zip(group_prompts, chunks, strict=True)
                     ]
                     tokens = np.stack([np.pad(part, (0, length - len(part))) for part in parts])
-                    at = [[row, s if len(p) else 0, len(p)] for p, (s, _) in zip(parts, pieces, strict=True)]
-                    cache, logits = prefill_chunk(self._model_state, cache, logits, tokens, np.array(at, np.int32))
-        prompts = np.stack([np.pad(ids, (0, self._positions - len(ids))) for ids in rows]).astype(np.int32)
+                    starts = [start if len(part) else 0 for part, (start, _) in zip(parts, chunks, strict=True)]
+                    spans = np.array([[row, s, len(p)] for s, p in zip(starts, parts, strict=True)], np.int32)
+                    cache, logits = prefill_chunk(self._model_state, cache, logits, tokens, spans)
+        prompts = np.stack([np.pad(ids, (0, self._positions - len(ids))) for ids in rows])
         lengths = np.array([max(1, len(ids)) for ids in rows], np.int32)
         done = np.array([not len(ids) for ids in rows])
-        return first_token(
-            model.config,
-            self._partition,
-            self._filtered,
-            self._tiled,
-            self._settings,
-            cache,
-            logits,
-            prompts,
-            lengths,
-            done,
-        )
+        options = (self._config, self._partition, self._filtered, self._tiled, self._settings)
+        return first_token(*options, cache, logits, prompts, lengths, done)
 
-    def _take(self, state: DecodeState) -> np.ndarray:
-        """The tokens since the last look, cut where a stop string was completed."""
-        begin, end = self._steps, int(state.step)
-        chosen = [state.tokens, state.logprobs]
-        if self._groups > 1:
-            chosen = replicate(self._partition, chosen)
-        tokens, logprobs = (np.array(np.asarray(x)[: len(self._rows), begin:end]) for x in chosen)
+    def _collect(self, state: DecodeState) -> np.ndarray:
+        """Returns the tokens since the last call (B, n), and ends rows in which a stop string was completed."""
+        start, stop = self._steps, int(state.step)
+        arrays = [state.tokens, state.logprobs]
+        if self._num_groups > 1:
+            arrays = replicate(self._partition, arrays)
+        tokens, logprobs = (np.array(np.asarray(a)[: len(self._rows), start:stop]) for a in arrays)
         stopped = np.zeros(len(tokens), bool)
         for row in np.flatnonzero(~self._ended):
             length = next((i + 1 for i, t in enumerate(tokens[row]) if t in self._eos), None)
-            if self._stops is not None:
-                found = self._stops[row].push(tokens[row][:length])
-                stopped[row] = found is not None
-                length = found or length
-            self._lengths[row] += end - begin if length is None else length
+            if self._stop_searches is not None:
+                stop_length = self._stop_searches[row].push(tokens[row][:length])
+                stopped[row] = stop_length is not None
+                length = stop_length or length
+            self._lengths[row] += stop - start if length is None else length
             self._ended[row] = length is not None
-        behind = begin + np.arange(end - begin) >= self._lengths[:, None]
-        tokens[behind], logprobs[behind] = self.pad_token_id, np.nan
+        is_padding = np.arange(start, stop) >= self._lengths[:, None]
+        tokens[is_padding], logprobs[is_padding] = self.pad_token_id, np.nan
         if stopped.any():
             done, running = stop_rows(self._partition, state.done, np.pad(stopped, (0, self._padding_rows)))
             self._state = state._replace(done=done, running=running)
-        self._steps = end
-        kept = max(1, int(self._lengths.max()) - begin)  # fewer where stop strings ended the last rows
-        self._chunks.append((tokens[:, :kept], logprobs[:, :kept]))
-        return tokens[:, :kept]
+        self._steps = stop
+        num_tokens = max(1, int(self._lengths.max()) - start)  # fewer if stop strings ended the last rows
+        self._chunks.append((tokens[:, :num_tokens], logprobs[:, :num_tokens]))
+        return tokens[:, :num_tokens]
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """Tokens of each row's prompt (B,), without padding."""
+        """Number of tokens of each prompt (B,), without padding."""
         return np.array([len(ids) for ids in self._rows])
 
     @property
     def lengths(self) -> np.ndarray:
-        """New tokens of each row so far (B,), the one that ended it included."""
+        """Number of new tokens of each row so far (B,), including the one that ended it."""
         return self._lengths.copy()
 
     @property
     def ended(self) -> np.ndarray:
-        """Rows that ended by a token or a stop string (B,); the others end at max_new_tokens."""
+        """Rows that a token or a stop string has ended (B,), bool; the others end at max_new_tokens."""
         return self._ended.copy()
 
     @property
     def sequences(self) -> np.ndarray:
-        """The prompt as given and all tokens so far, (B, T + N) int32."""
+        """The prompts as given and all tokens so far, (B, T + N) int32."""
         return np.concatenate([self.prompt, *(tokens for tokens, _ in self._chunks)], axis=1)
 
     @property
     def logprobs(self) -> np.ndarray:
-        """Log-probabilities of all new tokens so far under the raw logits, (B, N); NaN behind a row's end."""
+        """Log-probabilities of all new tokens so far under the raw logits, (B, N); NaN after a row's end."""
         return np.concatenate([np.zeros((len(self.prompt), 0), np.float32), *(p for _, p in self._chunks)], axis=1)
 
 
 class _StopSearch:
-    """Looks for strings in one row's text as it grows."""
+    """Searches one row's text for stop strings as it grows."""
 
     def __init__(self, tokenizer: DbrxTokenizer, strings: list[str]):
         if not all(isinstance(s, str) and s for s in strings):
             raise GenerationError(f"stop_strings: expected texts that are not empty, got {strings!r}")
         self._tokenizer = tokenizer
         self._strings = [s.encode() for s in strings]
-        self._tail = b""
-        self._keep = max(map(len, self._strings)) - 1
+        self._tail = b""  # the end of the text so far, in which a stop string may begin
+        self._max_tail = max(map(len, self._strings)) - 1
 
     def push(self, tokens: np.ndarray) -> int | None:
-        """Returns how many of these tokens complete a stop string, or None."""
+        """Returns the number of these tokens that complete a stop string, or None."""
         for count, token in enumerate(tokens, 1):
             text = self._tail + self._tokenizer.token_bytes(int(token), skip_special_tokens=True)
             if any(s in text for s in self._strings):
                 return count
-            self._tail = text[max(0, len(text) - self._keep) :]
+            self._tail = text[max(0, len(text) - self._max_tail) :]
         return None
 
 
-_keys = jax.jit(row_keys)
-
-
 def _unpadded(model, input_ids, attention_mask) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The prompts as given, and each row's tokens without its padding."""
+    """Returns the prompts as given (B, T), and each row's tokens without padding."""
     ids = np.asarray(check_ids(input_ids, model.config.vocab_size), np.int32)
     if attention_mask is None:
         return ids, list(ids)
-    mask = np.asarray(attention_mask)
-    if mask.shape != ids.shape:
-        raise GenerationError(f"attention_mask: expected the shape of input_ids {ids.shape}, got {mask.shape}")
-    rows = [row[keep] for row, keep in zip(ids, mask != 0, strict=True)]
-    for number, row in enumerate(rows):
+    mask = np.asarray(same_shape("attention_mask", attention_mask, ids)) != 0
+    rows = [row[is_token] for row, is_token in zip(ids, mask, strict=True)]
+    for index, row in enumerate(rows):
         if not len(row):
-            raise GenerationError(f"attention_mask: row {number} has no token; a prompt needs at least one")
+            raise GenerationError(f"attention_mask: row {index} has no token; a prompt needs at least one")
     return ids, rows
 
 
-def _eos_ids(model, given: Any) -> list[int]:
-    if given is _FROM_CHECKPOINT:
-        given = model.generation_config.eos_token_ids
-    ids = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+def _eos_ids(model, value: Any) -> list[int]:
+    if value is _FROM_CHECKPOINT:
+        value = model.generation_config.eos_token_ids
+    ids = [] if value is None else list(value) if isinstance(value, Sequence) else [value]
     if len(ids) > MAX_EOS:
         raise GenerationError(f"eos_token_id: at most {MAX_EOS} ids, got {len(ids)}")
     return [_token_id("eos_token_id", i) for i in ids]
 
 
-def _pad_id(model, given: int | None, eos: list[int]) -> int:
-    for candidate in (given, model.generation_config.pad_token_id, *eos):
-        if candidate is not None:
-            return _token_id("pad_token_id", candidate)
-    return 0
+def _pad_id(model, value: int | None, eos: list[int]) -> int:
+    candidates = (value, model.generation_config.pad_token_id, *eos, 0)
+    return _token_id("pad_token_id", next(c for c in candidates if c is not None))
 
 
 def _token_id(name: str, value: Any) -> int:
@@ -392,36 +367,36 @@ def _token_id(name: str, value: Any) -> int:
     return int(value)
 
 
-def _sampling(vocabulary, temperature, top_k, top_p, min_p, repetition_penalty) -> Sampling:
-    _positive("temperature", temperature)
+def _make_sampling(vocab_size, temperature, top_k, top_p, min_p, repetition_penalty) -> Sampling:
+    """Checks the sampling options, and replaces None by the value that turns an option off."""
+    _check_positive("temperature", temperature)
     if temperature < MIN_TEMPERATURE:
         raise GenerationError(
             f"temperature: expected at least {MIN_TEMPERATURE}, got {temperature}; or do_sample=False"
         )
-    _positive("repetition_penalty", repetition_penalty)
+    _check_positive("repetition_penalty", repetition_penalty)
     if top_k is not None:
-        _positive("top_k", top_k, whole=True)
+        _check_positive("top_k", top_k, integer=True)
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if value is not None and not (isinstance(value, int | float | np.floating) and 0 <= value <= 1):
             raise GenerationError(f"{name}: expected a number from 0 to 1, got {value!r}")
     return Sampling(
         np.float32(temperature),
-        np.int32(vocabulary if top_k is None else min(top_k, vocabulary)),
+        np.int32(vocab_size if top_k is None else min(top_k, vocab_size)),
         np.float32(1 if top_p is None else top_p),
         np.float32(0 if min_p is None else min_p),
         np.float32(repetition_penalty),
     )
 
 
-def _positive(name: str, value: Any, whole: bool = False) -> None:
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-        raise GenerationError(f"{name}: expected a {'whole ' if whole else ''}number above 0, got {value!r}")
+def _check_positive(name: str, value: Any, integer: bool = False) -> None:
+    types = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < float("inf"):
+        raise GenerationError(f"{name}: expected a {'whole ' if integer else ''}number above 0, got {value!r}")
 
 
 def _seeds(seed: int | Sequence[int] | None, rows: int, partition: Partition) -> tuple[np.ndarray, np.ndarray | None]:
-    """Each row's seed, and the row numbers to fold in where all rows share one."""
-    shared = seed is None or isinstance(seed, int | np.integer)
+    """Returns each row's seed, and the row numbers to fold in if all rows share one seed."""
     if seed is None:
         seed = same_on_all_processes(partition, secrets.randbits(32))
     seeds = [seed] * rows if isinstance(seed, int | np.integer) else list(seed)
@@ -429,4 +404,5 @@ def _seeds(seed: int | Sequence[int] | None, rows: int, partition: Partition) ->
         raise GenerationError(f"seed: expected one for each of {rows} rows, got {len(seeds)}")
     if not all(0 <= s < 1 << 32 for s in seeds):
         raise GenerationError(f"seed: expected whole numbers from 0 to {(1 << 32) - 1}, got {seed!r}")
-    return np.array(seeds, np.uint32), np.arange(rows, dtype=np.uint32) if shared else None
+    row_numbers = np.arange(rows, dtype=np.uint32) if isinstance(seed, int | np.integer) else None
+    return np.array(seeds, np.uint32), row_numbers
