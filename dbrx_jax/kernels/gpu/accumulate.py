@@ -16,7 +16,7 @@ from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, split_scales, unp
 
 
 class Block(NamedTuple):
-    """The work of one thread block: an output tile, over its range of the contraction.
+    """One thread block's output tile and range of the contraction.
 
     Attributes:
       tiles: its `channels` and `depth` are the weight tile's size in elements of `weight.bits`, `steps` the number of
@@ -38,16 +38,6 @@ class Block(NamedTuple):
     @property
     def accumulator(self) -> Any:
         return plgpu.ACC((self.tiles.channels, self.rows))
-
-    def specs(self, num_weights: int) -> list[plgpu.BlockSpec]:
-        """Block specs of the weights' tiles and the activations in step k."""
-        t = self.tiles
-        if self.weight.contracted == 1:
-            tile = plgpu.BlockSpec((t.channels, t.depth), lambda k: (self.channel_tile, self.first_step + k))
-        else:
-            tile = plgpu.BlockSpec((t.depth, t.channels), lambda k: (self.first_step + k, self.channel_tile))
-        rows = plgpu.BlockSpec((self.rows, t.depth), lambda k: (self.row_tile, self.first_step + k))
-        return [tile] * num_weights + [rows] * self.weight.num_inputs
 
     def load(self, ref: Any) -> tuple[Any, ...]:
         """Loads a tile's weights, channels first: bfloat16 in registers, or in shared memory if it is plain."""
@@ -77,22 +67,26 @@ def accumulate_tile(block: Block, bits: list, scales: list, x: Any) -> tuple[Arr
       x: activations (num_inputs, rows, depth) in global memory.
     """
     inputs = [x.at[i] for i in range(block.weight.num_inputs)]
-    accumulate = _accumulate_channels if block.weight.group_depth is None else _accumulate_groups
-    return accumulate(block, bits, scales, inputs)
+    if block.weight.group_depth is None:
+        return _accumulate_channels(block, bits, inputs)
+    return _accumulate_groups(block, bits, scales, inputs)
 
 
-def _run_pipeline(block: Block, step: Any, refs: list, num_weights: int, carry: Any = None) -> Any:
-    pipeline = plgpu.emit_pipeline(
-        step,
-        grid=(block.num_steps,),
-        in_specs=block.specs(num_weights),
-        max_concurrent_steps=block.tiles.steps,
-        init_carry=carry,
-    )
-    return pipeline(*refs)
+def _run_pipeline(block: Block, step: Any, bits: list, x: list, carry: Any = None) -> Any:
+    """Runs `step` on the tiles of each weight and each input, for each of the block's steps."""
+    t, first = block.tiles, block.first_step
+    if block.weight.contracted == 1:
+        weight_spec = plgpu.BlockSpec((t.channels, t.depth), lambda k: (block.channel_tile, first + k))
+    else:
+        weight_spec = plgpu.BlockSpec((t.depth, t.channels), lambda k: (first + k, block.channel_tile))
+    row_spec = plgpu.BlockSpec((block.rows, t.depth), lambda k: (block.row_tile, first + k))
+    specs = [weight_spec] * len(bits) + [row_spec] * len(x)
+    grid = (block.num_steps,)
+    pipeline = plgpu.emit_pipeline(step, grid=grid, in_specs=specs, max_concurrent_steps=t.steps, init_carry=carry)
+    return pipeline(*bits, *x)
 
 
-def _accumulate_channels(block: Block, bits: list, scales: list, x: list) -> tuple[Array, ...]:
+def _accumulate_channels(block: Block, bits: list, x: list) -> tuple[Array, ...]:
     """Accumulates weights without group scales: each sum stays in one accumulator over all steps."""
     num_outputs = block.weight.num_outputs
 
@@ -100,12 +94,12 @@ def _accumulate_channels(block: Block, bits: list, scales: list, x: list) -> tup
         def step(_, *refs):
             tiles, rows = refs[: len(bits)], refs[len(bits) :]
             for w, ref in enumerate(tiles):
-                for p, weights in enumerate(block.load(ref)):
-                    acc = accs[w * num_outputs + p // len(x)]
-                    block.multiply(acc, weights, rows[p % len(x)])
+                for position, weights in enumerate(block.load(ref)):
+                    acc = accs[w * num_outputs + position // len(x)]
+                    block.multiply(acc, weights, rows[position % len(x)])
             plgpu.wgmma_wait(0)
 
-        _run_pipeline(block, step, [*bits, *x], len(bits))
+        _run_pipeline(block, step, bits, x)
         return tuple(acc[...] for acc in accs)
 
     return pl.run_scoped(scope, *[block.accumulator] * (len(bits) * num_outputs))
@@ -113,8 +107,8 @@ def _accumulate_channels(block: Block, bits: list, scales: list, x: list) -> tup
 
 def _accumulate_groups(block: Block, bits: list, scales: list, x: list) -> tuple[Array, ...]:
     """Accumulates weights with group scales: sums each group alone, scales it and adds it to the loop carry."""
-    group_depth = block.weight.group_depth
-    num_groups = block.tiles.depth // block.weight.group_depth
+    group_depth, num_outputs = block.weight.group_depth, block.weight.num_outputs
+    num_groups = block.tiles.depth // group_depth
 
     def step(index, *refs):
         *refs, totals = refs
@@ -123,27 +117,27 @@ def _accumulate_groups(block: Block, bits: list, scales: list, x: list) -> tuple
         for w, ref in enumerate(tiles):
             group_scales = [_load_group_scales(block, scales[w], index[0], g) for g in range(num_groups)]
             weights = block.load(ref)
-            for output in range(block.weight.num_outputs):
+            for output in range(num_outputs):
+                output_weights = weights[output * len(x) : (output + 1) * len(x)]
                 total = totals[len(new_totals)]
                 for g in range(num_groups):
-                    output_weights = weights[output * len(x) : (output + 1) * len(x)]
                     group_sum = _group_sum(block, output_weights, rows, g * group_depth)
                     total = total + group_sum * group_scales[g][output]
                 new_totals.append(total)
         return tuple(new_totals)
 
     zeros = jnp.zeros((block.tiles.channels, block.rows), jnp.float32)
-    carry = (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (len(bits) * block.weight.num_outputs)
-    return _run_pipeline(block, step, [*bits, *x], len(bits), carry)
+    carry = (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (len(bits) * num_outputs)
+    return _run_pipeline(block, step, bits, x, carry)
 
 
-def _group_sum(block: Block, inputs: tuple, rows: list, start: int) -> Array:
-    """Sums one group's products, which begin at `start` along the contraction."""
+def _group_sum(block: Block, weights: tuple, rows: list, start: int) -> Array:
+    """Multiplies one group's weights of each input, which begin at `start` along the contraction, and sums them."""
     group_depth = block.weight.group_depth
 
     def scope(acc):
-        for weights, row in zip(inputs, rows, strict=True):
-            block.multiply(acc, weights[:, start : start + group_depth], row.at[:, pl.ds(start, group_depth)])
+        for w, x in zip(weights, rows, strict=True):
+            block.multiply(acc, w[:, start : start + group_depth], x.at[:, pl.ds(start, group_depth)])
         return acc[...]
 
     return pl.run_scoped(scope, block.accumulator)

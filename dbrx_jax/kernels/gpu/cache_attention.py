@@ -24,6 +24,7 @@ BLOCK = 64  # positions
 BUFFERS = {2: 3, 1: 5}  # blocks of keys, and of values, in shared memory, by bytes of an element
 WARP_GROUPS = 264  # in decoding at least, two for each multiprocessor
 SWIZZLE = 128  # bytes
+_load: Any = plgpu.load  # its signature requires an index before jax 0.11, which does not run this kernel
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
@@ -64,11 +65,12 @@ class Shape(NamedTuple):
 
 def _shape(query: Any, key: Any, stride: int) -> Shape:
     R, T, H, K = query.shape
-    G, size = key.shape[1], jnp.dtype(key.dtype).itemsize
-    if T > 1:
-        return Shape(ROWS, T // ROWS, H, G, K, 1, stride, size == 1, BUFFERS[size], True)
-    splits = -(-WARP_GROUPS // (R * G))
-    return Shape(-(-H // G // 8) * 8, 1, G, G, K, splits, stride, size == 1, BUFFERS[size], False)
+    G, itemsize, prefill = key.shape[1], jnp.dtype(key.dtype).itemsize, T > 1
+    if prefill:
+        rows, tiles, units, splits = ROWS, T // ROWS, H, 1
+    else:
+        rows, tiles, units, splits = -(-H // G // 8) * 8, 1, G, -(-WARP_GROUPS // (R * G))
+    return Shape(rows, tiles, units, G, K, splits, stride, itemsize == 1, BUFFERS[itemsize], prefill)
 
 
 def cache_attention(
@@ -169,44 +171,43 @@ def _build_kernel(shape: Shape, rows: int, interpret: Any) -> Any:
 
 
 class _Copies(NamedTuple):
-    """Asynchronous copies of one row and head's blocks of keys and values to the ring of buffers."""
+    """Asynchronous copies of one row and head's blocks `begin` to `end` to the ring of buffers."""
 
     scratch: dict[str, Any]
     sources: dict[str, Any]
     row: Array
     head: Array
     begin: Array
+    end: Array
     ring: int
 
     def slot(self, i: Array) -> Array:
         return lax.rem(i - self.begin, jnp.int32(self.ring))
 
-    def start(self, name: str, i: Array) -> None:
-        """Starts to copy block i of keys ("k") or values ("v"), and its scales."""
-        slot, positions = self.slot(i), pl.ds(i * BLOCK, BLOCK)
-        barrier = self.scratch[f"{name}_barrier"].at[slot]
-        buffer = self.scratch.get(f"{name}_int8", self.scratch[name])
-        plgpu.copy_gmem_to_smem(self.sources[name].at[self.row, self.head, positions], buffer.at[slot], barrier)
-        if f"{name}_scale" in self.sources:
-            scale = self.sources[f"{name}_scale"].at[self.row, self.head, positions]
-            plgpu.copy_gmem_to_smem(scale, self.scratch[f"{name}_scale"].at[slot], barrier)
+    def start(self, i: Array) -> None:
+        """Starts to copy block i of keys and values, and their scales, if i is less than `end`."""
+
+        @pl.when(i < self.end)
+        def _():
+            slot, block = self.slot(i), (self.row, self.head, pl.ds(i * BLOCK, BLOCK))
+            for name in "kv":
+                barrier = self.scratch[f"{name}_barrier"].at[slot]
+                buffer = self.scratch.get(f"{name}_int8", self.scratch[name])
+                plgpu.copy_gmem_to_smem(self.sources[name].at[block], buffer.at[slot], barrier)
+                if (scale := f"{name}_scale") in self.sources:
+                    plgpu.copy_gmem_to_smem(self.sources[scale].at[block], self.scratch[scale].at[slot], barrier)
 
     def wait(self, name: str, i: Array) -> tuple[Any, Array | None]:
-        """Waits for block i; returns it as bfloat16 in shared memory, and its scales (BLOCK,)."""
+        """Waits for block i of keys ("k") or values ("v"); returns it as bfloat16 in shared memory, and its scales."""
         slot = self.slot(i)
         plgpu.barrier_wait(self.scratch[f"{name}_barrier"].at[slot])
         if f"{name}_scale" not in self.sources:
             return self.scratch[name].at[slot], None
-        values = _load(self.scratch[f"{name}_int8"].at[slot], plgpu.Layout.WGMMA)
+        values = _load(self.scratch[f"{name}_int8"].at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
         self.scratch[name][...] = values.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        scale = _load(self.scratch[f"{name}_scale"].at[slot], plgpu.Layout.WGMMA.reduce(0))
+        scale = _load(self.scratch[f"{name}_scale"].at[slot], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         return self.scratch[name], scale.astype(jnp.float32)
-
-
-def _load(ref: Any, layout: Any) -> Array:
-    load: Any = plgpu.load  # its signature requires an index before jax 0.11, which does not run this kernel
-    return load(ref, layout=layout, optimized=False)
 
 
 def _kernel(shape: Shape, scalars_ref, q_ref, k_ref, v_ref, *refs):
@@ -221,28 +222,17 @@ def _kernel(shape: Shape, scalars_ref, q_ref, k_ref, v_ref, *refs):
     begin, end = (lax.div(num_blocks * (split + i), jnp.int32(shape.splits)) for i in (0, 1))
     sources = dict(zip(("k", "v", "k_scale", "v_scale"), (k_ref, v_ref, *scale_refs), strict=False))
     head = lax.div(unit, jnp.int32(shape.units // shape.kv_heads))
-    copies = _Copies(scratch, sources, scalars_ref[0] + row, head, begin, shape.buffers)
+    copies = _Copies(scratch, sources, scalars_ref[0] + row, head, begin, end, shape.buffers)
 
-    tile_rows = pl.ds(tile * shape.rows, shape.rows)
-    used = pl.ds(0, shape.rows)
+    tile_rows, used = pl.ds(tile * shape.rows, shape.rows), pl.ds(0, shape.rows)
     plgpu.copy_gmem_to_smem(q_ref.at[row, unit, tile_rows], scratch["q"].at[used], scratch["q_barrier"])
     for i in range(shape.buffers):
-
-        @pl.when(begin + i < end)
-        def _(i=i):
-            for name in "kv":
-                copies.start(name, begin + i)
-
+        copies.start(begin + i)
     plgpu.barrier_wait(scratch["q_barrier"])
 
-    def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        carry = _add_block(shape, copies, scratch, first - offset, i, carry)
-
-        @pl.when(i + shape.buffers < end)
-        def _():
-            for name in "kv":
-                copies.start(name, i + shape.buffers)
-
+    def add_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        carry = _add_block(shape, copies, first - offset, i, carry)
+        copies.start(i + shape.buffers)
         return carry
 
     per_row, layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
@@ -251,7 +241,7 @@ def _kernel(shape: Shape, scalars_ref, q_ref, k_ref, v_ref, *refs):
         plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), per_row),
         plgpu.layout_cast(jnp.zeros((ROWS, shape.head_dim), jnp.float32), layout),
     )
-    scratch["stats"][0], scratch["stats"][1], scratch["out"][...] = lax.fori_loop(begin, end, add, initial)
+    scratch["stats"][0], scratch["stats"][1], scratch["out"][...] = lax.fori_loop(begin, end, add_block, initial)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch["out"].at[used], out_ref.at[row, unit, split, tile])
     for n in range(2):
@@ -259,13 +249,13 @@ def _kernel(shape: Shape, scalars_ref, q_ref, k_ref, v_ref, *refs):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _add_block(shape: Shape, copies: _Copies, scratch: dict[str, Any], first: Array, i: Array, carry: Any) -> Any:
+def _add_block(shape: Shape, copies: _Copies, first: Array, i: Array, carry: Any) -> Any:
     """Returns the running maximum, normaliser and output after block i (online softmax).
 
     Args:
       first: position of the tile's first query, less the context shard's offset.
     """
-    maximum, total, out = carry
+    (maximum, total, out), scratch = carry, copies.scratch
     tile, layout = (ROWS, BLOCK), plgpu.Layout.WGMMA
     keys, key_scale = copies.wait("k", i)
     scores = _matmul(scratch["q"], keys.transpose((1, 0)), tile)

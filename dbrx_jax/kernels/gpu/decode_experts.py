@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.gpu.accumulate import Block, accumulate_tile
-from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, activations, fits, pack
+from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, fits, pack, split_activations
 from dbrx_jax.kernels.tile_table import name_of, table
 from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
@@ -29,6 +29,7 @@ MIN_TOKENS = 8  # columns of a wgmma
 MULTIPROCESSORS = 132  # of the SXM cards
 MIN_BLOCKS = 3  # thread blocks per multiprocessor
 _SHARED_BYTES = 56 * 1024  # shared memory per thread block, so that four fit a multiprocessor
+_GRID = ("active_expert", "channel_tile", "split")  # in shard_map, names of mesh axes would refer to the mesh
 
 
 class DecodeTiles(NamedTuple):
@@ -60,13 +61,8 @@ def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False
     gate, up, down = (jax.eval_shape(partial(pack, contracted=contracted), w) for w, contracted in weights)
     if (gate.kind, gate.group_depth, gate.bits.shape) != (up.kind, up.group_depth, up.bits.shape):
         return False
-    tokens = _padded(x.shape[0])
+    tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
     return bool(candidate_tiles((gate, up), tokens, 1)) and bool(candidate_tiles((down,), tokens, 1))
-
-
-def _padded(tokens: int) -> int:
-    """Returns the number of tokens, padded to whole columns of a wgmma."""
-    return tokens + -tokens % MIN_TOKENS
 
 
 def decode_experts(
@@ -94,17 +90,17 @@ def decode_experts(
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
     num_rows = x.shape[0]
-    padded = jnp.pad(x, ((0, _padded(num_rows) - num_rows), (0, 0)))
+    padded = jnp.pad(x, ((0, -num_rows % MIN_TOKENS), (0, 0)))
     is_active = jnp.arange(active.shape[0]) < num_active
     active = jnp.where(is_active, active, 0)
     gate_and_up, down = (pack(w1, 1), pack(v1, 1)), (pack(w2, 0),)
     if tiles is None:
         sizes = padded.shape[0], active.shape[0]
         tiles = default_tiles(gate_and_up, *sizes), default_tiles(down, *sizes)
-    x_parts = activations(padded, gate_and_up[0])[None]
-    gate, up = products(x_parts, gate_and_up, active, num_active, tiles[0], interpret)
+    x_parts = split_activations(padded, gate_and_up[0])[None]
+    gate, up = _multiply(x_parts, gate_and_up, active, num_active, tiles[0], interpret)
     inner = (ACTIVATIONS[activation](gate) * up).astype(x.dtype)  # (C, N, F)
-    (y,) = products(activations(inner, down[0]), down, active, num_active, tiles[1], interpret)
+    (y,) = _multiply(split_activations(inner, down[0]), down, active, num_active, tiles[1], interpret)
     # Selected, not multiplied by 0: outputs past num_active are uninitialised, and others may be infinite.
     is_used = is_active[:, None] & (combine_weights != 0)
     return jnp.sum(jnp.where(is_used[:, :, None], y[:, :num_rows] * combine_weights[:, :, None], 0), axis=0)
@@ -114,18 +110,17 @@ def default_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int)
     """Returns the table's tile sizes if they are valid, else the first candidate; for weights of one shape."""
     candidates = candidate_tiles(weights, tokens, experts)
     tuned = table().get(tiles_name(weights, tokens, experts))
-    return DecodeTiles(*tuned) if tuned is not None and DecodeTiles(*tuned) in candidates else candidates[0]
+    return next((t for t in candidates if list(t) == tuned), candidates[0])
 
 
 def tiles_name(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> str:
     """Returns the key of these matmuls in the table of tile sizes."""
     w = weights[0]
-    kernel = f"experts_gpu {len(weights)} of {experts}"
-    return name_of(kernel, w.kind, w.group_depth, (w.channels, w.depth), tokens)
+    return name_of(f"experts_gpu {len(weights)} of {experts}", w.kind, w.group_depth, (w.channels, w.depth), tokens)
 
 
 def candidate_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> list[DecodeTiles]:
-    """Returns tile sizes worth timing, the default first: with splits that leave no multiprocessor idle."""
+    """Returns tile sizes worth timing, the default first, with enough splits to keep every multiprocessor busy."""
     weight, candidates = weights[0], []
     for channels, depth in ((64, 64), (64, 32), (64, 128), (128, 64)):
         if weight.channels % channels or weight.depth % depth or depth % weight.period:
@@ -139,7 +134,7 @@ def candidate_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: in
     return candidates
 
 
-def products(
+def _multiply(
     x: Array, weights: tuple[PackedWeights, ...], active: Array, num_active: Array, tiles: DecodeTiles, interpret: Any
 ) -> list[Array]:
     """Multiplies by each weight of the active experts: float32 arrays (C, N, M), undefined from num_active on.
@@ -168,20 +163,20 @@ def _partial_sums(x, weights, active, num_active, tiles, interpret) -> Array:
 
     def body(num_active_ref, active_ref, x_ref, *refs):
         bits, scale_refs, (out, out_tile) = refs[: len(weights)], refs[len(weights) : -2], refs[-2:]
-        c, m, s = (lax.axis_index(name) for name in _GRID)
+        c, channel_tile, split = (lax.axis_index(name) for name in _GRID)
 
         @pl.when(c < num_active_ref[0])
         def _():
             expert = active_ref[c]
             expert_x = x_ref.at[c if x_ref.shape[0] > 1 else 0]
-            block = Block(weight, tiles, tokens, m, 0, s * num_steps, num_steps, bool(interpret))
-            expert_scales = [r.at[expert] for r in scale_refs]
-            totals = accumulate_tile(block, [r.at[expert] for r in bits], expert_scales, expert_x)
-            for i, total in enumerate(totals):
+            expert_bits, expert_scales = [r.at[expert] for r in bits], [r.at[expert] for r in scale_refs]
+            block = Block(weight, tiles, tokens, channel_tile, 0, split * num_steps, num_steps, bool(interpret))
+            for i, total in enumerate(accumulate_tile(block, expert_bits, expert_scales, expert_x)):
                 out_tile[i] = total
             plgpu.commit_smem()
             for i in range(num_outputs):
-                plgpu.copy_smem_to_gmem(out_tile.at[i], out.at[c, s, i, pl.ds(m * tiles.channels, tiles.channels)])
+                channels = pl.ds(channel_tile * tiles.channels, tiles.channels)
+                plgpu.copy_smem_to_gmem(out_tile.at[i], out.at[c, split, i, channels])
             plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
@@ -196,10 +191,6 @@ def _partial_sums(x, weights, active, num_active, tiles, interpret) -> Array:
     num_active = jnp.reshape(num_active, 1).astype(jnp.int32)
     sums = run(num_active, active.astype(jnp.int32), x, *(w.bits for w in weights), *scales)
     return sums.reshape(*shape[:2], len(weights), weight.num_outputs, *shape[3:])
-
-
-# No names of mesh axes: inside shard_map those would refer to the mesh.
-_GRID = ("active_expert", "channel_tile", "split")
 
 
 class Traffic(NamedTuple):
@@ -228,17 +219,16 @@ def decode_bytes(
     tiles: tuple[DecodeTiles, DecodeTiles] | None = None,
 ) -> Traffic:
     """Returns the bytes that :func:`decode_experts` copies for `num_active` experts (arrays or shapes)."""
-    tokens = _padded(x.shape[0])
+    tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
     gate, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
     if tiles is None:
         sizes = tokens, active.shape[0]
         tiles = default_tiles((gate, gate), *sizes), default_tiles((down,), *sizes)
-    total = [0, 0, 0, 0]
+    per_matmul = []
     for weight, num_weights, t in ((gate, 2, tiles[0]), (down, 1, tiles[1])):
-        scales = weight.group_scales
-        row_bytes = weight.num_inputs * weight.depth * x.dtype.itemsize
-        total[0] += num_weights * weight.channels * weight.depth * weight.bits.dtype.itemsize
-        total[1] += 0 if scales is None else num_weights * scales.size // scales.shape[0] * 4
-        total[2] += weight.channels // t.channels * tokens * row_bytes
-        total[3] += t.splits * num_weights * weight.num_outputs * weight.channels * tokens * 4
-    return Traffic(*(num_active * n for n in total))
+        scales, row_bytes = weight.group_scales, weight.num_inputs * weight.depth * x.dtype.itemsize
+        weight_bytes = num_weights * weight.channels * weight.depth * weight.bits.dtype.itemsize
+        scale_bytes = 0 if scales is None else num_weights * scales.size // scales.shape[0] * 4
+        written = t.splits * num_weights * weight.num_outputs * weight.channels * tokens * 4
+        per_matmul.append((weight_bytes, scale_bytes, weight.channels // t.channels * tokens * row_bytes, written))
+    return Traffic(*(num_active * sum(sizes) for sizes in zip(*per_matmul, strict=True)))

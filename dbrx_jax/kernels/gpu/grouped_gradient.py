@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
+_GRID = ("group", "m", "c")
+
 
 class GradientTiles(NamedTuple):
     """Tile sizes: rows per pipeline step, tile (m, c) of the matrix per thread block, and pipeline steps in flight."""
@@ -104,10 +106,7 @@ def grouped_gradient(
     return run(starts, ends, out, rows)
 
 
-_GRID = ("group", "m", "c")
-
-
 def _zero_other_rows(tile: Array, start: Array, end: Array) -> Array:
-    """Replaces the rows outside of start to end by zeros."""
+    """Replaces a tile's rows before `start` and from `end` on by zeros."""
     row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, tile.shape, 0), plgpu.Layout.WGMMA)
     return jnp.where((row >= start) & (row < end), tile, jnp.zeros_like(tile))

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.gpu.accumulate import Block, accumulate_tile, load_by_channel
-from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, activations, fits, pack, split_scales
+from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, fits, pack, split_activations, split_scales
 from dbrx_jax.kernels.tile_table import name_of, table
 from dbrx_jax.ops.linear import Weight
 
@@ -75,11 +75,11 @@ def _tile_groups(sizes: Array, num_rows: int, tile_rows: int) -> _TileGroups:
 def _quantized(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTiles, interpret: Any) -> Array:
     """Multiplies by quantised weights: bfloat16 rows (P', M), P padded to whole tiles; undefined in no group."""
     padded = jnp.pad(rows, ((0, -rows.shape[0] % tiles.rows), (0, 0)))
-    x = activations(padded, weight)
+    x = split_activations(padded, weight)
     pairs = _tile_groups(sizes, padded.shape[0], tiles.rows)
     grid = pairs.group.shape[0], weight.channels // tiles.channels
     scales = weight.group_scales if weight.scale is None else _channel_scales(weight)
-    out_dtype = jnp.bfloat16 if weight.num_outputs == 1 else jnp.uint32  # two neighbouring channels
+    out_dtype = jnp.bfloat16 if weight.num_outputs == 1 else jnp.uint32  # a uint32 packs two neighbouring channels
 
     def body(group_ref, tile_ref, start_ref, end_ref, x_ref, bits_ref, scale_ref, out, out_tile):
         pair, channel_tile = plgpu.planar_snake(lax.axis_index("block"), grid, 1, tiles.band)
@@ -93,10 +93,10 @@ def _quantized(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedT
             bits, scale = bits_ref.at[group], scale_ref.at[group]
             channels = pl.ds(channel_tile * tiles.channels, tiles.channels)
             if weight.group_depth is None:
-                totals = _scaled(block, accumulate_tile(block, [bits], [], x_ref), scale.at[channels])
+                totals = _scale_channels(accumulate_tile(block, [bits], [], x_ref), scale.at[channels])
             else:
                 totals = accumulate_tile(block, [bits], [scale], x_ref)
-            _store_transposed(out_tile, plgpu.layout_cast(_packed(totals), plgpu.Layout.WGMMA_TRANSPOSED))
+            _store_transposed(out_tile, plgpu.layout_cast(_to_bfloat16(totals), plgpu.Layout.WGMMA_TRANSPOSED))
             plgpu.commit_smem()
             _store_rows(out_tile, out, tile, start, end, channels)
 
@@ -119,11 +119,11 @@ def _channel_scales(weight: PackedWeights) -> Array:
     return scales[:, :, 0] if weight.num_outputs == 1 else lax.bitcast_convert_type(scales, jnp.uint32)
 
 
-def _scaled(block: Block, totals: tuple[Array, ...], ref: Any) -> list[Array]:
-    """Multiplies sums by their channels' scales."""
+def _scale_channels(totals: tuple[Array, ...], ref: Any) -> tuple[Array, ...]:
+    """Multiplies the sums of each output by their channels' scales."""
     stored = load_by_channel(ref)
-    scales = [stored.astype(jnp.float32)] if block.weight.num_outputs == 1 else split_scales(stored)
-    return [t * lax.broadcast_in_dim(s, t.shape, (0,)) for t, s in zip(totals, scales, strict=True)]
+    scales = [stored.astype(jnp.float32)] if len(totals) == 1 else split_scales(stored)
+    return tuple(t * lax.broadcast_in_dim(s, t.shape, (0,)) for t, s in zip(totals, scales, strict=True))
 
 
 def _store_transposed(tile: Any, values: Array) -> None:
@@ -135,7 +135,7 @@ def _store_transposed(tile: Any, values: Array) -> None:
         store(tile.transpose((1, 0)), values, optimized=False)
 
 
-def _packed(totals: Any) -> Array:
+def _to_bfloat16(totals: tuple[Array, ...]) -> Array:
     """Casts the sums of one output to bfloat16; packs those of two in a uint32."""
     if len(totals) == 1:
         return totals[0].astype(jnp.bfloat16)
@@ -179,7 +179,7 @@ def supports(rows: Any, weight: Weight, contracted: int, interpret: bool = False
     """Returns whether :func:`grouped_matmul` supports these shapes and dtypes (arrays or shapes)."""
     if rows.dtype != weight.dtype or not (rows.dtype == jnp.bfloat16 or interpret) or not fits(weight, contracted):
         return False
-    return bool(_candidates(jax.eval_shape(partial(pack, contracted=contracted), weight)))
+    return bool(candidate_tiles(weight, contracted))
 
 
 def grouped_matmul(
@@ -221,16 +221,13 @@ def tiles_name(rows: Any, weight: Weight, contracted: int) -> str:
 
 
 def candidate_tiles(weight: Weight, contracted: int) -> list[GroupedTiles] | list[PlainTiles]:
-    """Returns tile sizes worth timing for a weight that :func:`supports` accepts, the default first."""
-    return _candidates(jax.eval_shape(partial(pack, contracted=contracted), weight))
-
-
-def _candidates(weight: PackedWeights) -> list[GroupedTiles] | list[PlainTiles]:
-    if weight.kind == "plain":
-        return [t for t in itertools.starmap(PlainTiles, _PLAIN) if _is_valid(weight, t)]
-    with_groups = _GROUP_SCALES if weight.num_outputs == 1 else _GROUP_SCALES_TWO_OUTPUTS
-    sizes = _GROUPED if weight.group_depth is None else with_groups
-    return [t for t in itertools.starmap(GroupedTiles, sizes) if _is_valid(weight, t)]
+    """Returns tile sizes worth timing, the default first; none if the weight's sizes are not supported."""
+    packed = jax.eval_shape(partial(pack, contracted=contracted), weight)
+    if packed.kind == "plain":
+        return [t for t in itertools.starmap(PlainTiles, _PLAIN) if _is_valid(packed, t)]
+    with_groups = _GROUP_SCALES if packed.num_outputs == 1 else _GROUP_SCALES_TWO_OUTPUTS
+    sizes = _CHANNEL_SCALES if packed.group_depth is None else with_groups
+    return [t for t in itertools.starmap(GroupedTiles, sizes) if _is_valid(packed, t)]
 
 
 def _is_valid(weight: PackedWeights, t: GroupedTiles | PlainTiles) -> bool:
@@ -244,7 +241,7 @@ def _is_valid(weight: PackedWeights, t: GroupedTiles | PlainTiles) -> bool:
 _SHARED_BYTES = 224 * 1024  # per thread block: 227 KiB less some for barriers
 # Rows, channels, depth, steps; the first that is valid is the default, the last ones are for small shapes.
 _PLAIN = ((128, 128, 64, 4), (128, 256, 64, 3), (64, 256, 64, 4), (64, 64, 64, 4))
-_GROUPED = ((128, 64, 64, 3), (64, 64, 64, 4), (192, 64, 64, 2), (128, 64, 32, 4))
+_CHANNEL_SCALES = ((128, 64, 64, 3), (64, 64, 64, 4), (192, 64, 64, 2), (128, 64, 32, 4))
 # Sums of a group beside the totals leave registers for fewer rows: at most 64 with two outputs.
 _GROUP_SCALES = ((64, 64, 64, 2), (64, 64, 64, 3), (128, 64, 64, 2), (64, 64, 32, 4))
 _GROUP_SCALES_TWO_OUTPUTS = ((64, 64, 64, 2), (64, 64, 64, 3), (64, 64, 32, 4))

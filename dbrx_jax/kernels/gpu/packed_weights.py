@@ -5,9 +5,9 @@ plain and transposed), so the registers are right whichever dimension is contigu
 int16 gives one bfloat16 matrix. Packed along the contraction, the positions are parts of the contraction, and
 activations are split the same way; packed along the channels, each position is another output.
 
-Integers are converted through bfloat16's spacing: 0x4300 is 128, and its low seven bits count up from there. That
-takes about 2.3 instructions per int8 weight and 1.8 per int4, both exact. An int4 in the upper half of a byte is read
-as 16 times its value; the activations of its position are divided by 16 (FACTORS).
+Integers are converted exactly, without a conversion instruction: the bfloat16 with the bits 0x4300 + n is 128 + n, for
+n below 128. That takes about 2.3 instructions per int8 weight and 1.8 per int4. An int4 in the upper half of a byte is
+unpacked as 16 times its value; the activations of its position are divided by 16 (FACTORS).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax import Array, lax
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
-# By kind, the factor of the activations of each weight position in an int16.
+# Factors of the activations of each weight position in an int16, by kind.
 FACTORS: dict[str, tuple[float, ...]] = {
     "plain": (1.0,),
     "int8": (1.0, 1.0),
@@ -51,15 +51,14 @@ class PackedWeights:
     group_depth: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
-    def num_inputs(self) -> int:
-        """Number of parts that activations are split into by weight position."""
-        num_positions = len(FACTORS[self.kind])
-        return num_positions if self.contracted == 1 or num_positions == 1 else num_positions // 2
-
-    @property
     def num_outputs(self) -> int:
         """Number of output channels per packed element."""
-        return len(FACTORS[self.kind]) // self.num_inputs
+        return 2 if self.contracted == 0 and self.kind != "plain" else 1
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of parts that activations are split into by weight position."""
+        return len(FACTORS[self.kind]) // self.num_outputs
 
     @property
     def channels(self) -> int:
@@ -106,7 +105,7 @@ def _int4_per_element(contracted: int) -> int:
     return 4 if contracted == 1 else 2
 
 
-def activations(rows: Array, weight: PackedWeights) -> Array:
+def split_activations(rows: Array, weight: PackedWeights) -> Array:
     """Splits rows (..., N, C) by weight position to (..., num_inputs, N, C / num_inputs), times FACTORS."""
     parts = jnp.moveaxis(rows.reshape(*rows.shape[:-1], -1, weight.num_inputs), -1, -3)
     factors = jnp.array(FACTORS[weight.kind][: weight.num_inputs], rows.dtype)
@@ -126,7 +125,9 @@ def unpack(packed: Array, kind: str) -> tuple[Array, ...]:
 
 def split_scales(pairs: Array) -> tuple[Array, Array]:
     """Unpacks the two bfloat16 scales in each uint32 to float32 arrays; used in kernels."""
-    return _float32(pairs << 16), _float32(pairs & jnp.uint32(0xFFFF0000))
+    low = lax.bitcast_convert_type(pairs << 16, jnp.float32)  # a bfloat16 is the upper half of a float32
+    high = lax.bitcast_convert_type(pairs & jnp.uint32(0xFFFF0000), jnp.float32)
+    return low, high
 
 
 def _pairs(array: Array, dtype: jnp.dtype) -> Array:
@@ -159,7 +160,3 @@ def _fp8(magnitude: Array, sign: Array) -> Array:
 
 def _bfloat16(packed: Array) -> Array:
     return lax.bitcast_convert_type(packed, jnp.bfloat16)
-
-
-def _float32(packed: Array) -> Array:
-    return lax.bitcast_convert_type(packed, jnp.float32)

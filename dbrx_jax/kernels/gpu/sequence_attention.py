@@ -15,9 +15,9 @@ MIN_TOKENS = 64  # shorter sequences are left to XLA
 def supports(query: Array, key: Array, value: Array) -> bool:
     """Returns whether cuDNN supports queries (B, T, H, K) and keys (B, S, G, K), arrays or shapes."""
     T, K, S = query.shape[1], query.shape[3], key.shape[1]
-    one_dtype = query.dtype == key.dtype == value.dtype == jnp.bfloat16
+    is_bfloat16 = query.dtype == key.dtype == value.dtype == jnp.bfloat16
     # With T < S, on several devices, queries begin at any key, which cuDNN's causal mask does not support.
-    return one_dtype and MIN_TOKENS <= T == S and K <= 128 and K % 8 == 0
+    return is_bfloat16 and MIN_TOKENS <= T == S and K <= 128 and K % 8 == 0
 
 
 def sequence_attention(
