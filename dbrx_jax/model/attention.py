@@ -1,4 +1,4 @@
-"""The attention of one block."""
+"""Grouped-query attention of one block, on whole sequences or with a key-value cache."""
 
 import math
 
@@ -21,7 +21,7 @@ class Attention(nnx.Module):
     """Grouped-query attention with H query heads, G key and value heads and K elements a head.
 
     On a mesh each device has its heads along `tensor`, and along `expert` a part of every weight's
-    embedding dimension: it computes a partial sum for all tokens, and the partial sums are reduced.
+    embedding dimension: it computes partial sums for all tokens, which are then reduced.
     """
 
     def __init__(self, config: DbrxConfig, init: Init):
@@ -37,18 +37,17 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T"], partition: Partition
     ) -> Array:
-        """Attention among x's own tokens; x and the result are (B, T, D), or this device's tokens of it.
+        """Returns the attention among the tokens of whole sequences.
 
         Args:
-          mask: of all tokens, False for padding.
+          x: (B, T, D), or on a mesh this device's tokens of it, as is the result.
+          mask: of all tokens; False for padding.
         """
         q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
-        queries = partition.local_tokens(q)
-        first = partition.axis_index("expert") * queries.shape[1] if partition.tokens_split else 0
-        platform = partition.platform
-        y = sequence_attention(
-            queries, k, v, mask, first, select_implementation(partition.attention, platform), platform
-        )
+        q = partition.local_tokens(q)
+        first = partition.axis_index("expert") * q.shape[1] if partition.tokens_split else 0
+        implementation = select_implementation(partition.attention, partition.platform)
+        y = sequence_attention(q, k, v, mask, first, implementation, partition.platform)
         return self._project_out(partition.gather_tokens(y), partition)
 
     def forward_with_cache(
@@ -60,33 +59,34 @@ class Attention(nnx.Module):
         partition: Partition,
         active: Bool[Array, ""] | bool = True,
     ) -> tuple[Float[Array, "R T D"], LayerCache]:
-        """Attention of new tokens to themselves and to the cache; returns the updated cache too.
+        """Returns the attention of new tokens to themselves and the cache, and the updated cache.
 
         Args:
-          active: False leaves the cache as it is: there is no new token.
+          active: False leaves the cache as it is.
         """
         q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
         platform = partition.platform
         context_shard = partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)
         cache = write_cache(swap_layout(cache, platform), k, v, positions, first_row, context_shard, active, platform)
-        part = cached_attention(
+        implementation = select_implementation(partition.attention, platform)
+        partial = cached_attention(
             q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, context_shard, platform, cache.scales,
-            select_implementation(partition.attention, platform),
+            implementation,
         )  # fmt: skip
-        y = merge_partial_attention(part, x.dtype, partition)
+        y = merge_partial_attention(partial, x.dtype, partition)
         return self._project_out(y, partition), swap_layout(cache, platform)
 
     def _project_in(self, x: Array, positions: Array, partition: Partition) -> tuple[Array, Array, Array]:
-        """Query, key and value (B, T, heads, K) of all tokens: clipped, values too, then rotated (RoPE)."""
+        """Returns clipped query, key and value (B, T, heads, K) of all tokens; query and key are rotated too (RoPE)."""
         x = partition.local_shard(x, 2, "expert")
         weights = [partition.gather_fsdp(w) for w in (self.query, self.key, self.value)]
         rows = x.reshape(-1, x.shape[-1])
-        parts = [linear(rows, matrix(w, 2), 1, partition.platform).reshape(*x.shape[:2], *w.shape[:2]) for w in weights]
+        qkv = [linear(rows, matrix(w, 2), 1, partition.platform).reshape(*x.shape[:2], *w.shape[:2]) for w in weights]
         if partition.size("expert") > 1:
-            heads = [w.shape[0] for w in weights]
-            reduced = partition.psum(jnp.concatenate(parts, axis=2), "expert")
-            parts = jnp.split(reduced, [heads[0], heads[0] + heads[1]], axis=2)
-        q, k, v = parts
+            H, G, _ = (w.shape[0] for w in weights)
+            reduced = partition.psum(jnp.concatenate(qkv, axis=2), "expert")
+            qkv = jnp.split(reduced, [H, H + G], axis=2)
+        q, k, v = qkv
         if self.clip is not None:
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
         return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v

@@ -1,4 +1,4 @@
-"""One block of the decoder, and the norm that it is made with."""
+"""Block of the decoder: attention and mixture of experts, each with a residual connection and layer norm."""
 
 from collections.abc import Callable
 from functools import partial
@@ -47,9 +47,10 @@ class Block(nnx.Module):
         mask: Bool[Array, "B T"],
         jitter_key: Array | None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """Runs the block on whole sequences; the routing is over all B * T tokens in order."""
+        """Runs the block on whole sequences; returns hidden states and the routing of all B * T tokens in order."""
         x = x + self.attention(self.norm_1(x), positions, mask, partition)
-        return self._feed_forward(x, partition, mask, jitter_key)
+        y, routing = self.moe(self.norm_2(x), partition, mask, jitter_key)
+        return x + y, routing
 
     def forward_with_cache(
         self,
@@ -67,10 +68,11 @@ class Block(nnx.Module):
           first_row: of the cache; None is 0.
           active: False leaves the cache as it is; None is True.
         """
-        row, writes = 0 if first_row is None else first_row, True if active is None else active
-        y, cache = self.attention.forward_with_cache(self.norm_1(x), positions, cache, row, partition, writes)
-        x, _ = self._feed_forward(x + y, partition, valid)
-        return x, cache
+        row, is_active = 0 if first_row is None else first_row, True if active is None else active
+        y, cache = self.attention.forward_with_cache(self.norm_1(x), positions, cache, row, partition, is_active)
+        x = x + y
+        y, _ = self.moe(self.norm_2(x), partition, valid)
+        return x + y, cache
 
     def decode_in_row_tiles(
         self,
@@ -81,18 +83,21 @@ class Block(nnx.Module):
         cache: LayerCache,
         count: Int[Array, ""],
     ) -> tuple[Float[Array, "R 1 D"], LayerCache]:
-        """One new token of each row, in tiles of ROW_TILE rows but for the experts; count as in map_row_tiles."""
+        """Runs the block on one new token of each row, in tiles of ROW_TILE rows, but experts on all rows together.
 
-        def attend(first_row, rows, cache):
-            x, positions = rows
-            y, cache = self.attention.forward_with_cache(
-                self.norm_1(x), positions[:, None], cache, first_row, partition
-            )
+        Args:
+          count: number of tiles, as in :func:`map_row_tiles`.
+        """
+
+        def attend(first_row, tile, cache):
+            x, positions = tile
+            normed = self.norm_1(x)
+            y, cache = self.attention.forward_with_cache(normed, positions[:, None], cache, first_row, partition)
             x = x + y
             normed = self.norm_2(x)
             routing = self.moe.route(normed, partition)
             if self.moe.dense:
-                return (x + self.moe.combine(normed, routing, partition), normed, routing), cache
+                x = x + self.moe.combine(normed, routing, partition)
             return (x, normed, routing), cache
 
         (x, normed, routing), cache = map_row_tiles(attend, (x, positions), cache, count)
@@ -100,18 +105,12 @@ class Block(nnx.Module):
             x = x + self.moe.combine(normed, routing, partition, valid[:, None], ROW_TILE)
         return x, cache
 
-    def _feed_forward(
-        self, x: Array, partition: Partition, valid: Array, jitter_key: Array | None = None
-    ) -> tuple[Array, Routing]:
-        y, routing = self.moe(self.norm_2(x), partition, valid, jitter_key)
-        return x + y, routing
 
-
-def traced_once(method: Callable[..., Any], block: Block, partition: Partition, *arrays: Any) -> Any:
-    """A method of a block. All blocks of one shape share what is traced and lowered, which takes seconds for 40."""
-    return _block(method, *nnx.split(block), partition, *arrays)
+def call_block(method: Callable[..., Any], block: Block, partition: Partition, *arrays: Any) -> Any:
+    """Calls a method of a block. Blocks of one shape share one trace and lowering; 40 of them would take seconds."""
+    return _call_method(method, *nnx.split(block), partition, *arrays)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
-def _block(method, graph, state, partition, *arrays):
+def _call_method(method, graph, state, partition, *arrays):
     return method(nnx.merge(graph, state), partition, *arrays)

@@ -1,9 +1,9 @@
 """The key-value cache: for each layer an array of keys and one of values, (B, G, S, K).
 
-B rows, G key and value heads, S positions, K elements a head; on TPUs stored as (B, S, G, K), which their compiler
-would otherwise transpose in every step. On a mesh position p is at index p // X on device p mod X along CONTEXT_AXIS,
-so that devices share attention equally at any length. On each device S is a multiple of CACHE_BLOCK. An int8 cache
-has a bfloat16 scale for the K elements of each position and head, (B, G, S).
+B rows, G key and value heads, S positions, K elements a head. On TPUs the arrays are stored as (B, S, G, K), because
+their compiler would transpose the other layout in every step. On a mesh position p is at index p // X on device p mod X
+along CONTEXT_AXIS, so that devices share attention equally at any length. On each device S is a multiple of
+CACHE_BLOCK. An int8 cache has a bfloat16 scale for the K elements of each position and head, (B, G, S).
 """
 
 import math
@@ -23,13 +23,15 @@ from dbrx_jax.sharding.partition import BATCH_AXES, CONTEXT_AXIS, Partition
 
 CACHE_BLOCK = 128  # positions
 SCALE_DTYPE = jnp.bfloat16
-# Tokens of a prompt that go through the model together, by platform: the least of these numbers that takes the rest
-# of the prompt, else the largest. Enough to keep matrix units busy; on a CPU, where padding costs, two.
+# Lengths of a prefill chunk, by platform: the least that holds the rest of the prompt is used, else the largest.
+# They keep matrix units busy; on a CPU padding costs more, so there are two.
 PREFILL_CHUNKS = {"cpu": (128, 512)}
 PREFILL_CHUNKS_ELSEWHERE = (2048,)
 
 
 class LayerCache(NamedTuple):
+    """Keys and values of one layer."""
+
     key: Float[Array, "B G S K"] | Int8[Array, "B G S K"]
     value: Float[Array, "B G S K"] | Int8[Array, "B G S K"]
     key_scale: Float[Array, "B G S"] | None = None  # of an int8 cache
@@ -37,7 +39,7 @@ class LayerCache(NamedTuple):
 
     @property
     def scales(self) -> tuple[Array, Array] | None:
-        """Scales of keys and of values, or None where the cache is not int8."""
+        """Scales of keys and values; None if the cache is not int8."""
         return None if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
 
 
@@ -45,25 +47,25 @@ Cache = list[LayerCache]
 
 
 def cache_capacity(tokens: int, partition: Partition) -> int:
-    """The cache's length in positions for sequences of up to `tokens`.
+    """Returns the cache's length in positions for sequences of up to `tokens`.
 
-    Rounded up to an eighth of the next power of two, so that a conversation that grows is
-    compiled for seldom, and at most a quarter of the cache is unused beyond one chunk.
+    It is rounded up to a multiple of an eighth of the next power of two: a conversation that grows is seldom
+    compiled for anew, and at most a quarter of the cache is unused beyond one chunk.
     """
-    unit = math.lcm(*prefill_chunk_lengths(partition), CACHE_BLOCK * partition.size(CONTEXT_AXIS))
-    step = max(unit, (1 << (tokens - 1).bit_length()) // 8 // unit * unit)
+    multiple = math.lcm(*prefill_chunk_lengths(partition), CACHE_BLOCK * partition.size(CONTEXT_AXIS))
+    step = max(multiple, (1 << (tokens - 1).bit_length()) // 8 // multiple * multiple)
     return -(-tokens // step) * step
 
 
 def prefill_chunk_lengths(partition: Partition) -> tuple[int, ...]:
-    """Numbers of tokens that a chunk of a prompt can have, ascending: multiples of what they are split into."""
+    """Returns the possible lengths of a prefill chunk, ascending, rounded up to multiples of CONTEXT_AXIS' size."""
     context_size = partition.size(CONTEXT_AXIS)
     lengths = PREFILL_CHUNKS.get(partition.platform, PREFILL_CHUNKS_ELSEWHERE)
     return tuple(-(-tokens // context_size) * context_size for tokens in lengths)
 
 
 def prefill_chunks(tokens: int, partition: Partition) -> Iterator[tuple[int, int]]:
-    """First position and padded length of each prefill chunk, from the length of the prompt alone."""
+    """Yields the first position and padded length of each chunk of a prompt of `tokens` tokens."""
     lengths, start = prefill_chunk_lengths(partition), 0
     while start < tokens:
         length = next((n for n in lengths if n >= tokens - start), lengths[-1])
@@ -72,12 +74,11 @@ def prefill_chunks(tokens: int, partition: Partition) -> Iterator[tuple[int, int
 
 
 def cache_specs(config: DbrxConfig, partition: Partition, int8: bool = False) -> Cache:
-    """Partition specs of the cache."""
-    axes = ("tensor", CONTEXT_AXIS)
-    axes = axes[::-1] if partition.platform == "tpu" else axes
+    """Returns the partition specs of the cache."""
+    axes = (CONTEXT_AXIS, "tensor") if partition.platform == "tpu" else ("tensor", CONTEXT_AXIS)
     spec, scale = partition.array_spec(BATCH_AXES, *axes, None), partition.array_spec(BATCH_AXES, *axes)
-    layer: Any = LayerCache
-    return [layer(spec, spec, *([scale, scale] if int8 else [])) for _ in range(config.n_layers)]
+    specs: list[Any] = [spec, spec, scale, scale] if int8 else [spec, spec]
+    return [LayerCache(*specs)] * config.n_layers
 
 
 def swap_layout(cache: LayerCache, platform: str) -> LayerCache:
@@ -86,13 +87,9 @@ def swap_layout(cache: LayerCache, platform: str) -> LayerCache:
 
 
 def create_cache(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, partition: Partition) -> Cache:
-    """This device's part of an empty cache of `rows` rows and `positions` positions."""
-    shape = (
-        rows // partition.size(*BATCH_AXES),
-        config.kv_n_heads // partition.size("tensor"),
-        positions // partition.size(CONTEXT_AXIS),
-        config.head_dim,
-    )
+    """Creates this device's shard of an empty cache of `rows` rows and `positions` positions."""
+    local_rows, local_positions = rows // partition.size(*BATCH_AXES), positions // partition.size(CONTEXT_AXIS)
+    shape = (local_rows, config.kv_n_heads // partition.size("tensor"), local_positions, config.head_dim)
 
     def layer() -> LayerCache:
         scales = [jnp.zeros(shape[:3], SCALE_DTYPE) for _ in range(2)] if dtype == jnp.int8 else []
@@ -102,11 +99,11 @@ def create_cache(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike
 
 
 def quantize_to_int8(x: Float[Array, "R T G K"]) -> tuple[Int8[Array, "R T G K"], Float[Array, "R T G"]]:
-    """Whole numbers from -127 to 127, and the scales that they are to be multiplied with."""
+    """Returns integers from -127 to 127, and the scale of each position and head."""
     x = x.astype(jnp.float32)
     scale = (jnp.max(jnp.abs(x), axis=-1) / 127).astype(SCALE_DTYPE)
-    unit = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
-    return jnp.clip(jnp.round(x / unit), -127, 127).astype(jnp.int8), scale
+    divisor = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
+    return jnp.clip(jnp.round(x / divisor), -127, 127).astype(jnp.int8), scale
 
 
 def write_cache(
@@ -119,16 +116,15 @@ def write_cache(
     active: Bool[Array, ""] | bool = True,
     platform: str = "cpu",
 ) -> LayerCache:
-    """The cache with the new keys and values at `positions` of rows first_row … first_row + R.
+    """Writes new keys and values at `positions` of rows first_row … first_row + R; returns the updated cache.
 
-    The positions must be within the cache. Several tokens of one row must follow one another, from
-    a multiple of the context_size on.
+    The positions must be within the cache. Several tokens of one row must be consecutive, from a multiple of X on.
 
     Args:
       context_shard: (x, X): this device has every X-th position from x on.
       active: False leaves the cache as it is.
     """
-    offset, stride = context_shard
+    shard, num_shards = context_shard
     R, T = positions.shape
     new = LayerCache(key, value)
     if cache.key_scale is not None:
@@ -136,32 +132,32 @@ def write_cache(
         new = LayerCache(key, value, key_scale, value_scale)
     if R == 1 and T > 1:
 
-        def put_chunk(into: Array, new: Array) -> Array:
-            start = (first_row, 0, positions[0, 0] // stride, 0)[: new.ndim]
-            mine = lax.dynamic_index_in_dim(new.reshape(1, T // stride, stride, *new.shape[2:]), offset, 2, False)
-            mine = mine.swapaxes(1, 2)  # (1, G, T / X, K)
+        def write_chunk(stored: Array, new: Array) -> Array:
+            start = (first_row, 0, positions[0, 0] // num_shards, 0)[: new.ndim]
+            shards = new.reshape(1, T // num_shards, num_shards, *new.shape[2:])
+            local = lax.dynamic_index_in_dim(shards, shard, 2, False).swapaxes(1, 2)  # (1, G, T / X, K)
             if active is not True:
-                mine = jnp.where(active, mine, lax.dynamic_slice(into, start, mine.shape))
-            return lax.dynamic_update_slice(into, mine, start)
+                local = jnp.where(active, local, lax.dynamic_slice(stored, start, local.shape))
+            return lax.dynamic_update_slice(stored, local, start)
 
-        return jax.tree.map(put_chunk, cache, new)
-    # Positions of other devices map past the end and are dropped.
-    mine = (positions % stride == offset) & active
-    rows, place = first_row + jnp.arange(R)[:, None], jnp.where(mine, positions // stride, cache.key.shape[2])
+        return jax.tree.map(write_chunk, cache, new)
+    # Positions of other devices are mapped past the end, where a scatter drops them.
+    is_local = (positions % num_shards == shard) & active
+    rows, indices = first_row + jnp.arange(R)[:, None], jnp.where(is_local, positions // num_shards, cache.key.shape[2])
 
     heads = cache.key.shape[1]
     by_head = platform == "tpu" and is_stored_by_head(heads, cache.key.dtype)
     by_kernel = platform == "tpu" and T == 1 and kernel_backend(platform) is not None
 
-    def put(into: Array, new: Array) -> Array:
-        if by_head:  # a scatter of all heads of a position at once would have the whole cache swap_layout
-            where = (rows[..., None], jnp.arange(heads), place[..., None])
-            return into.at[where].set(new, unique_indices=True, mode="drop")
-        if by_kernel and into.ndim == 4:
+    def write(stored: Array, new: Array) -> Array:
+        if by_head:  # to scatter all heads of a position at once, XLA would transpose the whole cache
+            index = (rows[..., None], jnp.arange(heads), indices[..., None])
+            return stored.at[index].set(new, unique_indices=True, mode="drop")
+        if by_kernel and stored.ndim == 4:
             from dbrx_jax.kernels.tpu.cache_write import write_positions  # takes seconds to import
 
-            new = new[:, 0].astype(into.dtype)
-            return write_positions(into.swapaxes(1, 2), new, rows[:, 0], place[:, 0]).swapaxes(1, 2)
-        return into.at[rows, :, place].set(new, unique_indices=True, mode="drop")
+            new = new[:, 0].astype(stored.dtype)
+            return write_positions(stored.swapaxes(1, 2), new, rows[:, 0], indices[:, 0]).swapaxes(1, 2)
+        return stored.at[rows, :, indices].set(new, unique_indices=True, mode="drop")
 
-    return jax.tree.map(put, cache, new)
+    return jax.tree.map(write, cache, new)

@@ -1,4 +1,4 @@
-"""CausalLM: the network, over a full sequence or over new tokens and a key-value cache."""
+"""CausalLM: the network, on whole sequences or on new tokens with a key-value cache."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.kernels.attention import select_implementation
-from dbrx_jax.model.block import Block, Norm, traced_once
+from dbrx_jax.model.block import Block, Norm, call_block
 from dbrx_jax.model.cache import Cache
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.linear import Weight, dequantized, linear
@@ -26,12 +26,12 @@ class CausalLM(nnx.Module):
     """The network of DBRX with its language-model head; :class:`dbrx_jax.DbrxForCausalLM` loads and generates.
 
     Args:
-      config: the sizes.
-      rngs: source of the initial weights (stream "params"); None gives parameters that are shapes only.
+      config: sizes and hyperparameters.
+      rngs: random keys of the initial weights (stream "params"); None makes parameters that are shapes only.
       dtype: of weights and activations; the configuration's by default.
       mesh: the devices to partition the model over, see :mod:`dbrx_jax.sharding.partition`; None is one device.
       all_to_all: as in :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`.
-      quantization: how weights are quantised, see :mod:`dbrx_jax.quantization.array`; None leaves them as they are.
+      quantization: how weights are quantised, see :mod:`dbrx_jax.quantization.array`; None leaves them plain.
       attention_implementation: as in :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`.
 
     Raises:
@@ -80,21 +80,20 @@ class CausalLM(nnx.Module):
         positions: Int[Array, "B T"],
         jitter_key: Array | None = None,
     ) -> tuple[list[Float[Array, "B T D"]], list[Routing]]:
-        """Hidden states (embeddings, then after each block; the last is after norm_f) and each layer's routing.
+        """Returns hidden states (embeddings, then after each block; the last is after norm_f) and layers' routing.
 
-        On a mesh, this is what each device runs, on its rows; of the states it has its own tokens.
+        On a mesh each device calls this inside shard_map, on its rows; the states are of its own tokens.
 
         Args:
           mask: False for padding.
           jitter_key: in training, the random key of the router's jitter.
         """
         partition = self.partition.with_tokens_split(input_ids.shape[1])
-
         states, routings = [self.embed(input_ids, partition)], []
         for i, block in enumerate(self.blocks):
             key = None if jitter_key is None else jax.random.fold_in(jitter_key, i)
             with jax.named_scope(f"block_{i}"):
-                x, routing = traced_once(Block.sequence, block, partition, states[-1], positions, mask, key)
+                x, routing = call_block(Block.sequence, block, partition, states[-1], positions, mask, key)
             states.append(x)
             routings.append(routing)
         states[-1] = self.norm_f(states[-1])
@@ -108,32 +107,33 @@ class CausalLM(nnx.Module):
         cache: Cache,
         first_row: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "R T D"], Cache]:
-        """New tokens at `positions` of rows first_row … first_row + R: hidden states before norm_f, and the cache.
+        """Runs new tokens at `positions` of rows first_row … first_row + R; returns hidden states and the cache.
+
+        On a mesh each device calls this inside shard_map, on its rows. The states are those before norm_f, of all
+        tokens of these rows.
 
         Args:
           first_row: None is 0.
-          valid: False for tokens that only fill the shape; they change nothing that is ever looked at.
-
-        On a mesh, this is what each device runs, on its rows; the states are of all their tokens.
+          valid: False for padding, which changes nothing that is used later.
         """
         T = input_ids.shape[1]
         partition = self.partition.with_tokens_split(T)
-        # Of several groups of rows, some may have nothing to do where others have a prompt's chunk.
+        # In a prefill step of one group of rows others may have no prompt.
         active = jnp.any(valid) if T > 1 and partition.size(*BATCH_AXES) > 1 else None
         x, layers = self.embed(input_ids, partition), []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
-                new = x, valid, positions, layer, first_row, active
-                x, layer = traced_once(Block.forward_with_cache, block, partition, *new)
+                inputs = x, valid, positions, layer, first_row, active
+                x, layer = call_block(Block.forward_with_cache, block, partition, *inputs)
             layers.append(layer)
         return partition.gather_tokens(x), layers
 
     def decode_in_row_tiles(
         self, input_ids: Int[Array, "R"], valid: Bool[Array, "R"], positions: Int[Array, "R"], cache: Cache
     ) -> tuple[Float[Array, "R D"], Cache]:
-        """As :meth:`forward_with_cache` for one token of each row, with bits that do not depend on R.
+        """Runs one new token of each row like :meth:`forward_with_cache`, with bits that do not depend on R.
 
-        R is a multiple of ROW_TILE. Rows go through attention and router tile by tile, and to the experts together.
+        R is a multiple of ROW_TILE. Attention and router run on tiles of rows, experts on all rows together.
         """
         partition, count = self.partition, num_row_tiles(input_ids.shape[0], positions)
         # In a loop of its own: otherwise XLA fuses a scale with a later sum for some numbers of rows.
@@ -141,40 +141,41 @@ class CausalLM(nnx.Module):
         layers = []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
-                new = x, valid, positions, layer, count
-                x, layer = traced_once(Block.decode_in_row_tiles, block, partition, *new)
+                inputs = x, valid, positions, layer, count
+                x, layer = call_block(Block.decode_in_row_tiles, block, partition, *inputs)
             layers.append(layer)
         return x[:, 0], layers
 
     def embed(self, input_ids: Int[Array, "B T"], partition: Partition) -> Float[Array, "B T D"]:
-        """Embeddings of the ids, of this device's tokens; each device looks up what its part of the table has."""
+        """Returns the embeddings of this device's tokens; each device looks up ids in its shard of the table."""
         table = partition.gather_fsdp(self.embedding)
         if partition.size(*VOCAB_AXES) == 1:
             return _embedding_rows(table, input_ids, partition.platform)
-        local = input_ids - partition.axis_index(*VOCAB_AXES) * table.shape[0]
-        here = (local >= 0) & (local < table.shape[0])
-        rows = _embedding_rows(table, jnp.where(here, local, 0), partition.platform)
-        return partition.reduce_tokens(jnp.where(here[..., None], rows, 0))
+        local_ids = input_ids - partition.axis_index(*VOCAB_AXES) * table.shape[0]
+        is_local = (local_ids >= 0) & (local_ids < table.shape[0])
+        rows = _embedding_rows(table, jnp.where(is_local, local_ids, 0), partition.platform)
+        return partition.reduce_tokens(jnp.where(is_local[..., None], rows, 0))
 
     def logits(self, normed: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """The head on hidden states after norm_f, in float32; on a mesh, of this device's part of the vocabulary.
+        """Applies the head to hidden states after norm_f, in float32; on a mesh, this device's vocabulary shard.
 
-        Entries that only fill the vocabulary up are the least number: they are never chosen and weigh nothing.
+        Entries that pad the vocabulary get the least float, so that they are never sampled and have probability 0.
         """
-        head = self.partition.gather_fsdp(self.lm_head)
+        partition, vocab_size = self.partition, self.config.vocab_size
+        head = partition.gather_fsdp(self.lm_head)
         rows = normed.reshape(-1, normed.shape[-1])
-        logits = linear(rows, head, 1, self.partition.platform, jnp.float32).reshape(*normed.shape[:-1], -1)
-        if self.partition.pad_vocabulary(self.config.vocab_size) == self.config.vocab_size:
+        logits = linear(rows, head, 1, partition.platform, jnp.float32).reshape(*normed.shape[:-1], -1)
+        if partition.pad_vocabulary(vocab_size) == vocab_size:
             return logits
-        ids = self.partition.axis_index(*VOCAB_AXES) * head.shape[0] + jnp.arange(head.shape[0])
-        return jnp.where(ids < self.config.vocab_size, logits, jnp.finfo(jnp.float32).min)
+        ids = partition.axis_index(*VOCAB_AXES) * head.shape[0] + jnp.arange(head.shape[0])
+        return jnp.where(ids < vocab_size, logits, jnp.finfo(jnp.float32).min)
 
 
 def _embedding_rows(table: Weight, ids: Int[Array, "B T"], platform: str) -> Float[Array, "B T D"]:
-    """Rows of the embedding."""
+    """Returns rows of the embedding table, dequantised."""
     if platform == "cpu" and isinstance(table, Array) and table.dtype == jnp.bfloat16:
-        # As integers: XLA of JAX 0.10 looks them up in a copy of the whole table in float32.
-        # Tied to the ids, or a loop over tokens would make such a copy of the integers ahead.
-        here, ids = lax.optimization_barrier((table, ids))
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(here, jnp.uint16)[ids], jnp.bfloat16)
+        # As integers, because XLA of JAX 0.10 would look bfloat16 up in a float32 copy of the whole table.
+        # The barrier makes the integers depend on the ids, or a loop over tokens would copy them before it starts.
+        values, ids = lax.optimization_barrier((table, ids))
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(values, jnp.uint16)[ids], jnp.bfloat16)
     return dequantized(table[ids])

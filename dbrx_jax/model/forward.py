@@ -1,4 +1,4 @@
-"""The forward pass over whole sequences as one compiled program."""
+"""Forward pass over whole sequences, as one compiled program."""
 
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from dbrx_jax.sharding.partition import BATCH_AXES, VOCAB_AXES
 
 
 class CausalLMOutput(NamedTuple):
-    """Logits, and the hidden states and router probabilities that were asked for."""
+    """Logits, and hidden states and router probabilities where requested."""
 
     logits: Float[Array, "B T V"]
     hidden_states: list[Float[Array, "B T D"]] | None  # embeddings, then after each block; the last is after norm_f
@@ -37,6 +37,5 @@ def forward(model_state, ids, mask, positions, output_hidden_states, output_rout
         [tokens] * (model.config.n_layers + 1) if output_hidden_states else None,
         [partition.array_spec(BATCH_AXES, None, None)] * model.config.n_layers if output_router_probs else None,
     )
-    return partition.shard_map(run, (model_state.specs(), rows, rows, rows), out_specs)(
-        model_state, ids, mask, positions
-    )
+    in_specs = (model_state.specs(), rows, rows, rows)
+    return partition.shard_map(run, in_specs, out_specs)(model_state, ids, mask, positions)

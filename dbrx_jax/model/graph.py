@@ -1,4 +1,4 @@
-"""A model split into its graph definition and its arrays, as jit takes it."""
+"""ModelState: a model as jit takes it, split into its graph definition and its arrays."""
 
 import copy
 import dataclasses
@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.model.causal_lm import CausalLM
@@ -15,56 +14,55 @@ from dbrx_jax.sharding.partition import Partition
 
 
 class GraphDefinition:
-    """All of a model but its arrays. Two that are equal are one object, which jit compares at no cost."""
+    """A model without its arrays. Equal ones are one object, which jit compares at no cost."""
 
     def __init__(self, graph: nnx.GraphDef, tree: Any, platform: str):
         self.graph, self.tree, self.platform = graph, tree, platform
 
 
-_structure = functools.lru_cache(maxsize=64)(GraphDefinition)
+_cached_definition = functools.lru_cache(maxsize=64)(GraphDefinition)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelState:
-    """A model for jit: its arrays in a list, and all else."""
+    """A model for jit: its arrays, and the rest as a static field."""
 
     arrays: list[Any]
-    structure: GraphDefinition = dataclasses.field(metadata={"static": True})
+    definition: GraphDefinition = dataclasses.field(metadata={"static": True})
 
     def merge(self) -> CausalLM:
-        return nnx.merge(self.structure.graph, self.state)
+        return nnx.merge(self.definition.graph, self.state)
 
     @property
     def platform(self) -> str:
         """The platform of the devices."""
-        return self.structure.platform
+        return self.definition.platform
 
     @property
     def state(self) -> nnx.State:
         """The parameters in their tree."""
-        return jax.tree.unflatten(self.structure.tree, self.arrays)
+        return jax.tree.unflatten(self.definition.tree, self.arrays)
 
     def specs(self) -> "ModelState":
-        """Partition specs of the arrays, in the same structure."""
+        """Returns the partition specs of the arrays, in the same structure."""
         specs = parameter_partition_specs(self.state, self.merge().partition)
-        return ModelState(jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)), self.structure)
+        return ModelState(jax.tree.leaves(specs), self.definition)
 
 
 def split_model(model: CausalLM) -> ModelState:
-    """The model as jit takes it, without what the checkpoint says of the end of a text, which changes no program."""
+    """Splits a model, without its generation_config, for which no program has to be compiled anew."""
     bare = copy.copy(model)
     bare.generation_config = GenerationConfig()
     graph, state = nnx.split(bare)
     arrays, tree = jax.tree.flatten(state)
-    return ModelState(arrays, _structure(graph, tree, model.partition.platform))
+    return ModelState(arrays, _cached_definition(graph, tree, model.partition.platform))
 
 
 def parameter_partition_specs(state: nnx.State, partition: Partition) -> nnx.State:
-    """Partition specs of the parameters, in the tree of the state."""
-    flat = [(path, leaf.replace(_spec(leaf, partition))) for path, leaf in nnx.to_flat_state(state)]
-    return nnx.from_flat_state(flat)
-
-
-def _spec(leaf: Any, partition: Partition) -> Any:
-    return partition.specs_of(leaf.get_value(), leaf.get_metadata("axes"))
+    """Returns the partition specs of the parameters, in the tree of the state."""
+    specs = []
+    for path, leaf in nnx.to_flat_state(state):
+        spec = partition.specs_of(leaf.get_value(), leaf.get_metadata("axes"))
+        specs.append((path, leaf.replace(spec)))
+    return nnx.from_flat_state(specs)

@@ -1,4 +1,4 @@
-"""Checks of the token ids and masks that callers give."""
+"""Checks of token ids and masks from callers."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from dbrx_jax.errors import GenerationError
 
 
 def check_ids(input_ids: Any, vocab_size: int) -> Array | np.ndarray:
-    """Token ids as an integer array (B, T).
+    """Converts token ids to an integer array (B, T).
 
     Raises:
       GenerationError: they are not integers in two dimensions, or (outside of jit) not all in the vocabulary.
@@ -34,6 +34,7 @@ def _array(name: str, value: Any) -> Array | np.ndarray:
 
 
 def same_shape(name: str, value: Any, ids: Array | np.ndarray) -> Array | np.ndarray:
+    """Converts a value to an array and checks that it has the shape of the token ids."""
     array = _array(name, value)
     if array.shape != ids.shape:
         raise GenerationError(f"{name}: expected the shape of input_ids {ids.shape}, got {array.shape}")

@@ -16,13 +16,13 @@ from dbrx_jax.sharding.partition import BATCH_AXES, Partition
 
 
 class Expert(nnx.Module):
-    """The weights of one expert, each (F, D) as published: w2 is not transposed; or of several, (count, F, D)."""
+    """The weights of an expert, each (F, D) as published (w2 is not transposed), or of several, (num_experts, F, D)."""
 
-    def __init__(self, config: DbrxConfig, init: Init, count: int):
+    def __init__(self, config: DbrxConfig, init: Init, num_experts: int):
         shape: tuple[int, ...] = (config.ffn_hidden_size, config.d_model)
         axes: tuple[str, ...] = ("ffn", "embed")
-        if count > 1:
-            shape, axes = (count, *shape), ("experts", *axes)
+        if num_experts > 1:
+            shape, axes = (num_experts, *shape), ("experts", *axes)
         std = config.initializer_range
         self.w1, self.v1 = (init.normal(shape, axes, std, "experts") for _ in range(2))
         self.w2 = init.normal(shape, axes, std, "experts", contracted=(-2,))
@@ -31,15 +31,15 @@ class Expert(nnx.Module):
 class MoE(nnx.Module):
     """Router and experts. Device x of X along `expert` has experts x E/X to (x + 1) E/X.
 
-    Without kernels each expert has its own arrays, one expert of each device in an array (X, F, D); kernels index
-    one array (E, F, D) of all.
+    With kernels all experts are in one array (E, F, D), which the kernels index. Without kernels each expert of a
+    device is in an array of its own, and an array (X, F, D) holds one expert of each device.
     """
 
     def __init__(self, config: DbrxConfig, init: Init):
         E, D = config.moe_num_experts, config.d_model
         self.router = init.normal((E, D), ("replicated", "replicated"), config.initializer_range)
-        arrays = init.partition.expert_arrays(E)
-        self.experts = nnx.List([Expert(config, init, E // arrays) for _ in range(arrays)])
+        num_arrays = init.partition.expert_arrays(E)
+        self.experts = nnx.List([Expert(config, init, E // num_arrays) for _ in range(num_arrays)])
         self.num_experts = E
         self.dense = E == 1
         self.top_k = config.moe_top_k
@@ -54,11 +54,11 @@ class MoE(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         jitter_key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """The layer's output for this device's tokens, and the routing of all tokens, (B * T, …).
+        """Returns the layer's output for this device's tokens, and the routing of all tokens, (B * T, …).
 
         Args:
           valid: of all tokens; False for padding, which is not computed and gives 0.
-          jitter_key: in training, the random key of the router's jitter where the configuration has one.
+          jitter_key: in training, the random key of the router's jitter if the configuration has one.
         """
         if partition.tokens_split and partition.all_to_all and not self.dense:
             return self._all_to_all(x, partition, valid, jitter_key)
@@ -74,19 +74,19 @@ class MoE(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         tile: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """Combines the outputs of the routed experts, for the tokens of this device.
+        """Returns the weighted sum of the routed experts' outputs, for the tokens of this device.
 
         Args:
           tile: as in :func:`apply_experts`.
         """
-        rows, weights = x.reshape(-1, x.shape[-1]), self._weights(partition)
+        rows, weights = x.reshape(-1, x.shape[-1]), self._local_weights(partition)
         if self.dense:  # softmax over one expert gives the weight 1
             y = expert_mlp(rows, *weights.expert(0), self.activation, partition.platform)
         else:
-            first = partition.axis_index("expert") * (self.num_experts // partition.size("expert"))
+            first_expert = partition.axis_index("expert") * (self.num_experts // partition.size("expert"))
+            experts = routing.experts - first_expert
             valid = None if valid is None else valid.reshape(-1)
-            chosen = routing.experts - first
-            y = apply_experts(rows, routing.weights, chosen, weights, self.activation, valid, partition.platform, tile)
+            y = apply_experts(rows, routing.weights, experts, weights, self.activation, valid, partition.platform, tile)
         return partition.reduce_tokens(y.reshape(x.shape))
 
     def _all_to_all(
@@ -94,48 +94,47 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """Sends each token to the devices of its experts and the outputs back, by ragged all-to-all."""
         routing = self.route(x, partition, jitter_key)
-        devices = partition.size("expert")
-        per_device = self.num_experts // devices
-        experts, (B, T, _) = routing.experts, x.shape
-        if valid is not None:  # padding is sent to no device
-            experts = jnp.where(partition.local_tokens(valid).reshape(-1, 1), experts, devices * per_device)
-        pairs = experts.reshape(-1)
-        order = jnp.argsort(pairs, stable=True)
-        rows = x.reshape(-1, x.shape[-1])[order // self.top_k]
-        sizes = jnp.sum(pairs[:, None] // per_device == jnp.arange(devices), axis=0)
-        sizes = partition.all_gather(sizes[None], 0, "expert")  # (devices, devices)
-        buffer_size = devices * B * T * min(self.top_k, per_device)  # if all tokens came to this device
+        (B, T, D), num_devices, device = x.shape, partition.size("expert"), partition.axis_index("expert")
+        experts_per_device = self.num_experts // num_devices
+        experts = routing.experts
+        if valid is not None:  # padding gets an expert that no device has
+            experts = jnp.where(partition.local_tokens(valid).reshape(-1, 1), experts, self.num_experts)
+        experts = experts.reshape(-1)  # of the B * T * top_k pairs of token and expert
+        order = jnp.argsort(experts, stable=True)
+        rows = x.reshape(-1, D)[order // self.top_k]
+        sizes = jnp.sum(experts[:, None] // experts_per_device == jnp.arange(num_devices), axis=0)
+        sizes = partition.all_gather(sizes[None], 0, "expert")  # (senders, receivers)
+        buffer_size = num_devices * B * T * min(self.top_k, experts_per_device)  # if all tokens came to this device
         received = partition.ragged_all_to_all(rows, sizes, buffer_size)
-        first = partition.axis_index("expert") * per_device
-        expert = partition.ragged_all_to_all(pairs[order] + 1, sizes, buffer_size) - 1 - first
-        weights, ones = self._weights(partition), jnp.ones((buffer_size, 1), x.dtype)
-        is_used = jnp.arange(buffer_size) < sizes[:, partition.axis_index("expert")].sum()
-        outputs = apply_experts(
-            received, ones, expert[:, None], weights, self.activation, is_used, platform=partition.platform
-        )
-        returned = partition.ragged_all_to_all(outputs, sizes.T, len(pairs))[jnp.argsort(order)]
-        y = jnp.sum(returned.reshape(-1, self.top_k, x.shape[-1]) * routing.weights[..., None].astype(x.dtype), axis=1)
+        # Sent plus 1, so that the zeros that pad the buffer become experts below those of this device.
+        received_experts = partition.ragged_all_to_all(experts[order] + 1, sizes, buffer_size) - 1
+        local_experts = (received_experts - device * experts_per_device)[:, None]
+        weights, ones = self._local_weights(partition), jnp.ones((buffer_size, 1), x.dtype)
+        is_used = jnp.arange(buffer_size) < sizes[:, device].sum()
+        outputs = apply_experts(received, ones, local_experts, weights, self.activation, is_used, partition.platform)
+        returned = partition.ragged_all_to_all(outputs, sizes.T, len(experts))[jnp.argsort(order)]
+        y = jnp.sum(returned.reshape(-1, self.top_k, D) * routing.weights[..., None].astype(x.dtype), axis=1)
         gathered = [partition.gather_tokens(a.reshape(B, T, -1)).reshape(-1, a.shape[-1]) for a in routing]
         return partition.psum(y.reshape(x.shape), "tensor"), Routing(*gathered)
 
     def route(self, x: Float[Array, "B T D"], partition: Partition, jitter_key: Array | None = None) -> Routing:
-        """Routes each token to its experts; on a mesh with the same result on every device that has the token."""
-        router_inputs = rows = x.reshape(-1, x.shape[-1])
+        """Routes each token to its experts, with the same result on every device that has the token."""
+        inputs = x.reshape(-1, x.shape[-1])
         if jitter_key is not None and self.jitter is not None:
             token_axes = (*BATCH_AXES, "expert") if partition.all_to_all else BATCH_AXES  # devices with other tokens
             if partition.size(*token_axes) > 1:
                 jitter_key = jax.random.fold_in(jitter_key, partition.axis_index(*token_axes))
-            noise = jax.random.uniform(jitter_key, rows.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
-            router_inputs = rows * noise.astype(rows.dtype)
-        return route(linear(router_inputs, self.router[...], 1, partition.platform), self.top_k, self.norm)
+            noise = jax.random.uniform(jitter_key, inputs.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
+            inputs = inputs * noise.astype(inputs.dtype)
+        return route(linear(inputs, self.router[...], 1, partition.platform), self.top_k, self.norm)
 
-    def _weights(self, partition: Partition) -> ExpertWeights:
-        """Weights of this device's experts, gathered over `fsdp`."""
+    def _local_weights(self, partition: Partition) -> ExpertWeights:
+        """Returns the weights of this device's experts, gathered over `fsdp`."""
 
-        def local(name: str) -> Weight | tuple[Weight, ...]:
+        def gather(name: str) -> Weight | tuple[Weight, ...]:
             weights = [partition.gather_fsdp(getattr(e, name)) for e in self.experts]
             if partition.expert_arrays(self.num_experts) == 1 and weights[0].ndim == 3:
                 return weights[0]
             return tuple(w[0] if w.ndim == 3 else w for w in weights)
 
-        return ExpertWeights(*map(local, ExpertWeights._fields))
+        return ExpertWeights(*map(gather, ExpertWeights._fields))

@@ -1,4 +1,4 @@
-"""The one description of a parameter: shape, logical axes, initialiser and how it can be quantised."""
+"""Parameters of the model: shape, logical axes, initialiser and quantisation of each."""
 
 import functools
 from typing import Any
@@ -15,17 +15,17 @@ from dbrx_jax.sharding.partition import Partition
 
 
 class Init:
-    """Makes a model's parameters: random from `key`, or with `key` None shapes without memory behind them.
+    """Creates a model's parameters: random from `key`, or with `key` None shapes without memory.
 
-    A parameter's random numbers depend on the key and on how many parameters were made before it.
-    `axes` names each dimension, for sharding; on a mesh every device draws its own part.
+    A parameter's random numbers depend on the key and on the number of parameters created before it.
+    `axes` names each dimension, for sharding; on a mesh every device draws its shard.
     """
 
     def __init__(
         self, key: Array | None, dtype: DTypeLike, partition: Partition, quantization: Quantization | None = None
     ):
-        self.key, self.dtype, self.made, self.partition = key, jnp.dtype(dtype), 0, partition
-        self.quantization = quantization
+        self.key, self.dtype, self.partition, self.quantization = key, jnp.dtype(dtype), partition, quantization
+        self.num_created = 0
 
     def normal(
         self,
@@ -35,26 +35,25 @@ class Init:
         part: str | None = None,
         contracted: tuple[int, ...] = (-1,),
     ) -> nnx.Param:
-        """A weight drawn from normal(0, std) in float32 and rounded, or quantised.
+        """Creates a weight, drawn from normal(0, std) in float32 and cast or quantised.
 
         Args:
-          part: the field of a :class:`Quantization` that says how it is; None is never quantised.
-          contracted: its dimensions that are summed over, from the end, as :class:`QuantizedArray` has them.
+          part: the field of a :class:`Quantization` with its format; None is never quantised.
+          contracted: its dimensions that are summed over, as in :class:`QuantizedArray`.
 
         Raises:
-          QuantizationError, MeshError: it cannot be quantised like that, or not on this mesh.
+          QuantizationError, MeshError: it cannot be quantised in that format, or not on this mesh.
         """
-        self.made += 1
-        form = None if part is None or self.quantization is None else getattr(self.quantization, part)
-        shapes = (
-            jax.ShapeDtypeStruct(shape, self.dtype) if form is None else abstract(shape, form, contracted, self.dtype)
-        )
-        specs = self.partition.specs_of(shapes, axes)
-        value: Any = shapes
+        self.num_created += 1
+        format = None if part is None or self.quantization is None else getattr(self.quantization, part)
+        value: Any = jax.ShapeDtypeStruct(shape, self.dtype)
+        if format is not None:
+            value = abstract(shape, format, contracted, self.dtype)
+        specs = self.partition.specs_of(value, axes)
         if self.key is not None:
-            leaves, tree = jax.tree.flatten(self.partition.shardings(specs))
-            draw = _drawer(shape, self.dtype, form, contracted, tuple(leaves), tree)
-            value = draw(jax.random.fold_in(self.key, self.made), std)
+            shardings, tree = jax.tree.flatten(jax.tree.map(self.partition.sharding, specs))
+            sample = _sampler(shape, self.dtype, format, contracted, tuple(shardings), tree)
+            value = sample(jax.random.fold_in(self.key, self.num_created), std)
         return nnx.Param(value, axes=axes, part=part, contracted=contracted)
 
     def ones(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -65,10 +64,12 @@ class Init:
 
 
 @functools.lru_cache(maxsize=64)
-def _drawer(shape: tuple[int, ...], dtype: jnp.dtype, form: Format | None, contracted: tuple[int, ...], leaves, tree):
-    def draw(key, std):
-        drawn = std * jax.random.normal(key, shape, jnp.float32)
-        return drawn.astype(dtype) if form is None else quantize(drawn, form, contracted, dtype)
+def _sampler(shape, dtype: jnp.dtype, format: Format | None, contracted: tuple[int, ...], shardings: tuple, tree):
+    """Returns a function that draws a parameter from a random key and a standard deviation."""
+
+    def sample(key, std):
+        weight = std * jax.random.normal(key, shape, jnp.float32)
+        return weight.astype(dtype) if format is None else quantize(weight, format, contracted, dtype)
 
     # Not compiled on one device: compiling a program for each shape would take longer.
-    return jax.jit(draw, out_shardings=jax.tree.unflatten(tree, leaves)) if leaves else draw
+    return jax.jit(sample, out_shardings=jax.tree.unflatten(tree, shardings)) if shardings else sample

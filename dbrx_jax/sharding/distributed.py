@@ -1,7 +1,7 @@
-"""One run on several processes, for command lines and scripts: how they meet, who speaks, and how they end.
+"""Runs of several processes, for command lines and scripts: start, output of process 0 alone, and shutdown.
 
-Every process runs the same program on the devices of its host; JAX's coordination service, in process 0,
-tells them of each other. Where one is lost the others end by themselves, with a line that says so.
+Every process runs the same program on the devices of its host, and JAX's coordination service in process 0
+connects them. When one is lost, the others end by themselves with a line that says so.
 """
 
 import contextlib
@@ -21,11 +21,9 @@ import numpy as np
 from dbrx_jax.errors import DbrxError, DistributedError
 from dbrx_jax.sharding import native_log
 
-START_SECONDS = 120  # until all processes have come
-LOST_SECONDS = 60  # until a silent process counts as lost
-LEAVE_SECONDS = 5  # that a process which failed waits for the others: often they fail alike
-# What a collective says on a CPU or GPU when its other end is gone; on a TPU it waits, and the heartbeats tell.
-BROKEN = re.compile(r"gloo|nccl|UNAVAILABLE", re.IGNORECASE)
+LEAVE_SECONDS = 5  # that a failed process waits for the others, which often fail alike
+# Errors of a collective on a CPU or GPU whose peer is gone; on a TPU it waits, and heartbeats detect the loss.
+CONNECTION_ERROR = re.compile(r"gloo|nccl|UNAVAILABLE", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -34,30 +32,30 @@ def start(
     processes: int | None = None,
     process_id: int | None = None,
     *,
-    start_seconds: int = START_SECONDS,
-    lost_seconds: int = LOST_SECONDS,
+    start_seconds: int = 120,
+    lost_seconds: int = 60,
 ) -> Iterator[bool]:
-    """Joins this process to the others of a run, for a `with` block at whose end they all meet.
+    """Connects this process to the others of a run, for a `with` block at whose end all of them synchronise.
 
-    Gives whether this is the first process.
+    Yields whether this is the first process.
 
-    Call it before JAX touches a device. Within the block process 0 alone speaks: what Python prints to
-    stdout and stderr elsewhere is dropped; errors are raised out of the block. For programs that end
-    with the block: what native code writes is sieved from here on, and a lost process ends this one.
+    Call it before JAX touches a device. Within the block only process 0 prints: what Python writes to stdout
+    and stderr in other processes is dropped; errors are raised out of the block. It is for programs that end
+    with the block: output of native code is filtered from here on, and the loss of a process ends this one.
 
     Args:
       coordinator: HOST:PORT of process 0, a free port there. This and the next two may be None on Cloud
         TPU VMs, GKE and SLURM, where JAX finds them itself.
-      processes: how many there are.
-      process_id: this one's number, from 0.
-      start_seconds: after which those that came give up waiting for the others.
-      lost_seconds: after which a process that is not heard of counts as lost.
+      processes: number of processes.
+      process_id: number of this process, from 0.
+      start_seconds: after which the connected processes stop waiting for the others.
+      lost_seconds: after which a silent process counts as lost.
 
     Raises:
-      DistributedError: the arguments do not make up a run, or its address cannot be used.
+      DistributedError: the arguments are invalid or incomplete, or the address cannot be used.
     """
     _check(coordinator, processes, process_id)
-    sieve = _sieve(start_seconds, lost_seconds)
+    log_filter = _filter_native_log(start_seconds, lost_seconds)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -69,34 +67,42 @@ def start(
             shutdown_timeout_seconds=lost_seconds,
         )
     except (ValueError, RuntimeError) as error:
-        raise DistributedError(_why(error, coordinator)) from None
+        raise DistributedError(_explain_start_error(str(error), coordinator)) from None
     try:
-        first = jax.process_index() == 0
-        with contextlib.nullcontext() if first else _silence():
-            yield first
+        is_first = jax.process_index() == 0
+        with open(os.devnull, "w") as devnull, contextlib.ExitStack() as stack:
+            if not is_first:
+                stack.enter_context(contextlib.redirect_stdout(devnull))
+                stack.enter_context(contextlib.redirect_stderr(devnull))
+            yield is_first
     except BaseException as error:
         sys.stdout.flush()
-        if _broke(error):
-            _lost(sieve)
-        # Python waits for the others at its exit. Whoever catches the error has time to print it, and then this ends.
-        leave = threading.Timer(LEAVE_SECONDS, os._exit, [_status(error)])
-        leave.daemon = True
-        leave.start()
+        if _is_connection_error(error):  # the log filter prints this line, or the runtime's reason if it logs one
+            line = "the connection to another process broke; see what the others said, and start all again"
+            os.write(2, f"{native_log.MARK}{line}\n".encode())
+            os.close(2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                log_filter.wait(timeout=2)
+            os._exit(os.EX_TEMPFAIL)
+        # At its exit Python would wait for the others. This leaves the caller time to print the error.
+        timer = threading.Timer(LEAVE_SECONDS, os._exit, [_exit_status(error)])
+        timer.daemon = True
+        timer.start()
         raise
     jax.distributed.shutdown()
 
 
-def check_same(what: str, text: str) -> None:
+def check_same(name: str, text: str) -> None:
     """Checks that all processes have the same text; each must call this.
 
     Raises:
-      DistributedError: they have not.
+      DistributedError: they differ.
     """
     from jax.experimental.multihost_utils import process_allgather
 
     digests = process_allgather(np.frombuffer(hashlib.sha256(text.encode(errors="replace")).digest(), np.uint8))
-    if other := np.flatnonzero((digests != digests[0]).any(axis=-1)).tolist():
-        raise DistributedError(f"{what}: process {other[0]} has others than process 0; give all of them the same")
+    if different := np.flatnonzero((digests != digests[0]).any(axis=-1)).tolist():
+        raise DistributedError(f"{name}: process {different[0]} has others than process 0; give all of them the same")
 
 
 def _check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -109,63 +115,47 @@ def _check(coordinator: str | None, processes: int | None, process_id: int | Non
         raise DistributedError(f"process id: expected a number from 0{last}, got {process_id}")
 
 
-def _why(error: Exception, coordinator: str | None) -> str:
-    """Explains JAX's error at the start to the user."""
-    if "should be defined" in str(error) or "must be defined" in str(error):
+def _explain_start_error(error: str, coordinator: str | None) -> str:
+    """Returns the message to the user for JAX's error at the start."""
+    if "should be defined" in error or "must be defined" in error:
         return (
             "no cluster that JAX knows (Cloud TPU, GKE, SLURM) was found here: "
             "give the coordinator's address, the number of processes and this one's number"
         )
-    if "RPC server" in str(error):
+    if "RPC server" in error:
         return f"{coordinator or 'coordinator'}: process 0 cannot listen there; choose a free port of its host"
     return f"the processes could not be joined: {error}"
 
 
-def _sieve(start_seconds: int, lost_seconds: int) -> subprocess.Popen:
-    """Puts native_log.py behind what native code writes; Python's own stdout and stderr stay what they were."""
-    _, most = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, most))  # JAX ends processes by abort: no core of a whole model
+def _filter_native_log(start_seconds: int, lost_seconds: int) -> subprocess.Popen:
+    """Pipes the stderr of native code through native_log.py; Python's stdout and stderr keep their destinations."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))  # JAX aborts: no core file of a whole model
     sys.stdout.flush()
     stdout, stderr = os.dup(1), os.dup(2)
     command = [sys.executable, "-I", "-S", native_log.__file__]
     command += [Path(sys.argv[0]).name, str(start_seconds), str(lost_seconds)]
-    sieve = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr)
-    assert sieve.stdin is not None
-    os.dup2(sieve.stdin.fileno(), 2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)  # where gloo's threads count their connections, in each other's lines
-    sieve.stdin.close()
+    log_filter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr)
+    assert log_filter.stdin is not None
+    os.dup2(log_filter.stdin.fileno(), 2)
+    log_filter.stdin.close()
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 1)  # gloo's threads print interleaved lines about their connections
     sys.stdout = open(stdout, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)  # noqa: SIM115
     sys.stderr = open(stderr, "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1)  # noqa: SIM115
-    return sieve
+    return log_filter
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
-
-
-def _broke(error: BaseException) -> bool:
+def _is_connection_error(error: BaseException) -> bool:
     """Returns whether a collective failed: JAX raises a ValueError with a status when numpy reads its result."""
     text = str(error)
-    native = isinstance(error, jax.errors.JaxRuntimeError)
-    native = native or (type(error) is ValueError and re.match("[A-Z_]+: ", text) is not None)
-    return native and BROKEN.search(text) is not None
+    is_status = type(error) is ValueError and re.match("[A-Z_]+: ", text) is not None
+    is_native = isinstance(error, jax.errors.JaxRuntimeError) or is_status
+    return is_native and CONNECTION_ERROR.search(text) is not None
 
 
-def _lost(sieve: subprocess.Popen) -> None:
-    """Ends this process because a collective failed. The sieve says so, unless the runtime has told it more."""
-    line = "the connection to another process broke; see what the others said, and start all again"
-    os.write(2, f"{native_log.MARK}{line}\n".encode())
-    os.close(2)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        sieve.wait(timeout=2)
-    os._exit(os.EX_TEMPFAIL)
-
-
-def _status(error: BaseException) -> int:
-    """The exit status that the command would have; see dbrx_jax.console."""
+def _exit_status(error: BaseException) -> int:
+    """Returns the exit status that the command would have; see dbrx_jax.console."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return 2 if isinstance(error, DbrxError) else 130 if isinstance(error, KeyboardInterrupt) else 1

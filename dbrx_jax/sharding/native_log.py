@@ -1,28 +1,28 @@
-"""Makes one line of what JAX's runtime prints when another process is lost.
+"""Replaces the log of JAX's runtime by one line when another process is lost.
 
-Its answer is to abort: after pages of log, in C++, where no handler in Python runs. So dbrx_jax.sharding.distributed
-runs this file as a small process of its own, which reads what native code writes to stderr,
-passes it on, and puts a line in the place of that log. It imports nothing of the package.
+The runtime aborts then, after pages of log, in C++, where no handler in Python runs. So dbrx_jax.sharding.distributed
+runs this file as a small process of its own, which reads what native code writes to stderr, replaces that log
+and passes on the rest. It imports nothing of the package.
 """
 
 import re
 import signal
 import sys
 
-MARK = "dbrx_jax lost: "  # before what Python has found out itself
+MARK = "dbrx_jax lost: "  # begins a line from distributed.py
 
-# Log entries of the runtime's coordination; all that follows such an entry belongs to it.
+# Log entries of the runtime's coordination; all lines after such an entry belong to it.
 ENDING = re.compile(r"[WEF]\d{4} \S+ +\d+ (coordination_service|client\.h|preemption_sync_manager)")
 FATAL = "Terminating process because the JAX distributed service"
-# gRPC's entry on an address where it cannot listen; an error in Python follows.
+# gRPC's entry about an address where it cannot listen; an error in Python follows.
 NOISE = re.compile(r"E\d{4} \S+ +\d+ add_port")
 
-AGAIN = "see what it said, and start all again"
+ADVICE = "see what it said, and start all again"
 UNHEALTHY = re.compile(r"stopped sending heartbeats\):\s*([\d, ]+)|Task (\d+) heartbeat timeout")
 
 
 def explain(text: str, start_seconds: str, lost_seconds: str) -> str | None:
-    """Explains the log of a process that ended in one line; None if another process was not the reason."""
+    """Returns one line that explains the log of a process that ended; None if no other process was the reason."""
     marked = next((line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)), None)
     if FATAL not in text:
         return marked
@@ -33,15 +33,15 @@ def explain(text: str, start_seconds: str, lost_seconds: str) -> str | None:
         )
     if unhealthy := UNHEALTHY.search(text):
         number = (unhealthy[1] or unhealthy[2]).split(",")[0].strip()
-        return f"process {number} was lost, not heard of for up to {lost_seconds} s; {AGAIN}"
+        return f"process {number} was lost, not heard of for up to {lost_seconds} s; {ADVICE}"
     if "Failed to send RPC to coordination service" in text or "CoordinationService/Heartbeat" in text:
-        return f"process 0 was lost, or ended before this one; {AGAIN}"
-    return marked or f"another process was lost, or ended before this one; {AGAIN}"
+        return f"process 0 was lost, or ended before this one; {ADVICE}"
+    return marked or f"another process was lost, or ended before this one; {ADVICE}"
 
 
 def main(program: str, start_seconds: str, lost_seconds: str) -> None:
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # it ends with its process, when the pipe does
-        signal.signal(ignored, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends when its pipe is closed
+        signal.signal(number, signal.SIG_IGN)
     buffered = ""
     for raw in sys.stdin.buffer:
         line = raw.decode(errors="replace")

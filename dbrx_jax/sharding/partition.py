@@ -1,10 +1,11 @@
 """Partition: mesh axes, partition specs and collectives of a model that runs under jax.shard_map.
 
-The only module that names mesh axes. Without a mesh every function here does nothing, so the same code runs on one
-device. Batch rows are split over `data` and `fsdp`; weights over `fsdp` too, gathered when used; experts over
-`expert`; inner dimensions over `tensor`; positions of the key-value cache over `expert`, round-robin.
+Without a mesh every method here does nothing, so the same code runs on one device. Batch rows are split over `data`
+and `fsdp`; weights over `fsdp` too, gathered when used; experts over `expert`; inner dimensions over `tensor`;
+positions of the key-value cache over `expert`, round-robin.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +26,11 @@ from dbrx_jax.quantization.array import group_count
 from dbrx_jax.quantization.formats import GROUPS
 
 AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp")  # of a batch
-GPU = ("gpu", "cuda")  # what JAX calls the platform
+BATCH_AXES = ("data", "fsdp")  # split the rows of a batch
 VOCAB_AXES = ("expert", "tensor")
 CONTEXT_AXIS = "expert"  # position p of the cache is on device p modulo the axis' size
 
-# Logical axis of a parameter -> mesh axes. Each takes what an earlier dimension of the parameter left.
+# Logical axis of a parameter -> mesh axes, less those that an earlier dimension of the parameter uses.
 RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": VOCAB_AXES,
     "experts": ("expert",),
@@ -39,7 +39,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "embed": ("expert", "fsdp"),
     "head_dim": (),
-    "replicated": (),  # norms and routers: small, and needed whole everywhere
+    "replicated": (),  # norms and routers, which are small
 }
 # Vocabulary entries that share one draw of random numbers; a device holds a multiple of it.
 VOCAB_BLOCK = 32
@@ -51,11 +51,11 @@ class Partition:
 
     Args:
       mesh: with axes among AXES; None is one device.
-      tokens_split: whether the tokens between two layers are split over `expert` too, along dimension 1 (the
-        ring: all-gather, compute, reduce-scatter), or are replicated over it (decode).
-      all_to_all: whether split tokens go to their experts' devices alone, rather than round the ring.
-      attention: which implementation of attention is used, a name of :mod:`dbrx_jax.ops.attention`'s; None is
-        the platform's best.
+      tokens_split: whether the tokens between two layers are split over `expert` too, along dimension 1
+        (all-gather, compute, reduce-scatter), or are replicated over it (decode).
+      all_to_all: whether split tokens are sent only to their experts' devices instead of gathered on all.
+      attention: the implementation of attention, a name in :mod:`dbrx_jax.kernels.attention`; None is the
+        platform's best.
     """
 
     mesh: Mesh | AbstractMesh | None = None
@@ -69,136 +69,125 @@ class Partition:
         return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else jax.default_backend()
 
     def size(self, *axes: str) -> int:
-        """Devices along these axes."""
+        """Returns the number of devices along the axes."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
 
     def expert_arrays(self, experts: int) -> int:
-        """Number of arrays that hold the experts of a layer, each with equally many of every device.
+        """Returns the number of arrays that hold a layer's experts, each with equally many of every device.
 
-        Kernels pick among those in one array. XLA would copy what is picked: it reads each from a buffer of its own.
+        Kernels index one array. XLA would copy the experts that it selects from an array, so without kernels each
+        expert of a device has an array of its own.
         """
         return 1 if kernel_backend(self.platform) else experts // self.size("expert")
 
     def with_tokens_split(self, tokens: int) -> "Partition":
-        """A partition with tokens split over `expert`, if that axis divides them."""
+        """Returns a partition with tokens split over `expert`, if that axis divides their number."""
         experts = self.size("expert")
         return dataclasses.replace(self, tokens_split=experts > 1 and tokens % experts == 0)
 
     def pad_vocabulary(self, entries: int) -> int:
-        """The padded vocabulary size: on a mesh, a multiple that splits evenly over the devices."""
-        if self.mesh is None:
-            return entries
-        unit = self.size(*VOCAB_AXES) * VOCAB_BLOCK
-        return -(-entries // unit) * unit
+        """Returns the padded vocabulary size: on a mesh, a multiple that splits evenly over the devices."""
+        multiple = 1 if self.mesh is None else self.size(*VOCAB_AXES) * VOCAB_BLOCK
+        return -(-entries // multiple) * multiple
 
     # Partition specs.
 
     def spec(self, axes: Sequence[str]) -> PartitionSpec:
-        """Partition spec of a parameter, from its logical axes."""
-        taken: set[str] = set()
-        dimensions = []
+        """Returns the partition spec of a parameter with these logical axes."""
+        entries: list[tuple[str, ...]] = []
         for axis in axes:
-            mine = [a for a in RULES[axis] if self.size(a) > 1 and a not in taken]
-            taken.update(mine)
-            dimensions.append(tuple(mine) or None)
-        return PartitionSpec(*dimensions)
+            used = [a for entry in entries for a in entry]
+            entries.append(tuple(a for a in self._axes_in_mesh(RULES[axis]) if a not in used))
+        return PartitionSpec(*(entry or None for entry in entries))
 
     def specs_of(self, value: Any, axes: Sequence[str]) -> Any:
-        """A parameter's specification; of a quantised one, a QuantizedArray of those of its values and scale.
+        """Returns a parameter's partition spec; of a quantised one, a QuantizedArray of the specs of values and scale.
 
         Args:
           value: the whole parameter, or its shape.
 
         Raises:
-          MeshError: an axis of the mesh would cut a group of weights that share a scale, or a pair in one byte.
+          MeshError: an axis of the mesh would split a group of weights that share a scale, or a pair in one byte.
         """
         spec = self.spec(axes)
         if not isinstance(value, QuantizedArray):
             return spec
-        scale = [entry if n > 1 else None for entry, n in zip(spec, value.scale.shape, strict=True)]
-        for part, entries in ((value.values, spec), (value.scale, scale)):
-            for dimension, (n, entry) in enumerate(zip(part.shape, entries, strict=True)):
-                if n % self.size(*axis_names_of(entry)):
-                    raise _cut(value, dimension, axes[dimension], {a: self.size(a) for a in axis_names_of(entry)})
-        return dataclasses.replace(value, values=spec, scale=PartitionSpec(*scale))
+        scale_entries = (entry if n > 1 else None for entry, n in zip(spec, value.scale.shape, strict=True))
+        scale_spec = PartitionSpec(*scale_entries)
+        for part, part_spec in ((value.values, spec), (value.scale, scale_spec)):
+            for dimension, (n, entry) in enumerate(zip(part.shape, part_spec, strict=True)):
+                sizes = {axis: self.size(axis) for axis in axis_names_of(entry)}
+                if n % math.prod(sizes.values()):
+                    raise _indivisible_error(value, dimension, axes[dimension], sizes)
+        return dataclasses.replace(value, values=spec, scale=scale_spec)
 
     def array_spec(self, *dimensions: str | tuple[str, ...] | None) -> PartitionSpec:
-        """Partition spec of an array whose dimensions are split over these axes; axes of size 1 are left out."""
-        names = [(d,) if isinstance(d, str) else d or () for d in dimensions]
-        return PartitionSpec(*(tuple(a for a in axes if self.size(a) > 1) or None for axes in names))
+        """Returns the spec of an array whose dimensions are split over these axes, without axes of size 1."""
+        return PartitionSpec(*(self._axes_in_mesh(axis_names_of(axes)) or None for axes in dimensions))
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
 
-    def shardings(self, places: Any) -> Any:
-        """Shardings of a tree of partition specs, such as :meth:`specs_of` returns."""
-        if self.mesh is None:
-            return None
-        return jax.tree.map(self.sharding, places, is_leaf=lambda s: isinstance(s, PartitionSpec))
-
     def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """jax.shard_map over the mesh: every device runs the function on its shards of the arguments."""
+        """Applies jax.shard_map over the mesh: every device runs the function on its shards of the arguments."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def abstract(self, shapes: Any, specs: Any) -> Any:
-        """Shapes (a tree of ShapeDtypeStructs) with shardings, for compiling ahead of time."""
+        """Adds shardings to shapes (a tree of ShapeDtypeStructs), for compiling ahead of time."""
         if self.mesh is None:
             return shapes
 
-        def one(spec, tree):
-            sharding = NamedSharding(self.mesh, spec)
+        def add_sharding(spec, tree):
+            sharding = self.sharding(spec)
             return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
 
-        return jax.tree.map(one, specs, shapes, is_leaf=lambda s: isinstance(s, PartitionSpec))
+        return jax.tree.map(add_sharding, specs, shapes)
 
     # Collectives.
 
     def _axes_in_mesh(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Returns those of the axes that have several devices."""
         return tuple(axis for axis in axes if self.size(axis) > 1)
 
     def axis_index(self, *axes: str) -> Array | int:
-        """This device's index along the axes, row-major."""
-        real = self._axes_in_mesh(axes)
-        return lax.axis_index(real) if real else 0
+        """Returns this device's index along the axes, row-major."""
+        names = self._axes_in_mesh(axes)
+        return lax.axis_index(names) if names else 0
 
     def psum(self, x: Array, *axes: str) -> Array:
-        real = self._axes_in_mesh(axes)
-        return lax.psum(x, real) if real else x
+        names = self._axes_in_mesh(axes)
+        return lax.psum(x, names) if names else x
 
     def pmax(self, x: Array, *axes: str) -> Array:
-        real = self._axes_in_mesh(axes)
-        return lax.pmax(x, real) if real else x
+        names = self._axes_in_mesh(axes)
+        return lax.pmax(x, names) if names else x
 
     def all_gather(self, x: Array, dimension: int, *axes: str) -> Array:
         """Concatenates the shards of all devices along the axes in a dimension."""
-        real = self._axes_in_mesh(axes)
-        return lax.all_gather(x, real, axis=dimension, tiled=True) if real else x
+        names = self._axes_in_mesh(axes)
+        return lax.all_gather(x, names, axis=dimension, tiled=True) if names else x
 
     def local_shard(self, x: Array, dimension: int, *axes: str) -> Array:
-        """This device's shard of an array that is replicated over the axes."""
-        count = self.size(*axes)
-        if count == 1:
+        """Returns this device's shard of an array that is replicated over the axes."""
+        num_shards = self.size(*axes)
+        if num_shards == 1:
             return x
-        part = x.shape[dimension] // count
-        return lax.dynamic_slice_in_dim(x, self.axis_index(*axes) * part, part, axis=dimension)
+        size = x.shape[dimension] // num_shards
+        return lax.dynamic_slice_in_dim(x, self.axis_index(*axes) * size, size, axis=dimension)
 
     def gather_fsdp(self, parameter: Any) -> Any:
-        """Gathers a parameter over `fsdp`; other axes stay split.
-
-        A quantised one stays so: its values and scales are gathered.
-        """
+        """Gathers a parameter over `fsdp`, a quantised one as values and scale; other axes stay split."""
         value = parameter[...]
-        for dimension, axes in enumerate(self.spec(parameter.get_metadata("axes"))):
-            if not axes or "fsdp" not in axes:
+        for dimension, entry in enumerate(self.spec(parameter.get_metadata("axes"))):
+            if "fsdp" not in axis_names_of(entry):
                 continue
             if isinstance(value, QuantizedArray):
-                scale = (
-                    self.all_gather(value.scale, dimension, "fsdp") if value.scale_splits(dimension) else value.scale
-                )
-                values = self.all_gather(value.values, dimension, "fsdp")
-                value = dataclasses.replace(value, values=values, scale=scale)
+                scale = value.scale
+                if value.scale_splits(dimension):
+                    scale = self.all_gather(scale, dimension, "fsdp")
+                value = dataclasses.replace(value, values=self.all_gather(value.values, dimension, "fsdp"), scale=scale)
             else:
                 value = self.all_gather(value, dimension, "fsdp")
         return value
@@ -210,17 +199,17 @@ class Partition:
         return self.all_gather(x, 1, "expert") if self.tokens_split else x
 
     def local_tokens(self, x: Array) -> Array:
-        """This device's tokens of an array with all tokens."""
+        """Returns this device's tokens of an array with all tokens."""
         return self.local_shard(x, 1, "expert") if self.tokens_split else x
 
     def reduce_tokens(self, partial: Array) -> Array:
         """Reduces partial sums for all tokens over `expert` and `tensor`; returns this device's tokens."""
-        if self.tokens_split:
-            # Parts as a dimension of their own: along an inner one a TPU's compiler sums all for all.
-            B, T, *rest = partial.shape
-            parts = partial.reshape(B, self.size("expert"), T // self.size("expert"), *rest).swapaxes(0, 1)
-            return self.psum(lax.psum_scatter(parts, "expert", scatter_dimension=0), "tensor")
-        return self.psum(partial, "expert", "tensor")
+        if not self.tokens_split:
+            return self.psum(partial, "expert", "tensor")
+        # Shards get a dimension of their own: along an inner one a TPU's compiler would all-reduce.
+        B, T, *rest = partial.shape
+        shards = partial.reshape(B, self.size("expert"), T // self.size("expert"), *rest).swapaxes(0, 1)
+        return self.psum(lax.psum_scatter(shards, "expert", scatter_dimension=0), "tensor")
 
     def scatter_tokens(self, x: Array) -> Array:
         """All-to-all from a shard of the last dimension for all tokens to all of it for this device's tokens."""
@@ -229,40 +218,35 @@ class Partition:
         return lax.all_to_all(x, "expert", split_axis=1, concat_axis=x.ndim - 1, tiled=True)
 
     def ragged_all_to_all(self, rows: Array, sizes: Array, buffer_size: int) -> Array:
-        """Ragged all-to-all along `expert`: sends runs of rows (N, …) to each device; returns the rows received.
+        """Sends consecutive runs of rows (N, …) to each device along `expert`; returns the rows received.
 
         Args:
-          sizes: (devices, devices), how many rows each device sends to each; the same everywhere.
+          sizes: (devices, devices), the number of rows that each device sends to each; the same everywhere.
           buffer_size: rows of the result (buffer_size, …), in the order of their senders, padded with zeros.
         """
-        me = self.axis_index("expert")
-        begins = jnp.cumsum(sizes, axis=1) - sizes  # of each run where it is sent from
-        places = jnp.cumsum(sizes, axis=0) - sizes  # and where it arrives
-        if self.platform == "cpu":  # which has no such operation
-            return self._ragged_all_to_all_on_cpu(
-                lax.all_gather(rows, "expert"), begins[:, me], places[:, me], sizes[:, me], buffer_size
-            )
-        arriving = jnp.zeros((buffer_size, *rows.shape[1:]), rows.dtype)
-        return lax.ragged_all_to_all(
-            rows, arriving, begins[me], sizes[me], places[me], sizes[:, me], axis_name="expert"
-        )
-
-    def _ragged_all_to_all_on_cpu(
-        self, rows: Array, begins: Array, places: Array, sizes: Array, buffer_size: int
-    ) -> Array:
-        """Selects the received rows from those of all devices (devices, N, …)."""
-        place = jnp.arange(buffer_size)
-        sender = jnp.sum(place[:, None] >= (places + sizes)[None], axis=1)
-        real, sender = sender < len(sizes), jnp.minimum(sender, len(sizes) - 1)
-        picked = rows[sender, jnp.where(real, begins[sender] + place - places[sender], 0)]
-        return jnp.where(real.reshape(-1, *[1] * (picked.ndim - 1)), picked, 0)
+        device = self.axis_index("expert")
+        send_offsets = jnp.cumsum(sizes, axis=1) - sizes
+        receive_offsets = jnp.cumsum(sizes, axis=0) - sizes
+        if self.platform != "cpu":
+            buffer = jnp.zeros((buffer_size, *rows.shape[1:]), rows.dtype)
+            send, receive = (send_offsets[device], sizes[device]), (receive_offsets[device], sizes[:, device])
+            return lax.ragged_all_to_all(rows, buffer, *send, *receive, axis_name="expert")
+        # CPUs have no such operation: select from the rows of all devices.
+        rows = lax.all_gather(rows, "expert")  # (devices, N, …)
+        starts, ends = receive_offsets[:, device], receive_offsets[:, device] + sizes[:, device]
+        index = jnp.arange(buffer_size)
+        sender = jnp.sum(index[:, None] >= ends[None], axis=1)
+        is_received, sender = sender < len(sizes), jnp.minimum(sender, len(sizes) - 1)
+        source = jnp.where(is_received, send_offsets[:, device][sender] + index - starts[sender], 0)
+        received = rows[sender, source]
+        return jnp.where(is_received.reshape(-1, *[1] * (received.ndim - 1)), received, 0)
 
 
 ONE_DEVICE = Partition()
 
 
 def axis_names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes in one entry of a PartitionSpec."""
+    """Returns the mesh axes in one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
@@ -270,41 +254,39 @@ def check_mesh(config: DbrxConfig, mesh: Mesh | AbstractMesh) -> None:
     """Checks that the model can be partitioned over the mesh.
 
     Raises:
-      MeshError: an axis is unknown, or does not divide what it splits; the message says what would fit.
+      MeshError: an axis is unknown, or does not divide the dimension it splits; the message names sizes that do.
     """
     if unknown := [axis for axis in mesh.axis_names if axis not in AXES]:
         raise MeshError(f"mesh: no axis is called {unknown[0]!r}: choose among {', '.join(AXES)}")
     partition = Partition(mesh)
-    tensor, experts, fsdp = (partition.size(axis) for axis in ("tensor", "expert", "fsdp"))
+    tensor, expert, fsdp = (partition.size(axis) for axis in ("tensor", "expert", "fsdp"))
     for axis, size, name in (
         ("tensor", tensor, "kv_n_heads"),
         ("tensor", tensor, "ffn_hidden_size"),
-        ("expert", experts, "moe_num_experts"),
-        ("expert", experts, "d_model"),
-        ("expert times fsdp", experts * fsdp, "d_model"),
+        ("expert", expert, "moe_num_experts"),
+        ("expert", expert, "d_model"),
+        ("expert times fsdp", expert * fsdp, "d_model"),
     ):
         value = getattr(config, name)
         if value % size:
-            fitting = ", ".join(str(n) for n in range(1, min(value, 2 * size) + 1) if value % n == 0)
-            raise MeshError(f"mesh: {axis}={size} does not divide {name} {value}; {fitting} would")
+            divisors = ", ".join(str(n) for n in range(1, min(value, 2 * size) + 1) if value % n == 0)
+            raise MeshError(f"mesh: {axis}={size} does not divide {name} {value}; {divisors} would")
 
 
-def _cut(value: QuantizedArray, dimension: int, axis: str, sizes: Mapping[str, int]) -> MeshError:
-    """The error that mesh axes do not divide a dimension of a quantised parameter, with formats they would divide."""
+def _indivisible_error(value: QuantizedArray, dimension: int, axis: str, sizes: Mapping[str, int]) -> MeshError:
+    """Returns the error that mesh axes do not divide a quantised dimension, with formats that they would divide."""
     n, size = value.shape[dimension], math.prod(sizes.values())
-    names = ",".join(f"{name}={count}" for name, count in sizes.items())
+    axes = ",".join(f"{name}={count}" for name, count in sizes.items())
     groups = value.scale.shape[dimension]
-    what = f"its {groups} groups of {value.group}" if value.group and groups > 1 else "its pairs of int4"
-    fitting = []
+    unit = f"its {groups} groups of {value.group}" if value.group and groups > 1 else "its pairs of int4"
+    formats = []
     for group in GROUPS:
-        try:
+        with contextlib.suppress(QuantizationError):
             if group_count(n, group) % size == 0:
-                fitting.append(f"int4-{group}")
-        except QuantizationError:
-            continue
+                formats.append(f"int4-{group}")
     if n % size == 0:
-        fitting.append("int8")
-    return MeshError(f"mesh: {names} does not divide {axis} {n} in {what}; {', '.join(fitting) or 'bfloat16'} would")
+        formats.append("int8")
+    return MeshError(f"mesh: {axes} does not divide {axis} {n} in {unit}; {', '.join(formats) or 'bfloat16'} would")
 
 
 def check_all_to_all(mesh: Mesh | AbstractMesh) -> None:
@@ -318,14 +300,14 @@ def check_all_to_all(mesh: Mesh | AbstractMesh) -> None:
 
 
 def parse_axes(text: str) -> dict[str, int]:
-    """Sizes of mesh axes from a text such as "expert=16,tensor=4".
+    """Parses sizes of mesh axes, such as "expert=16,tensor=4".
 
     Raises:
-      MeshError: it is not of that form, or an axis is unknown or named twice.
+      MeshError: the text is not of that form, or an axis is unknown or named twice.
     """
     sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = (word.strip() for word in part.partition("="))
+    for item in text.split(","):
+        axis, _, size = (part.strip() for part in item.partition("="))
         if axis not in AXES or axis in sizes or not size.isdecimal() or not 0 < int(size) < 1 << 20:
             raise MeshError(f'mesh: expected a recipe or axes such as "expert=16,tensor=4", got {text!r:.80}')
         sizes[axis] = int(size)
@@ -333,13 +315,13 @@ def parse_axes(text: str) -> dict[str, int]:
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of these sizes over the devices (all there are by default), laid out along their network.
+    """Arranges devices (by default all) in a mesh of these sizes that follows their network.
 
-    If the devices are in several slices (or GPUs in several hosts), `data`, else `fsdp`, goes between
-    them: the axes that communicate least.
+    If the devices are in several slices (or GPUs in several hosts), `data`, else `fsdp`, spans them: the axes
+    that communicate least.
 
     Raises:
-      MeshError: the sizes do not make up the number of devices, or no axis fits the slices.
+      MeshError: the product of the sizes is not the number of devices, or no axis can span the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = [axes.get(axis, 1) for axis in AXES]
@@ -348,15 +330,14 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
         raise MeshError(f"mesh: {text} makes {math.prod(shape)} devices, and there are {len(devices)}")
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices > 1:
-        between = [1, 1, 1, 1]
-        place = next((i for i in range(len(BATCH_AXES)) if shape[i] % slices == 0), None)
-        if place is None:
+        dimension = next((i for i in range(len(BATCH_AXES)) if shape[i] % slices == 0), None)
+        if dimension is None:
             raise MeshError(f"mesh: data or fsdp must be a multiple of the {slices} slices, to go between them")
-        between[place] = slices
-        shape[place] //= slices
-        grid = mesh_utils.create_hybrid_device_mesh(shape, between, devices, allow_split_physical_axes=True)
+        shape[dimension] //= slices
+        slices_shape = [slices if i == dimension else 1 for i in range(len(AXES))]
+        grid = mesh_utils.create_hybrid_device_mesh(shape, slices_shape, devices, allow_split_physical_axes=True)
     elif devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    else:  # all of a host are equally near, hosts come one after another
+    else:  # devices of one host are equally near and have consecutive numbers
         grid = np.array(devices).reshape(shape)
     return Mesh(grid, AXES)

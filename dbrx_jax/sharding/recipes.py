@@ -1,8 +1,7 @@
-"""Mesh recipes by name: which axes suit which machine. They come with the package, in configs/meshes."""
+"""Mesh recipes: axes that suit a machine, by name. They are files of the package, in configs/meshes."""
 
 import dataclasses
 import json
-from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -13,33 +12,33 @@ from dbrx_jax.sharding.partition import make_mesh, parse_axes
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The axes of a mesh for a number of devices of one kind."""
+    """Axes of a mesh for a number of devices of one kind."""
 
     kind: str  # as in dbrx_jax.planning.targets, or "cpu"
     axes: dict[str, int]
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes that come with the package."""
-    return sorted(f.name.removesuffix(".json") for f in _folder().iterdir() if f.name.endswith(".json"))
+    """Returns the names of the recipes that come with the package."""
+    return sorted(file.stem for file in (configs_folder() / "meshes").glob("*.json"))
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name.
+    """Reads the recipe of this name.
 
     Raises:
       MeshError: there is none.
     """
-    if name not in recipe_names():
+    names = recipe_names()
+    if name not in names:
         raise MeshError(
-            f'mesh: expected axes such as "expert=16,tensor=4" or one of {", ".join(recipe_names())}, got {name!r:.40}'
+            f'mesh: expected axes such as "expert=16,tensor=4" or one of {", ".join(names)}, got {name!r:.40}'
         )
-    data = json.loads((_folder() / f"{name}.json").read_text())
-    return Recipe(data["kind"], data["axes"])
+    return Recipe(**json.loads((configs_folder() / "meshes" / f"{name}.json").read_text()))
 
 
 def find_axes(text: str) -> dict[str, int]:
-    """Sizes of axes from the name of a recipe, or from a text such as "expert=16,tensor=4".
+    """Returns the sizes of mesh axes, from the name of a recipe or from a text such as "expert=16,tensor=4".
 
     Raises:
       MeshError: it is neither.
@@ -48,13 +47,9 @@ def find_axes(text: str) -> dict[str, int]:
 
 
 def find_mesh(text: str) -> Mesh:
-    """The mesh that a text describes, over all devices.
+    """Makes a mesh of all devices, from a text as :func:`find_axes` reads it.
 
     Raises:
-      MeshError: as :func:`find_axes`, or the devices are not as many.
+      MeshError: as :func:`find_axes`, or the number of devices differs.
     """
     return make_mesh(find_axes(text))
-
-
-def _folder() -> Path:
-    return configs_folder() / "meshes"

@@ -20,7 +20,7 @@ from dbrx_jax.sharding.partition import BATCH_AXES
 class Losses(NamedTuple):
     """Scalars of one batch, float32."""
 
-    total: Array  # what is minimised: cross_entropy + moe_loss_weight * balance
+    total: Array  # the objective: cross_entropy + moe_loss_weight * balance
     cross_entropy: Array  # mean over predicted tokens, nats
     balance: Array  # the auxiliary loss per layer: 1 when experts are balanced, E / K when collapsed
 
@@ -28,20 +28,22 @@ class Losses(NamedTuple):
 def losses(
     model: CausalLM, tokens: Int[Array, "B T"], loss_mask: Float[Array, "B T"], jitter_key: Array | None = None
 ) -> Losses:
-    """Next-token cross entropy and the load-balancing loss. On a mesh, what each device runs, on its rows.
+    """Computes next-token cross entropy and the load-balancing loss.
+
+    On a mesh each device calls this inside shard_map, on its rows.
 
     Args:
       tokens: a batch of token ids, packed without padding; position t predicts token t + 1.
       loss_mask: 1 for tokens that count in the loss; the first of a row is never predicted.
-      jitter_key: random key of the router's jitter, where the configuration has one.
+      jitter_key: random key of the router's jitter, if the configuration has one.
     """
     inputs, targets, weight = tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:].astype(jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     states, routings = model.hidden(inputs, jnp.ones(inputs.shape, bool), positions, jitter_key)
     partition = model.partition.with_tokens_split(inputs.shape[1])
     nll = -log_probability(model.logits(partition.gather_tokens(states[-1])), targets, partition)
-    total = partition.psum(weight.sum(), *BATCH_AXES)
-    cross_entropy = partition.psum(jnp.sum(nll * weight), *BATCH_AXES) / jnp.maximum(total, 1)
+    num_predicted = partition.psum(weight.sum(), *BATCH_AXES)
+    cross_entropy = partition.psum(jnp.sum(nll * weight), *BATCH_AXES) / jnp.maximum(num_predicted, 1)
     balance = load_balancing_loss(routings, partition=partition)
     return Losses(cross_entropy + model.config.moe_loss_weight * balance, cross_entropy, balance)
 
@@ -49,22 +51,23 @@ def losses(
 def make_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, Any, Losses, Array]]:
-    """A jitted step(params, optimizer_state, tokens, loss_mask, key) -> params, optimizer_state, losses, norm.
+    """Returns a jitted step(params, optimizer_state, tokens, loss_mask, key) -> params, optimizer_state, losses, norm.
 
-    `key` is the random key of the router's jitter, None where there is none; `norm` is that of the gradients.
-    `params` is the model's state as nnx.split gives it beside `graph`; it and the optimiser's state are donated.
+    `params` is the model's state as nnx.split returns it beside `graph`; it and the optimiser's state are donated.
+    `key` is the random key of the router's jitter, or None; `norm` is that of the gradients.
     """
 
     def step(params, optimizer_state, tokens, loss_mask, key=None):
         partition = nnx.merge(graph, params).partition
-        rows, same = partition.array_spec(BATCH_AXES, None), partition.array_spec()
-        inside = (parameter_partition_specs(params, partition), rows, rows, same)
+        rows, replicated = partition.array_spec(BATCH_AXES, None), partition.array_spec()
+        in_specs = (parameter_partition_specs(params, partition), rows, rows, replicated)
+        out_specs = Losses(replicated, replicated, replicated)
 
         def run(params, tokens, loss_mask, key):
             return losses(nnx.merge(graph, params), tokens, loss_mask, key)
 
         def loss(params):
-            result = partition.shard_map(run, inside, Losses(same, same, same))(params, tokens, loss_mask, key)
+            result = partition.shard_map(run, in_specs, out_specs)(params, tokens, loss_mask, key)
             return result.total, result
 
         gradients, result = jax.grad(loss, has_aux=True)(params)

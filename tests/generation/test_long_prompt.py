@@ -56,7 +56,7 @@ def reference_last_logits(model, ids):
         rows = [attention_rows(q[:, i : i + QUERIES], k, v, i) for i in range(first, ids.shape[1], QUERIES)]
         x = x[:, first:] + block.attention._project_out(jnp.concatenate(rows, axis=1), partition)
         normed = block.norm_2(x)
-        y = experts(normed[0], block.moe.route(normed, partition), block.moe._weights(partition))
+        y = experts(normed[0], block.moe.route(normed, partition), block.moe._local_weights(partition))
         x = x + y[None]
     return model.logits(model.norm_f(x[:, -1]))
 

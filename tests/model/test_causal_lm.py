@@ -147,7 +147,9 @@ def test_jitter_changes_only_the_router_input():
     np.testing.assert_allclose(jittered.probs, moe(x * noise, ONE_DEVICE)[1].probs, rtol=1e-5)
     assert not np.allclose(jittered.probs, moe(x, ONE_DEVICE)[1].probs)
     # The experts received x without noise.
-    want = reference_experts(x.reshape(6, -1), jittered.weights, jittered.experts, moe._weights(ONE_DEVICE), "silu")
+    want = reference_experts(
+        x.reshape(6, -1), jittered.weights, jittered.experts, moe._local_weights(ONE_DEVICE), "silu"
+    )
     np.testing.assert_allclose(out.reshape(6, -1), want, rtol=1e-4, atol=1e-5)
 
 

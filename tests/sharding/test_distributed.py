@@ -16,7 +16,7 @@ import pytest
 from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxTokenizer
 from dbrx_jax.errors import DistributedError
-from dbrx_jax.sharding.distributed import _broke, _check, start
+from dbrx_jax.sharding.distributed import _check, _is_connection_error, start
 from dbrx_jax.sharding.native_log import ENDING, FATAL, MARK, NOISE, explain
 from dbrx_jax.text.vocabulary import _byte_characters
 from tests.conftest import GOLDEN
@@ -307,4 +307,4 @@ class TestNativeLog:
     ],
 )
 def test_broken_connection_errors_are_recognised(error, broke):
-    assert _broke(error) is broke
+    assert _is_connection_error(error) is broke
