@@ -1,4 +1,4 @@
-"""A folder that becomes the destination when it is complete, and can be continued until then."""
+"""Folder of a conversion: becomes the destination when it is complete; a killed conversion resumes in it."""
 
 import contextlib
 import fcntl
@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dbrx_jax.checkpoint.folder import PLAN, CheckpointFolder
@@ -17,162 +16,121 @@ from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import is_remote
 
 
-def work_folder(destination: Path, plan: dict[str, Any], needed: int) -> "WorkFolder | RemoteWorkFolder":
-    """The one of the two that fits the destination."""
-    return RemoteWorkFolder(destination, plan) if is_remote(destination) else WorkFolder(destination, plan, needed)
+def work_folder(destination: Path, plan: dict[str, Any], num_bytes: int) -> contextlib.AbstractContextManager[Path]:
+    """Returns a context manager that yields the folder to write to and completes the destination at its end.
 
-
-class WorkFolder:
-    """`DST.incomplete`: made by one run, continued by another, renamed to DST at the end.
+    On a disk the folder is `DST.incomplete`, locked, and renamed to DST at the end. Remote storage can neither rename
+    nor lock: there the folder is DST itself, incomplete while PLAN is in it, and two runs at once write the same
+    bytes twice.
 
     Args:
-      destination: what it is to become.
-      plan: what identifies the work: a run with another plan does not continue this one.
-      needed: bytes that it will take on the disk.
+      destination: a path from :func:`dbrx_jax.files.location`.
+      plan: identifies the work: a run with another plan does not resume this one.
+      num_bytes: bytes of the complete destination, compared with the free space of a disk.
 
-    Raises (also on entering and leaving):
-      CheckpointError: the destination exists, another run is at it, the plan is another than that of
-        the run that was killed, the disk is too small, or nothing can be written.
+    Raises (on entering and leaving the context):
+      CheckpointError: the destination exists, another run is writing it, the killed run had another plan, the disk
+        is too small, or writing fails.
     """
+    if is_remote(destination):
+        return _remote_work_folder(destination, plan)
+    return _local_work_folder(destination, plan, num_bytes)
 
-    def __init__(self, destination: Path, plan: dict[str, Any], needed: int):
-        self.destination, self.plan, self.needed = destination, plan, needed
-        self.folder = destination.with_name(f"{destination.name}.incomplete")
-        self._refuse_existing()
 
-    def _refuse_existing(self) -> None:
-        if self.destination.exists() or self.destination.is_symlink():
-            raise CheckpointError(f"{self.destination}: exists already; choose another folder or remove it")
+@contextlib.contextmanager
+def _local_work_folder(destination: Path, plan: dict[str, Any], num_bytes: int) -> Iterator[Path]:
+    _refuse_existing(destination)
+    folder = destination.with_name(f"{destination.name}.incomplete")
+    with _report_os_errors(destination):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    try:
+        with _report_os_errors(destination):
+            _begin_local(folder, destination, lock, plan, num_bytes)
+        with _report_os_errors(destination, "; run the same command again to continue"):
+            yield folder
+        with _report_os_errors(destination):
+            (folder / PLAN).unlink()
+            os.sync()
+            folder.rename(destination)
+    finally:
+        os.close(lock)
 
-    def __enter__(self) -> Path:
-        with _description(self.destination):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._refuse_existing()  # another run may have completed it between the look and the lock
-                self._check_space()
-                self._begin()
-            except BaseException as error:
-                if isinstance(error, BlockingIOError):
-                    os.close(self._lock)
-                    raise CheckpointError(f"{self.folder}: another conversion is at work there; wait for it") from None
-                with contextlib.suppress(OSError):
-                    self.folder.rmdir()  # where nothing is in it
-                os.close(self._lock)
-                raise
-        return self.folder
 
-    def _check_space(self) -> None:
-        """Checks that the bytes still to be written fit on the disk."""
-        written = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
-        free = shutil.disk_usage(self.folder).free
-        if free + written < self.needed:
+def _begin_local(folder: Path, destination: Path, lock: int, plan: dict[str, Any], num_bytes: int) -> None:
+    """Locks the folder, checks it and the free space, and writes or compares its plan."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _refuse_existing(destination)  # another run may have completed it before the lock was taken
+        written = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        free = shutil.disk_usage(folder).free
+        if free + written < num_bytes:
             raise CheckpointError(
-                f"{self.folder.parent}: {free / 1e9:.1f} GB are free and the checkpoint needs "
-                f"{(self.needed - written) / 1e9:.1f} GB"
+                f"{folder.parent}: {free / 1e9:.1f} GB are free and the checkpoint needs "
+                f"{(num_bytes - written) / 1e9:.1f} GB"
             )
-
-    def _begin(self) -> None:
-        path = self.folder / PLAN
+        path = folder / PLAN
         if path.exists():
-            _check_plan(path, self.plan)
-            return
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(self.plan, indent=2))
-        aside.rename(path)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                with _description(self.destination):
-                    (self.folder / PLAN).unlink()
-                    os.sync()
-                    self.folder.rename(self.destination)
-            elif isinstance(error, OSError):
-                raise CheckpointError(
-                    f"{self.destination}: cannot be written ({error.strerror or error}); "
-                    "run the same command again to continue"
-                ) from None
-        finally:
-            os.close(self._lock)
+            _check_plan(path, plan)
+        else:
+            partial = path.with_suffix(".part")
+            partial.write_text(json.dumps(plan, indent=2))
+            partial.rename(path)
+    except BlockingIOError:
+        raise CheckpointError(f"{folder}: another conversion is at work there; wait for it") from None
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only succeeds if it is empty
+        raise
 
 
-class RemoteWorkFolder:
-    """A destination behind a URL, where nothing can be renamed: while PLAN lies in it, it is not complete.
+@contextlib.contextmanager
+def _remote_work_folder(destination: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    path = destination / PLAN
+    with _report_os_errors(destination):
+        if path.exists():
+            _check_plan(path, plan)
+        else:
+            if destination.exists() and any(destination.iterdir()):
+                _refuse_existing(destination)
+            destination.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(plan, indent=2))
+    with _report_os_errors(destination, "; run the same command again to continue"):
+        yield destination
+    with _report_os_errors(destination):
+        path.unlink()
 
-    There is no lock and no look at the free space: two runs at once would write the same bytes twice.
 
-    Args:
-      destination: a folder as :func:`dbrx_jax.files.location` gives them.
-      plan: what identifies the work.
+def _refuse_existing(destination: Path) -> None:
+    if destination.exists() or destination.is_symlink():
+        raise CheckpointError(f"{destination}: exists already; choose another folder or remove it")
 
-    Raises (also on entering and leaving):
-      CheckpointError: the destination exists, the plan is another than that of the run that was
-        killed, or nothing can be written.
-    """
 
-    def __init__(self, destination: Path, plan: dict[str, Any]):
-        self.destination, self.plan = destination, plan
-
-    def __enter__(self) -> Path:
-        with _description(self.destination):
-            path = self.destination / PLAN
-            if path.exists():
-                _check_plan(path, self.plan)
-            elif self.destination.exists() and any(self.destination.iterdir()):
-                raise CheckpointError(f"{self.destination}: exists already; choose another folder or remove it")
-            else:
-                self.destination.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(self.plan, indent=2))
-        return self.destination
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            with _description(self.destination):
-                (self.destination / PLAN).unlink()
-        elif isinstance(error, OSError):
-            raise CheckpointError(
-                f"{self.destination}: cannot be written ({error.strerror or error}); "
-                "run the same command again to continue"
-            ) from None
+@contextlib.contextmanager
+def _report_os_errors(destination: Path, advice: str = "") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be written ({error.strerror or error}){advice}") from None
 
 
 def _check_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Checks that a killed run, which this one continues, had the same plan."""
+    """Raises CheckpointError unless the killed run had the same plan."""
     plan = json.loads(json.dumps(plan))
     try:
         begun = json.loads(path.read_text())
     except ValueError:
         begun = None
     if begun != plan:
-        what = _difference(begun, plan)
+        changed = [key for key in plan if begun.get(key) != plan[key]] if isinstance(begun, dict) else []
         raise CheckpointError(
-            f"{path.parent}: was begun with another {what}; remove it to begin anew, or undo that change"
+            f"{path.parent}: was begun with another {', '.join(changed) or 'plan'}; "
+            "remove it to begin anew, or undo that change"
         )
 
 
-@contextlib.contextmanager
-def _description(destination: Path):
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{destination}: cannot be written ({error.strerror or error})") from None
-
-
-def _difference(begun: Any, plan: dict[str, Any]) -> str:
-    """Names the part of the plan that has changed."""
-    if not isinstance(begun, dict):
-        return "plan"
-    return ", ".join(key for key in plan if begun.get(key) != plan[key]) or "plan"
-
-
 def fingerprint(checkpoint: CheckpointFolder) -> str:
-    """Changes when a file of the checkpoint does, by name, size or time of last change."""
+    """Returns a SHA-256 of the names, sizes and times of last change of the checkpoint's files."""
     digest = hashlib.sha256()
     files: list[Any] = [*checkpoint.files, checkpoint.path / "config.json"]
     for file in files:
@@ -183,7 +141,7 @@ def fingerprint(checkpoint: CheckpointFolder) -> str:
 
 
 def parallel(work: Callable[[Any], None], items: Iterable[Any], workers: int | None) -> None:
-    """Runs work on every item in threads; the first error ends the rest and is raised."""
+    """Calls `work` on every item in threads; the first error cancels the remaining items and is raised."""
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:

@@ -45,7 +45,7 @@ def grouped_experts(x, weights, experts, expert_weights, activation: str, kernel
     product = _product(kernels, groups.ends - groups.starts)
     rows = x[groups.order // experts.shape[1]]
     gate, up = product(rows, expert_weights.w1, 1), product(rows, expert_weights.v1, 1)
-    return groups.total(product(ACTIVATIONS[activation](gate) * up, expert_weights.w2, 0), weights)
+    return groups.combine(product(ACTIVATIONS[activation](gate) * up, expert_weights.w2, 0), weights)
 
 
 def grouped_expert_gradients(
@@ -73,8 +73,8 @@ def grouped_expert_gradients(
         kernels.gradient(left, right, sizes, interpret=kernels.interpret).astype(w1.dtype)
         for left, right in ((dgate, rows), (dup, rows), (h, dout * scale))
     )
-    dx = groups.total(drows, jnp.ones_like(weights))
-    return dx, jnp.where(groups.here, dweights[groups.inverse], 0), ExpertWeights(*by_weight)
+    dx = groups.combine(drows, jnp.ones_like(weights))
+    return dx, jnp.where(groups.is_local, dweights[groups.inverse], 0), ExpertWeights(*by_weight)
 
 
 def _product(kernels: ExpertKernels, sizes: Int[Array, "E"]) -> Callable[[Array, Any, int], Array]:

@@ -1,4 +1,4 @@
-"""Grouped-query attention by its definition, and merging attention to parts of the keys.
+"""Reference implementations of grouped-query attention, and the merge of partial attention.
 
 Query head i reads key and value head i // (H / G), for H query heads and G key and value heads.
 """
@@ -14,8 +14,7 @@ from jaxtyping import Bool, Float
 
 from dbrx_jax.sharding.partition import CONTEXT_AXIS, Partition
 
-# Not -inf: a row that may see nothing must give some number rather than NaN.
-MASKED = -1e30
+MASKED = -1e30  # not -inf: softmax over no visible keys must give finite numbers rather than NaN
 
 
 def reference_attention(
@@ -24,7 +23,7 @@ def reference_attention(
     value: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H K"]:
-    """softmax(query key^T / sqrt(K)) value, softmax in float32, over the keys that `mask` lets a query see."""
+    """Computes softmax(query key^T / sqrt(K)) value over the keys where `mask` is true, with the softmax in float32."""
     B, T, H, K = query.shape
     G = key.shape[2]
     q = query.reshape(B, T, G, H // G, K)
@@ -35,34 +34,34 @@ def reference_attention(
 
 
 class PartialAttention(NamedTuple):
-    """Attention to some of the keys: what joins to the whole. A query that saw none has total and out 0."""
+    """Unnormalised attention to some of the keys; a query that sees none of them has sum_exp and out 0."""
 
-    largest: Float[Array, "R T H"]  # score, float32
-    total: Float[Array, "R T H"]  # sum of exp(score - largest)
-    out: Float[Array, "R T H K"]  # sum of exp(score - largest) value, float32
+    max_score: Float[Array, "R T H"]  # float32
+    sum_exp: Float[Array, "R T H"]  # sum of exp(score - max_score), float32
+    out: Float[Array, "R T H K"]  # sum of exp(score - max_score) value, float32
 
 
 def reference_cached_attention(query, key, value, positions, first_row, context_shard, scales) -> PartialAttention:
-    """Attention of rows of a cache by its definition, over the whole cache; arguments as in kernels/attention.py."""
+    """Computes :func:`dbrx_jax.kernels.attention.cached_attention`, whose arguments these are, over the whole cache."""
     R, T, H, K = query.shape
     rows = [lax.dynamic_slice_in_dim(x, first_row, R).astype(jnp.float32) for x in (key, value, *(scales or ()))]
     k, v = (x * scale[..., None] for x, scale in zip(rows[:2], rows[2:], strict=True)) if scales else rows
     q = query.astype(jnp.float32).reshape(R, T, key.shape[1], -1, K)
     scores = jnp.einsum("rtgik,rgsk->rtgis", q, k) / math.sqrt(K)
-    seen = jnp.arange(k.shape[2]) * context_shard[1] + context_shard[0] <= positions[:, :, None]
-    scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
-    largest = jnp.maximum(scores.max(axis=-1), MASKED)
-    shares = jnp.exp(scores - largest[..., None])
-    out = jnp.einsum("rtgis,rgsk->rtgik", shares, v)
-    return PartialAttention(largest.reshape(R, T, H), shares.sum(axis=-1).reshape(R, T, H), out.reshape(R, T, H, K))
+    visible = jnp.arange(k.shape[2]) * context_shard[1] + context_shard[0] <= positions[:, :, None]
+    scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
+    max_score = jnp.maximum(scores.max(axis=-1), MASKED)
+    probs = jnp.exp(scores - max_score[..., None])  # unnormalised
+    out = jnp.einsum("rtgis,rgsk->rtgik", probs, v)
+    return PartialAttention(max_score.reshape(R, T, H), probs.sum(axis=-1).reshape(R, T, H), out.reshape(R, T, H, K))
 
 
 def merge_partial_attention(part: PartialAttention, dtype: DTypeLike, partition: Partition) -> Float[Array, "R T H K"]:
-    """The attention to all keys from that to each device's context_shard of the cache."""
-    total, out = part.total, part.out
+    """Merges the devices' attention to their context shards of the cache to the attention to all keys."""
+    sum_exp, out = part.sum_exp, part.out
     if partition.size(CONTEXT_AXIS) > 1:
-        share = jnp.exp(part.largest - partition.pmax(part.largest, CONTEXT_AXIS))
-        both = jnp.concatenate([out, total[..., None]], axis=-1) * share[..., None]
-        both = partition.psum(both, CONTEXT_AXIS)
-        out, total = both[..., :-1], both[..., -1]
-    return (out / total[..., None]).astype(dtype)
+        rescale = jnp.exp(part.max_score - partition.pmax(part.max_score, CONTEXT_AXIS))
+        sums = jnp.concatenate([out, sum_exp[..., None]], axis=-1) * rescale[..., None]
+        sums = partition.psum(sums, CONTEXT_AXIS)
+        out, sum_exp = sums[..., :-1], sums[..., -1]
+    return (out / sum_exp[..., None]).astype(dtype)

@@ -1,6 +1,6 @@
-"""The experts of one layer by their definition: a gated MLP each, applied to the tokens routed to it.
+"""Weights and reference implementation of a layer's experts, and the sorting of tokens by expert.
 
-Expert e maps x to (act(x w1_e^T) * (x v1_e^T)) w2_e, and a token's output is the weighted sum over its experts.
+Expert e is a gated MLP: (act(x w1_e^T) * (x v1_e^T)) w2_e. A token's output is the weighted sum over its experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,12 +31,11 @@ class ExpertWeights(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether each projection is one array (E, F, D)."""
+        """True if each projection is one array (E, F, D)."""
         return isinstance(self.w1, Array | QuantizedArray)
 
     @property
     def num_experts(self) -> int:
-        """E."""
         return self.w1.shape[0] if isinstance(self.w1, Array | QuantizedArray) else len(self.w1)
 
     def expert(self, e: int) -> tuple[Weight, Weight, Weight]:
@@ -46,7 +45,7 @@ class ExpertWeights(NamedTuple):
 def expert_mlp(
     x: Float[Array, "N D"], w1: Weight, v1: Weight, w2: Weight, activation: str, platform: str
 ) -> Float[Array, "N D"]:
-    """One expert with weights (F, D) on N rows: (act(x w1^T) * (x v1^T)) w2."""
+    """Applies one expert with weights (F, D) to N rows: (act(x w1^T) * (x v1^T)) w2."""
     return linear(gated(x, w1, v1, ACTIVATIONS[activation], platform), w2, 0, platform)
 
 
@@ -57,23 +56,22 @@ def reference_experts(
     expert_weights: ExpertWeights,
     activation: str,
 ) -> Float[Array, "N D"]:
-    """The definition, word for word: every expert on every token, then the chosen ones summed."""
-
-    def expert(w1: Array, v1: Array, w2: Array) -> Array:
-        return (ACTIVATIONS[activation](x @ w1.T) * (x @ v1.T)) @ w2
-
-    outputs = [expert(*map(dequantized, expert_weights.expert(e))) for e in range(expert_weights.num_experts)]
-    chosen = jnp.take_along_axis(jnp.stack(outputs, axis=1), experts[:, :, None], axis=1)  # (N, K, D)
-    return jnp.sum(chosen * weights[:, :, None].astype(x.dtype), axis=1)
+    """Applies every expert to every token, then sums the outputs of each token's experts with their weights."""
+    outputs = []
+    for e in range(expert_weights.num_experts):
+        w1, v1, w2 = map(dequantized, expert_weights.expert(e))
+        outputs.append((ACTIVATIONS[activation](x @ w1.T) * (x @ v1.T)) @ w2)
+    active = jnp.take_along_axis(jnp.stack(outputs, axis=1), experts[:, :, None], axis=1)  # (N, K, D)
+    return jnp.sum(active * weights[:, :, None].astype(x.dtype), axis=1)
 
 
 class Groups(NamedTuple):
-    """The (token, expert) pairs sorted by expert, those of E experts in P places: each pair's, were all to come."""
+    """(token, expert) pairs sorted by expert. The P rows hold all pairs with local experts, and padding after them."""
 
-    order: Int[Array, "P"]  # place -> pair, a tile longer than the places
-    inverse: Int[Array, "N K"]  # pair -> place
-    here: Bool[Array, "N K"]  # whether the pair is of one of the experts
-    ends: Int[Array, "E"]  # where each expert's places end
+    order: Int[Array, "P"]  # index of each row's pair
+    inverse: Int[Array, "N K"]  # row of each pair
+    is_local: Bool[Array, "N K"]  # true for pairs with one of the E local experts
+    ends: Int[Array, "E"]  # row after each expert's last
     starts: Int[Array, "E"]
     tile_rows: int
 
@@ -81,34 +79,28 @@ class Groups(NamedTuple):
         return (self.ends[e] - self.starts[e] + self.tile_rows - 1) // self.tile_rows
 
     def tile(self, e: int, i: Array) -> tuple[Array, Array, Array]:
-        """First place, pairs (M,) and whether each is the expert's own (M, 1), of expert e's tile i of M rows."""
+        """Returns expert e's tile i of M rows: first row, pairs (M,), and a mask (M, 1) of the expert's rows."""
         start = self.starts[e] + i * self.tile_rows
-        own = start + jnp.arange(self.tile_rows) < self.ends[e]
-        return start, lax.dynamic_slice(self.order, (start,), (self.tile_rows,)), own[:, None]
+        mask = start + jnp.arange(self.tile_rows) < self.ends[e]
+        return start, lax.dynamic_slice(self.order, (start,), (self.tile_rows,)), mask[:, None]
 
-    def total(self, rows: Float[Array, "P D"], weights: Float[Array, "N K"]) -> Float[Array, "N D"]:
-        """Each token's weighted sum of its rows, one of its K experts after the other to save memory."""
+    def combine(self, rows: Float[Array, "P D"], weights: Float[Array, "N K"]) -> Float[Array, "N D"]:
+        """Returns each token's weighted sum of its rows, added up over k one at a time to save memory."""
         y = jnp.zeros((weights.shape[0], rows.shape[1]), rows.dtype)
         for k in range(weights.shape[1]):
-            y = y + jnp.where(self.here[:, k, None], rows[self.inverse[:, k]] * weights[:, k, None], 0)
+            y = y + jnp.where(self.is_local[:, k, None], rows[self.inverse[:, k]] * weights[:, k, None], 0)
         return y
 
 
 def group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> Groups:
-    """Sorts the pairs, with `tile_rows` places behind them."""
+    """Sorts the (token, expert) pairs by expert, and adds `tile_rows` rows of padding."""
     N, K = experts.shape
     pairs = experts.reshape(-1)
     order = jnp.argsort(pairs, stable=True)
     sizes = jnp.sum(pairs[:, None] == jnp.arange(num_experts), axis=0)
     ends = jnp.cumsum(sizes)
     # A token goes to each expert at most once. A tile may reach past its expert's rows, so one more tile is padding.
-    places = N * min(K, num_experts)
-    inverse = jnp.minimum(jnp.argsort(order), places).reshape(N, K)
-    return Groups(
-        jnp.pad(order, (0, tile_rows))[: places + tile_rows],
-        inverse,
-        experts < num_experts,
-        ends,
-        ends - sizes,
-        tile_rows,
-    )
+    num_rows = N * min(K, num_experts)
+    order_padded = jnp.pad(order, (0, tile_rows))[: num_rows + tile_rows]
+    inverse = jnp.minimum(jnp.argsort(order), num_rows).reshape(N, K)
+    return Groups(order_padded, inverse, experts < num_experts, ends, ends - sizes, tile_rows)

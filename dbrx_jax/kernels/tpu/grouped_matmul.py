@@ -1,8 +1,9 @@
-"""Grouped matmul on TPUs: each row times the weight of its expert, for many rows sorted by expert.
+"""Grouped matmul on TPUs: multiplies rows sorted by expert by the weight of their expert, for large batches.
 
-The grid goes over tiles of the output dimension and, within one, over the row tiles of one expert after another, so
-each weight is read once. Quantised weights are dequantised a chunk at a time in VMEM. jax.lax.ragged_dot is not used:
-it copies weights (E, M, C) to have C before M, and knows no int4. The weight's gradient is JAX's own megablox tgmm.
+The outer dimension of the grid goes over column tiles of the output, the inner one over the row tiles of one expert
+after another, so each weight is read once. Quantised weights are dequantised in VMEM, a chunk at a time.
+jax.lax.ragged_dot copies weights (E, M, C) to another layout and does not support int4. The gradient of the weight is
+JAX's megablox tgmm.
 """
 
 import math
@@ -36,12 +37,12 @@ from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
 ROW_TILES = (128, 256, 512)
-# Of tgmm, whose blocks have to fit in the compiler's own limit of VMEM.
-TRANSPOSED_TILE = 512
+MAX_RULE_COLUMNS = 512  # wider tiles delay the first matmul, which waits for the first tile of the weight
+GRADIENT_TILE = 512  # blocks of tgmm must fit the compiler's default VMEM limit
 
 
 class GroupedTiles(NamedTuple):
-    """rows: of one product. columns: of the result, a multiple of 128 that divides M, or M."""
+    """Tile sizes: rows of one matmul, and columns of its result: a multiple of 128 that divides M, or M."""
 
     rows: int
     columns: int
@@ -50,22 +51,22 @@ class GroupedTiles(NamedTuple):
 def supports(rows: Float[Array, "P C"], weight: Weight, contracted: int, interpret: bool = False) -> bool:
     """Returns whether :func:`grouped_matmul` supports these arrays (or shapes).
 
-    A quantised weight has to be quantised for this contraction, in groups that divide 128 if in any.
+    A quantised weight must be quantised along its contracted dimension; the size of its groups must divide 128.
     """
-    weight_format, c = WeightFormat.of(weight), weight.shape[2 if contracted else 1]
-    if rows.dtype not in (jnp.bfloat16, jnp.float32) or rows.shape[1] != c or c % 64:
+    weight_format, depth = WeightFormat.of(weight), weight.shape[2 if contracted else 1]
+    if rows.dtype not in (jnp.bfloat16, jnp.float32) or rows.shape[1] != depth or depth % 64:
         return False
     if isinstance(weight, QuantizedArray) and weight.contracted != ((-1,) if contracted else (-2,)):
         return False
-    if weight_format.packed and contracted and c % (2 * LANES):
+    if weight_format.packed and contracted and depth % (2 * LANES):
         return False
-    if weight_format.group is not None and (LANES % weight_format.group or c % weight_format.group):
+    if weight_format.group is not None and (LANES % weight_format.group or depth % weight_format.group):
         return False
     return bool(tile_candidates(rows, weight, contracted))
 
 
 def tile_candidates(rows: Float[Array, "P C"], weight: Weight, contracted: int) -> list[GroupedTiles]:
-    """The tiles that fit into VMEM, smallest first."""
+    """Returns the tile sizes that fit into VMEM, in ascending order."""
     m = weight.shape[1 if contracted else 2]
     columns = [n for n in range(LANES, m, LANES) if m % n == 0] + [m]
     tiles = [GroupedTiles(r, n) for r in ROW_TILES for n in columns]
@@ -73,20 +74,20 @@ def tile_candidates(rows: Float[Array, "P C"], weight: Weight, contracted: int) 
 
 
 def default_tiles(rows: Float[Array, "P C"], weight: Weight, contracted: int) -> GroupedTiles:
-    """The table's, by an expert's share of the rows; else the rule's."""
-    share = math.ceil(rows.shape[0] / weight.shape[0])
-    found = table().get(tiles_name(f"grouped_tpu {contracted}", weight, share))
-    timed = found is not None and GroupedTiles(*found) in tile_candidates(rows, weight, contracted)
-    return GroupedTiles(*found) if found is not None and timed else rule_tiles(rows, weight, contracted)
+    """Returns the table's tile sizes for the average rows per expert if they are valid, else those of the rule."""
+    rows_per_expert = math.ceil(rows.shape[0] / weight.shape[0])
+    tuned = table().get(tiles_name(f"grouped_tpu {contracted}", weight, rows_per_expert))
+    candidates = tile_candidates(rows, weight, contracted)
+    return next((t for t in candidates if list(t) == tuned), rule_tiles(rows, weight, contracted))
 
 
 def rule_tiles(rows: Float[Array, "P C"], weight: Weight, contracted: int) -> GroupedTiles:
-    """Rows for an expert's share of them, and up to 512 columns: more only lengthens the way to the first product."""
+    """Returns the candidate with the average rows per expert and the most columns up to MAX_RULE_COLUMNS."""
     candidates = tile_candidates(rows, weight, contracted)
-    share = rows.shape[0] / weight.shape[0]
-    wanted = next((r for r in ROW_TILES if r >= share), ROW_TILES[-1])
-    for most, r in ((512, wanted), (512, ROW_TILES[0])):
-        fitting = [t for t in candidates if t.rows == r and t.columns <= most]
+    rows_per_expert = rows.shape[0] / weight.shape[0]
+    preferred_rows = next((r for r in ROW_TILES if r >= rows_per_expert), ROW_TILES[-1])
+    for tile_rows in (preferred_rows, ROW_TILES[0]):
+        fitting = [t for t in candidates if t.rows == tile_rows and t.columns <= MAX_RULE_COLUMNS]
         if fitting:
             return fitting[-1]
     return candidates[0]
@@ -100,31 +101,29 @@ def grouped_matmul(
     tiles: GroupedTiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "P M"]:
-    """Each group's rows times its weight, summed in float32, in the rows' dtype; 0 for rows past all groups.
+    """Multiplies each group of rows by its weight, summed in float32, in the rows' dtype; 0 for rows in no group.
 
     Args:
-      rows: group after group.
-      weight: (E, M, C), or (E, C, M); of the rows' dtype or quantised, as :func:`supports` takes it.
+      rows: sorted by group.
+      weight: (E, M, C), or (E, C, M); of the rows' dtype or quantised, as :func:`supports` accepts it.
       contracted: 1 for (E, M, C), 0 for (E, C, M).
-      sizes: of the groups, in rows.
-      interpret: runs it on a CPU, slowly.
+      sizes: number of rows of each group.
+      interpret: interprets the kernel on a CPU.
     """
-    count = rows.shape[0]
-    tiles = tiles or default_tiles(rows, weight, contracted)
-    rows = jnp.pad(rows, ((0, -count % tiles.rows), (0, 0)))
+    num_rows = rows.shape[0]
+    tiles, weight_format = tiles or default_tiles(rows, weight, contracted), WeightFormat.of(weight)
+    rows = jnp.pad(rows, ((0, -num_rows % tiles.rows), (0, 0)))
     steps = grouped_steps(sizes.astype(jnp.int32), rows.shape[0], tiles.rows)
-    weight_format = WeightFormat.of(weight)
     operands = grouped_operands(rows, weight, contracted, tiles)
-    spec = grouped_grid(operands, contracted, steps, tiles, weight_format)
     y = pl.pallas_call(
         partial(_kernel, contracted=contracted, weight_format=weight_format),
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], weight.shape[1 if contracted else 2]), rows.dtype),
-        grid_spec=spec,
+        grid_spec=grouped_grid(operands, contracted, steps, tiles, weight_format),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MAX_VMEM),
         interpret=interpret,
         name="grouped_matmul",
     )(*steps[:-1], *operands)
-    return y[:count]
+    return y[:num_rows]
 
 
 def gradient_supports(left: Float[Array, "P M"], right: Float[Array, "P C"], interpret: bool = False) -> bool:
@@ -135,24 +134,25 @@ def gradient_supports(left: Float[Array, "P M"], right: Float[Array, "P C"], int
 def grouped_gradient(
     left: Float[Array, "P M"], right: Float[Array, "P C"], sizes: Int[Array, "E"], interpret: bool = False
 ) -> Float[Array, "E M C"]:
-    """left^T right for each group of rows, summed in float32, in their dtype; zeros for a group without rows."""
+    """Returns left^T right of each group of rows, summed in float32, in their dtype; zeros for an empty group."""
     padding = -left.shape[0] % LANES
     left, right = (jnp.pad(a, ((0, padding), (0, 0))) for a in (left, right))
-    tile = next(t for t in (512, 256, LANES) if left.shape[0] % t == 0)
-    tiling = (tile, *(min(TRANSPOSED_TILE, a.shape[1]) for a in (left, right)))
+    tile_rows = next(t for t in (512, 256, LANES) if left.shape[0] % t == 0)
+    tiling = (tile_rows, *(min(GRADIENT_TILE, a.shape[1]) for a in (left, right)))
     with jax.default_matmul_precision("highest" if left.dtype == jnp.float32 else "default"):
         return tgmm(left.T, right, sizes.astype(jnp.int32), left.dtype, tiling, interpret=interpret)
 
 
 class GroupedSteps(NamedTuple):
-    """Work of each of up to S grid steps; group E means the rows past all groups.
+    """Schedule of up to S grid steps, each of which computes the rows of one group in one row tile.
 
     Args:
-      group, tile: which rows of which tile, as far as they are in the group, (S,).
-      expert, source: whose weight and which tile of rows are read, (S,): past all groups those of the step before,
-        so that nothing is.
-      starts, ends: of each group's rows, (E + 1,).
-      number: how many steps there are.
+      group: the group, or E for rows in no group.
+      tile: the row tile of the result.
+      expert: the weight to read; for rows in no group that of the previous step, so nothing is copied.
+      source: the row tile to read; the same holds.
+      starts, ends: range of rows of each group, and of those in no group.
+      number: number of steps.
     """
 
     group: Int[Array, "S"]
@@ -164,29 +164,22 @@ class GroupedSteps(NamedTuple):
     number: Int[Array, ""]
 
 
-def grouped_steps(sizes: Int[Array, "E"], rows: int, tile: int) -> GroupedSteps:
-    """Each group's row tiles, one after the other, for P rows in tiles that divide them."""
-    groups = sizes.shape[0]
-    ends = jnp.cumsum(jnp.append(sizes, rows - jnp.sum(sizes)))
+def grouped_steps(sizes: Int[Array, "E"], num_rows: int, tile_rows: int) -> GroupedSteps:
+    """Schedules the row tiles of each group in order; `tile_rows` must divide `num_rows`."""
+    num_groups, num_tiles = sizes.shape[0], num_rows // tile_rows
+    ends = jnp.cumsum(jnp.append(sizes, num_rows - jnp.sum(sizes)))
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    first = starts // tile
-    visits = jnp.where(ends > starts, (ends + tile - 1) // tile - first, 0)
-    until = jnp.cumsum(visits)
-    step = jnp.arange(rows // tile + groups, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(step[:, None] >= until, axis=1, dtype=jnp.int32), groups)
-    row_tile = jnp.minimum(first[group] + step - (until - visits)[group], rows // tile - 1)
-    past = group == groups
-    last_expert = jnp.max(jnp.where(sizes > 0, jnp.arange(groups, dtype=jnp.int32), 0))
-    last_tile = jnp.maximum(ends[groups - 1] - 1, 0) // tile
-    return GroupedSteps(
-        group,
-        row_tile,
-        jnp.where(past, last_expert, group),
-        jnp.where(past, last_tile, row_tile),
-        starts,
-        ends,
-        until[-1],
-    )
+    first_tiles = starts // tile_rows
+    num_steps = jnp.where(ends > starts, (ends + tile_rows - 1) // tile_rows - first_tiles, 0)
+    last_steps = jnp.cumsum(num_steps)
+    step = jnp.arange(num_tiles + num_groups, dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(step[:, None] >= last_steps, axis=1, dtype=jnp.int32), num_groups)
+    tile = jnp.minimum(first_tiles[group] + step - (last_steps - num_steps)[group], num_tiles - 1)
+    last_expert = jnp.max(jnp.where(sizes > 0, jnp.arange(num_groups, dtype=jnp.int32), 0))
+    last_source = jnp.maximum(ends[num_groups - 1] - 1, 0) // tile_rows
+    expert = jnp.where(group == num_groups, last_expert, group)
+    source = jnp.where(group == num_groups, last_source, tile)
+    return GroupedSteps(group, tile, expert, source, starts, ends, last_steps[-1])
 
 
 def grouped_operands(rows: Array, weight: Weight, contracted: int, tiles: GroupedTiles) -> list[Any]:
@@ -195,7 +188,7 @@ def grouped_operands(rows: Array, weight: Weight, contracted: int, tiles: Groupe
         return [rows, weight]
     weight_format, scale = WeightFormat.of(weight), weight.scale
     if contracted and weight_format.packed:
-        # Of each 256 the even ones first, as 128 bytes of the weight give them.
+        # In each chunk of 256, elements with an even index first: the order in which even_odd unpacks 128 bytes.
         rows = rows.reshape(rows.shape[0], -1, LANES, 2).swapaxes(2, 3).reshape(rows.shape)
     if weight_format.group is None:
         scale = scale.reshape(scale.shape[0], -1, 1, tiles.columns)
@@ -207,25 +200,25 @@ def grouped_operands(rows: Array, weight: Weight, contracted: int, tiles: Groupe
 def grouped_grid(
     operands: list[Any], contracted: int, steps: GroupedSteps, tiles: GroupedTiles, weight_format: WeightFormat
 ) -> pltpu.PrefetchScalarGridSpec:
-    """The grid (tiles of columns, steps), and which block of each operand a step reads."""
+    """Returns the grid (column tiles, steps) and the block specs of the operands."""
     rows, values = operands[:2]
-    c, m = rows.shape[1], values.shape[1 if contracted else 2]
+    depth, m = rows.shape[1], values.shape[1 if contracted else 2]
 
-    def weight_block(n, i, group, tile, expert, *_):
+    def weight_index(n, i, group, tile, expert, *_):
         return (expert[i], n, 0) if contracted else (expert[i], 0, n)
 
-    shape = (tiles.columns, values.shape[2]) if contracted else (values.shape[1], tiles.columns)
+    weight_block = (tiles.columns, values.shape[2]) if contracted else (values.shape[1], tiles.columns)
     specs = [
-        pl.BlockSpec((tiles.rows, c), lambda n, i, group, tile, expert, source, *_: (source[i], 0)),
-        pl.BlockSpec((None, *shape), weight_block),
+        pl.BlockSpec((tiles.rows, depth), lambda n, i, group, tile, expert, source, *_: (source[i], 0)),
+        pl.BlockSpec((None, *weight_block), weight_index),
     ]
     scratch = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)]
     if weight_format.scaled and weight_format.group is None:
         specs.append(pl.BlockSpec((None, None, 1, tiles.columns), lambda n, i, g, t, expert, *_: (expert[i], n, 0, 0)))
     elif weight_format.scaled:
-        groups = c // weight_format.group
-        specs.append(pl.BlockSpec((None, groups, tiles.columns), lambda n, i, g, t, expert, *_: (expert[i], 0, n)))
-        scratch += [] if contracted else [pltpu.VMEM((groups, tiles.columns), jnp.float32)]
+        num_groups = depth // weight_format.group
+        specs.append(pl.BlockSpec((None, num_groups, tiles.columns), lambda n, i, g, t, expert, *_: (expert[i], 0, n)))
+        scratch += [] if contracted else [pltpu.VMEM((num_groups, tiles.columns), jnp.float32)]
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=6,
         grid=(m // tiles.columns, steps.number),
@@ -235,111 +228,112 @@ def grouped_grid(
     )
 
 
-def _kernel(group, tile, expert, source, starts, ends, rows, w, *refs, contracted: int, weight_format: WeightFormat):
-    """One step: the rows of one tile that are one group's, and 0 in those that are no group's."""
-    s, refs = (refs[0], refs[1:]) if weight_format.scaled else (None, refs)
-    y, sums, scales = refs[0], refs[1], refs[2:]
+def _kernel(groups, tile, expert, source, starts, ends, rows, w, *refs, contracted: int, weight_format: WeightFormat):
+    """Computes the rows of one group in one row tile; a tile's first step sets its other rows to 0."""
+    scales, (y, sums, *float32_scales) = (refs[0], refs[1:]) if weight_format.scaled else (None, refs)
     i = pl.program_id(1)
-    own_group = group[i]
+    group = groups[i]
 
     @pl.when((i == 0) | (tile[i] != tile[jnp.maximum(i - 1, 0)]))
     def _():
         y[...] = jnp.zeros_like(y)
 
-    @pl.when(own_group < starts.shape[0] - 1)
+    @pl.when(group < starts.shape[0] - 1)
     def _():
-        if scales:  # single rows of it are read, which takes 32 bits an element
-            scales[0][...] = s[...].astype(jnp.float32)
-        _sum(sums, rows, w, scales[0] if scales else s, contracted, weight_format)
+        if float32_scales:  # single rows of scales are read, which takes 32-bit elements
+            float32_scales[0][...] = scales[...].astype(jnp.float32)
+        _matmul(sums, rows, w, float32_scales[0] if float32_scales else scales, contracted, weight_format)
         total = sums[...]
         if weight_format.scaled and weight_format.group is None:
-            total = total * s[...].astype(jnp.float32)
+            total = total * scales[...].astype(jnp.float32)
         row = tile[i] * y.shape[0] + iota(y.shape, 0)
-        own = (row >= starts[own_group]) & (row < ends[own_group])
-        y[...] = jnp.where(own, total.astype(y.dtype), y[...])
+        in_group = (row >= starts[group]) & (row < ends[group])
+        y[...] = jnp.where(in_group, total.astype(y.dtype), y[...])
 
 
-def _sum(sums, rows, w, s, contracted: int, weight_format: WeightFormat) -> None:
-    """Puts rows w^T (contracted 1) or rows w (0) into `sums`, chunk after chunk of the contraction."""
-    c = rows.shape[1]
-    size = chunk_size(c, contracted, weight_format)
+def _matmul(sums, rows, w, scales, contracted: int, weight_format: WeightFormat) -> None:
+    """Stores rows w^T (contracted 1) or rows w (0) in `sums`, without scales per channel."""
+    depth = rows.shape[1]
+    size = chunk_size(depth, contracted, weight_format)
+    stored_size = size // 2 if weight_format.packed else size
     sums[...] = jnp.zeros_like(sums)
 
-    def add(k, carry):
+    def add_chunk(k, carry):
         x = rows[:, pl.ds(pl.multiple_of(k * size, size), size)]
-        stored_size = size // 2 if weight_format.packed else size
-        part = pl.ds(pl.multiple_of(k * stored_size, stored_size), stored_size)
+        chunk = pl.ds(pl.multiple_of(k * stored_size, stored_size), stored_size)
         if contracted:
-            floats = even_odd(w[:, part], x.dtype) if weight_format.packed else w[:, part].astype(x.dtype)
+            values = even_odd(w[:, chunk], x.dtype) if weight_format.packed else w[:, chunk].astype(x.dtype)
             if weight_format.group is not None:
-                floats = (floats * _across(s, k, size, weight_format.group)).astype(x.dtype)
+                values = (values * _expand_scales(scales, k, size, weight_format.group)).astype(x.dtype)
         else:
-            floats = (pltpu.bitcast(w[part], jnp.int4) if weight_format.packed else w[part]).astype(x.dtype)
+            values = (pltpu.bitcast(w[chunk], jnp.int4) if weight_format.packed else w[chunk]).astype(x.dtype)
             if weight_format.group is not None:
-                floats = _down(floats, s, k, weight_format.group)
-        sums[...] += product(x, floats, contracted)
+                values = _scale_rows(values, scales, k, weight_format.group)
+        sums[...] += product(x, values, contracted)
         return carry
 
-    if size == c:
-        add(0, 0)
+    if size == depth:
+        add_chunk(0, 0)
     else:
-        lax.fori_loop(0, c // size, add, 0)
+        lax.fori_loop(0, depth // size, add_chunk, 0)
     if weight_format.packed and contracted and weight_format.group is None:
         sums[...] = sums[...] / NIBBLE
 
 
-def chunk_size(c: int, contracted: int, weight_format: WeightFormat) -> int:
-    """Length of the contraction in one matmul, a multiple of the lanes unless it is not split."""
+def chunk_size(depth: int, contracted: int, weight_format: WeightFormat) -> int:
+    """Returns the elements of the contraction in one matmul: a multiple of LANES, or all `depth`."""
     if weight_format.packed and contracted:
         return 2 * LANES
-    return next((n for n in range(min(CHUNK, c) // LANES * LANES, 0, -LANES) if c % n == 0), c)
+    return next((n for n in range(min(CHUNK, depth) // LANES * LANES, 0, -LANES) if depth % n == 0), depth)
 
 
-def _across(s, k, size: int, group: int) -> Array:
-    """The scales of chunk k (tile, size) of a weight (M, C), whose even elements come first, from all (groups, tile).
+def _expand_scales(scales, k, size: int, group: int) -> Array:
+    """Repeats scales (groups, tile) to (tile, size) for chunk k of a weight (M, C) unpacked by even_odd.
 
-    By the matrix unit, which is exact here: all but one of the products are 0.
+    Computed by a matmul with a selection matrix, which is exact: all but one of the products are 0.
     """
-    shape = s.shape[0], size
-    number = k * (size // group) + lax.div(lax.rem(iota(shape, 1), LANES), group // 2)
-    own = (iota(shape, 0) == number).astype(s.dtype)
-    return product(s[...], own, 0, 0) / NIBBLE
+    shape = scales.shape[0], size
+    group_of_column = k * (size // group) + lax.div(lax.rem(iota(shape, 1), LANES), group // 2)
+    selection = (iota(shape, 0) == group_of_column).astype(scales.dtype)
+    return product(scales[...], selection, 0, 0) / NIBBLE
 
 
-def _down(w: Array, scales, k, group: int) -> Array:
-    """A chunk (size, tile) of a weight (C, M) times its scales, from (groups, tile)."""
-    groups = w.shape[0] // group
-    parts = [
-        w[g * group : (g + 1) * group].astype(jnp.float32) * scales[pl.ds(k * groups + g, 1)] for g in range(groups)
-    ]
+def _scale_rows(w: Array, scales, k, group: int) -> Array:
+    """Multiplies chunk k (size, tile) of a weight (C, M) by its scales, rows of (groups, tile)."""
+    num_groups = w.shape[0] // group
+    parts = []
+    for g in range(num_groups):
+        part = w[g * group : (g + 1) * group].astype(jnp.float32)
+        parts.append(part * scales[pl.ds(k * num_groups + g, 1)])
     return jnp.concatenate(parts).astype(w.dtype)
 
 
 def vmem_bytes(rows: Float[Array, "P C"], weight: Weight, contracted: int, tiles: GroupedTiles) -> int:
-    """Bytes of VMEM that a kernel needs: two buffers of each block, and a step's intermediates."""
-    weight_format, c, item = WeightFormat.of(weight), rows.shape[1], rows.dtype.itemsize
-    values = stored(weight)
-    of_weight = tiles.columns * values.shape[2 if contracted else 1] * values.dtype.itemsize
-    scales = (
-        0 if weight_format.group is None else (c // weight_format.group) * tiles.columns * (4 + 2 * scale_bytes(weight))
-    )
-    blocks = tiles.rows * c * item + of_weight + tiles.rows * tiles.columns * item
-    # Of a chunk: in float32 and in the rows' dtype; and the sums, and their product before it is added.
-    chunk = chunk_size(c, contracted, weight_format) * (tiles.columns * (4 + item) + tiles.rows * item)
-    return 2 * blocks + scales + chunk + 2 * tiles.rows * tiles.columns * 4
+    """Returns the bytes of VMEM that the kernel needs: two buffers of each block, and a step's intermediates."""
+    weight_format, depth, item = WeightFormat.of(weight), rows.shape[1], rows.dtype.itemsize
+    values, num_results = stored(weight), tiles.rows * tiles.columns
+    weight_bytes = tiles.columns * values.shape[2 if contracted else 1] * values.dtype.itemsize
+    blocks = tiles.rows * depth * item + weight_bytes + num_results * item
+    scales = 0
+    if weight_format.group is not None:
+        scales = (depth // weight_format.group) * tiles.columns * (4 + 2 * scale_bytes(weight))
+    # The weight's chunk in float32 and in the rows' dtype; the sums, and the product that is added to them.
+    chunk = chunk_size(depth, contracted, weight_format) * (tiles.columns * (4 + item) + tiles.rows * item)
+    return 2 * blocks + scales + chunk + 2 * num_results * 4
 
 
 def grouped_bytes(
     rows: Float[Array, "P C"], weight: Weight, contracted: int, sizes: Sequence[int], tiles: GroupedTiles | None = None
 ) -> int:
-    """Read from and written to HBM by one call of the kernel: weights of experts with rows once, rows once for each
-    tile of columns, the result once. Of rows and weight only shapes matter."""
+    """Returns the HBM bytes that :func:`grouped_matmul` reads and writes (arrays or shapes).
+
+    Weights of groups with rows are read once, rows once per column tile, and the result is written once.
+    """
     tiles = tiles or default_tiles(rows, weight, contracted)
     m = weight.shape[1 if contracted else 2]
-    tiled = -(-rows.shape[0] // tiles.rows)
-    read = max(1, -(-sum(sizes) // tiles.rows))
-    # One row tile stays in VMEM from one tile of columns to the next.
-    times = m // tiles.columns if read > 1 else 1
-    row_bytes = tiles.rows * rows.dtype.itemsize
+    num_read_tiles = max(1, -(-sum(sizes) // tiles.rows))
+    num_written_tiles = -(-rows.shape[0] // tiles.rows)
+    num_reads = m // tiles.columns if num_read_tiles > 1 else 1  # a single row tile stays in VMEM
     weights = max(1, sum(n > 0 for n in sizes)) * (weight.nbytes // weight.shape[0])
-    return weights + row_bytes * (read * times * rows.shape[1] + tiled * m)
+    elements = num_read_tiles * num_reads * rows.shape[1] + num_written_tiles * m  # per row of a tile
+    return weights + tiles.rows * rows.dtype.itemsize * elements

@@ -70,7 +70,7 @@ def grouped_experts(x, weights, experts, expert_weights, activation, platform, t
             return _write(y, start, own, expert_mlp(rows, *expert_weights.expert(e), activation, platform))
 
         y = lax.fori_loop(0, groups.tiles(e), add, y)
-    return groups.total(y, weights)
+    return groups.combine(y, weights)
 
 
 def _write(y: Array, start: Array, own: Array, rows: Array) -> Array:
@@ -104,8 +104,8 @@ def grouped_expert_gradients(x, weights, experts, expert_weights, dy, activation
         zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in own_weights)
         dx, dweights, sums = lax.fori_loop(0, groups.tiles(e), add, (dx, dweights, zeros))
         gradients.append(tuple(s.astype(w.dtype) for s, w in zip(sums, own_weights, strict=True)))
-    dx = groups.total(dx, jnp.ones_like(weights))
-    dweights = jnp.where(groups.here, dweights[groups.inverse, 0], 0)
+    dx = groups.combine(dx, jnp.ones_like(weights))
+    dweights = jnp.where(groups.is_local, dweights[groups.inverse, 0], 0)
     stack = [jnp.stack if isinstance(w, Array) else tuple for w in expert_weights]
     by_weight = ExpertWeights(*(s(g) for s, g in zip(stack, zip(*gradients, strict=True), strict=True)))
     return dx, dweights, by_weight

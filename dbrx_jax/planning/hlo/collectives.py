@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dbrx_jax.planning.hlo.cost import result_type, under_way
-from dbrx_jax.planning.hlo.running import COLLECTIVES, Scope, running
-from dbrx_jax.planning.hlo.text import Computation, Instr, Module, Shape, leaves
+from dbrx_jax.planning.hlo.cost import continued_collectives, result_type
+from dbrx_jax.planning.hlo.running import COLLECTIVES, Scope, entry_scope, running
+from dbrx_jax.planning.hlo.text import Computation, Instruction, Module, Shape, leaves
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def collectives(text: str, trips: Mapping[str, int] | None = None) -> list[Colle
     Raises:
       ValueError: the text has a construct that is not known here; the message names it.
     """
-    return [found for place in running(Module(text), trips or {}) for found in _collectives(*place)]
+    return [found for place in running(entry_scope(text), trips or {}) for found in _collectives(*place)]
 
 
 def bytes_moved(collective: Collective) -> float:
@@ -48,14 +48,14 @@ def bytes_moved(collective: Collective) -> float:
     return full * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
 
-def _collectives(scope: Scope, instr: Instr, runs: int) -> Iterator[Collective]:
+def _collectives(scope: Scope, instr: Instruction, runs: int) -> Iterator[Collective]:
     """The collectives in one instruction; a TPU puts some into fusions."""
     opcode = instr.opcode.removesuffix("-start")
     if opcode in COLLECTIVES:
         yield _collective(scope, instr, opcode, leaves(result_type(instr)), instr.op_name, runs)
     elif instr.opcode == "fusion":
-        body = scope.module.body(instr)
-        carried = under_way(scope, instr, body)
+        body = scope.module.fusion_body(instr)
+        carried = continued_collectives(scope, instr, body)
         inner = Scope(scope.module, Computation("", body), scope, instr)
         for op in body.values():
             if op.opcode in COLLECTIVES and op.name not in carried:
@@ -69,8 +69,10 @@ def _collectives(scope: Scope, instr: Instr, runs: int) -> Iterator[Collective]:
                 yield _collective(inner, op, kind, shapes, op.op_name or instr.op_name, runs)
 
 
-def _collective(scope: Scope, instr: Instr, kind: str, results: list[Shape], op_name: str, runs: int) -> Collective:
-    operands = [leaf for name in instr.operands for leaf in leaves(scope.computation.instrs[name].type)]
+def _collective(
+    scope: Scope, instr: Instruction, kind: str, results: list[Shape], op_name: str, runs: int
+) -> Collective:
+    operands = [leaf for name in instr.operands for leaf in leaves(scope.computation.instructions[name].type)]
     sources = [scope.source(name) for name in instr.operands]
     return Collective(
         kind=kind,
@@ -86,7 +88,7 @@ def _collective(scope: Scope, instr: Instr, kind: str, results: list[Shape], op_
     )
 
 
-def _group_size(module: Module, instr: Instr) -> int:
+def _group_size(module: Module, instr: Instruction) -> int:
     if instr.opcode.startswith("collective-permute"):
         return 2
     if sizes := instr.attribute(r"replica_groups=\[([\d,]+)\]<="):  # number of groups, devices in each
@@ -100,4 +102,4 @@ def _group_size(module: Module, instr: Instr) -> int:
     groups = instr.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
     if groups is None:
         raise ValueError(f"cannot read the groups of this {instr.opcode}: {instr.attributes:.120}")
-    return max((group.count(",") + 1 for group in re.findall(r"\{([^}]+)\}", groups)), default=module.devices)
+    return max((group.count(",") + 1 for group in re.findall(r"\{([^}]+)\}", groups)), default=module.num_devices)

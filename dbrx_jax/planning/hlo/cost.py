@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dbrx_jax.planning.hlo.running import COLLECTIVES, CONTROL, FREE, Scope, channel
-from dbrx_jax.planning.hlo.text import Computation, Instr, Shape, Type, leaves, words
+from dbrx_jax.planning.hlo.text import Computation, Instruction, Shape, Type, leaves, name_set
 
 # An element of the result needs at most one of each operand.
-_ELEMENTWISE = words(
+_ELEMENTWISE = name_set(
     """abs acos acosh add and asin asinh atan2 atanh bitcast broadcast cbrt ceil clamp compare complex concatenate
     convert copy cos cosh cosine count-leading-zeros divide erf exponential exponential-minus-one floor
     get-tuple-element imag is-finite log log-plus-one logistic maximum minimum multiply negate not or pad popcnt
@@ -21,15 +21,15 @@ _ELEMENTWISE = words(
     transpose xor"""
 )
 # It may need every element of the operands.
-_WHOLE = COLLECTIVES | words(
+_WHOLE = COLLECTIVES | name_set(
     """cholesky convolution custom-call dot fft iota map ragged-dot reduce-window rng rng-bit-generator
     rng-get-and-update-state scaled-dot select-and-scatter sort topk triangular-solve tuple"""
 )
-_PART = words("reduce bitcast-convert")  # its share of them
-_PICKS = words("slice dynamic-slice gather")
-_UPDATES = words("dynamic-update-slice scatter")
+_PART = name_set("reduce bitcast-convert")  # its share of them
+_PICKS = name_set("slice dynamic-slice gather")
+_UPDATES = name_set("dynamic-update-slice scatter")
 _KNOWN = _ELEMENTWISE | _WHOLE | _PART | _PICKS | _UPDATES
-_NOTHING = words("ConcatBitcast AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone")
+_NOTHING = name_set("ConcatBitcast AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone")
 
 
 # A kernel of ours (kernels/cache_tpu.py) that writes its third operand into its fourth, whose buffer its result is.
@@ -42,7 +42,7 @@ class _Cost:
     results: list[int]  # bytes written to HBM, of each leaf of the result
 
 
-def cost(scope: Scope, instr: Instr) -> _Cost:
+def cost(scope: Scope, instr: Instruction) -> _Cost:
     """Bytes that one run of an instruction reads and writes."""
     shapes = leaves(result_type(instr))
     nothing = _Cost([], [0] * len(shapes))
@@ -51,12 +51,12 @@ def cost(scope: Scope, instr: Instr) -> _Cost:
     if instr.opcode == "copy-start" and not _is_used(scope.computation, instr):
         return nothing  # brings a parameter to the chip for the next execution; this one's was counted at its start
     if instr.opcode == "custom-call" and _IN_PLACE in instr.op_name:
-        new = sum(leaf.bytes for leaf in leaves(scope.computation.instrs[instr.operands[2]].type))
+        new = sum(leaf.bytes for leaf in leaves(scope.computation.instructions[instr.operands[2]].type))
         return _Cost([new], [new])
-    body = scope.module.body(instr) if instr.opcode == "fusion" else _alone(scope, instr)
+    body = scope.module.fusion_body(instr) if instr.opcode == "fusion" else _alone(scope, instr)
     dead = functools.partial(_dies_at, scope, instr)
-    carried = under_way(scope, instr, body)
-    sizes = [scope.computation.instrs[name].type for name in instr.operands]
+    carried = continued_collectives(scope, instr, body)
+    sizes = [scope.computation.instructions[name].type for name in instr.operands]
     needed, results = _needs(instr, body, dead, carried)
     read: dict[str, int] = defaultdict(int)
     for number, (name, kind) in enumerate(zip(instr.operands, sizes, strict=True)):
@@ -70,18 +70,18 @@ def cost(scope: Scope, instr: Instr) -> _Cost:
     return _Cost(list(read.values()), written)
 
 
-def _is_used(computation: Computation, start: Instr) -> bool:
+def _is_used(computation: Computation, start: Instruction) -> bool:
     dones = computation.users.get(start.name, [])
     return any(done.is_root or computation.users.get(done.name) for done in dones)
 
 
-def _kernel_cost(instr: Instr, read: list[int], written: list[int]) -> _Cost:
+def _kernel_cost(instr: Instruction, read: list[int], written: list[int]) -> _Cost:
     if instr.target.startswith(("__cublas", "__cudnn")) and len(written) > 1:
         written = [*written[:-1], 0]  # their workspace
     return _Cost(read, written)
 
 
-def result_type(instr: Instr) -> Type:
+def result_type(instr: Instruction) -> Type:
     """Result type of the `done` that belongs to an asynchronous start."""
     opcode, kind = instr.opcode, instr.type
     if not opcode.endswith("-start") or isinstance(kind, Shape) or opcode in CONTROL:
@@ -93,15 +93,15 @@ def result_type(instr: Instr) -> Type:
     return kind[1]  # (operands, results, contexts)
 
 
-def _alone(scope: Scope, instr: Instr) -> dict[str, Instr]:
+def _alone(scope: Scope, instr: Instruction) -> dict[str, Instruction]:
     """A plain instruction as the body of a fusion."""
     opcode = instr.opcode.removesuffix("-start")
     if opcode not in _KNOWN:
         raise ValueError(f"the HLO has an instruction that is not known here: {instr.opcode} (%{instr.name})")
     body = {}
     for number, name in enumerate(instr.operands):
-        kind = scope.computation.instrs[name].type
-        body[f"/{number}"] = Instr(f"/{number}", kind, "parameter", (), str(number), "", False)
+        kind = scope.computation.instructions[name].type
+        body[f"/{number}"] = Instruction(f"/{number}", kind, "parameter", (), str(number), "", False)
     operands = tuple(f"/{number}" for number in range(len(instr.operands)))
     body["/root"] = dataclasses.replace(
         instr, name="/root", type=result_type(instr), opcode=opcode, operands=operands, is_root=False
@@ -109,11 +109,11 @@ def _alone(scope: Scope, instr: Instr) -> dict[str, Instr]:
     return body
 
 
-def under_way(scope: Scope, instr: Instr, body: dict[str, Instr]) -> set[str]:
+def continued_collectives(scope: Scope, instr: Instruction, body: dict[str, Instruction]) -> set[str]:
     """The collectives in a fusion that an earlier one started (a TPU computes while they run): counted there."""
     if instr.opcode != "fusion" or not any(op.opcode in COLLECTIVES for op in body.values()):
         return set()
-    channels = scope.carried(instr, scope.started)
+    channels = scope.incoming_channels(instr, scope.async_channels)
     starting = {name for op in body.values() if op.target == "AsyncCollectiveStart" for name in op.operands}
     return {
         op.name
@@ -122,20 +122,20 @@ def under_way(scope: Scope, instr: Instr, body: dict[str, Instr]) -> set[str]:
     }
 
 
-def _dies_at(scope: Scope, instr: Instr, number: int) -> bool:
+def _dies_at(scope: Scope, instr: Instruction, number: int) -> bool:
     """Returns whether an operand's buffer is dead afterwards, so that the result may reuse it."""
     base, path = scope.computation.resolve(instr.operands[number])
     if base.opcode == "parameter" and scope.outer is None and int(base.literal) not in scope.module.donated:
         return False
     if base.opcode == "constant":
         return False
-    position = list(scope.computation.instrs).index(instr.name)
+    position = list(scope.computation.instructions).index(instr.name)
     last = scope.computation.last_use
     return all(last.get((base.name, path[:end]), -1) <= position for end in range(len(path) + 1))
 
 
 def _needs(
-    fusion: Instr, body: dict[str, Instr], dies: Callable[[int], bool], carried: set[str]
+    fusion: Instruction, body: dict[str, Instruction], dies: Callable[[int], bool], carried: set[str]
 ) -> tuple[dict[int, float], list[int]]:
     """Counts the elements that a fusion reads of each parameter, and the bytes it writes for each result."""
     computation = Computation("", body)
@@ -169,7 +169,7 @@ def _needs(
     return {int(op.literal): min(need[op.name], _size(op)) for op in parameters}, results
 
 
-def _operand_needs(instr: Instr, body: dict[str, Instr], wanted: float) -> Sequence[tuple[str, float]]:
+def _operand_needs(instr: Instruction, body: dict[str, Instruction], wanted: float) -> Sequence[tuple[str, float]]:
     opcode, size = instr.opcode, _size(instr)
     sizes = [(name, _size(body[name])) for name in instr.operands]
     if opcode in ("parameter", "constant", "iota", "partition-id", "replica-id"):
@@ -189,7 +189,7 @@ def _operand_needs(instr: Instr, body: dict[str, Instr], wanted: float) -> Seque
     raise ValueError(f"the HLO has an instruction that is not known here: {opcode} (%{instr.name}, in a fusion)")
 
 
-def _in_place(computation: Computation, update: Instr, dies: Callable[[int], bool]) -> bool:
+def _in_place(computation: Computation, update: Instruction, dies: Callable[[int], bool]) -> bool:
     base, _ = computation.resolve(update.operands[0])
     return base.opcode == "parameter" and dies(int(base.literal))
 
@@ -205,7 +205,7 @@ def _result_leaves(computation: Computation, name: str, path: tuple[int, ...]) -
     return [leaf for i in range(len(kind)) for leaf in _result_leaves(computation, made.name, (*path, i))]
 
 
-def _aliasing(instr: Instr) -> str:
+def _aliasing(instr: Instruction) -> str:
     return instr.attribute(r"output_to_operand_aliasing=(\{.*?\)\})") or ""
 
 
@@ -215,7 +215,7 @@ def _at(kind: Type, path: tuple[int, ...]) -> Any:
     return kind
 
 
-def _size(instr: Instr) -> int:
+def _size(instr: Instruction) -> int:
     """Elements; of a tuple, of its first array."""
     shapes = leaves(instr.type)
     return shapes[0].size if shapes else 0

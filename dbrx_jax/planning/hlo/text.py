@@ -1,4 +1,4 @@
-"""The parser: a module's text as computations of instructions, whose results have shapes."""
+"""Parser of HLO text: a module of computations of instructions, with the shapes of their results."""
 
 import dataclasses
 import functools
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 
-def words(text: str) -> frozenset[str]:
+def name_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-VIEWS = words("bitcast get-tuple-element tuple")
+VIEWS = name_set("bitcast get-tuple-element tuple")
 
 _BITS = {
     **dict.fromkeys(("pred", "s8", "u8"), 8),
@@ -24,20 +24,22 @@ _BITS = {
     "token": 0,
     "opaque": 0,
 }
-_NARROW = re.compile(r"[su][1248]|f[48]e\w+")  # a byte each unless the layout packs them: E(4)
+_NARROW_DTYPE = re.compile(r"[su][1248]|f[48]e\w+")  # a byte per element unless the layout packs them: E(4)
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _COMMENT = re.compile(r"/\*.*?\*/")
-_HEADER = re.compile(r"(ENTRY )?%?(\S+) \(.*\) -> .* \{$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = (.*)$")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
-_BETWEEN = re.compile(r"HloModule |\d+ |FileNames$|FunctionNames$|FileLocations$|StackFrames$|$")
+_IGNORED_LINE = re.compile(r"HloModule |\d+ |FileNames$|FunctionNames$|FileLocations$|StackFrames$|$")
 
 
 @dataclass(frozen=True)
 class Shape:
+    """An array's dtype, dimensions and memory space."""
+
     dtype: str
     dims: tuple[int, ...]
-    bits: int  # of one element
+    bits: int  # per element
     in_hbm: bool
 
     @property
@@ -53,21 +55,25 @@ class Shape:
 
 
 Type: TypeAlias = "Shape | tuple[Type, ...]"
+TuplePath: TypeAlias = tuple[int, ...]  # of tuple indices that lead to an element of a result
 
 
 @dataclass(frozen=True, eq=False)
-class Instr:
+class Instruction:
+    """One instruction; its operands are the names of other instructions."""
+
     name: str
     type: Type
     opcode: str
     operands: tuple[str, ...]
-    literal: str  # the text in the brackets
+    literal: str  # text between the brackets: a constant's value, a parameter's number
     attributes: str
     is_root: bool
 
     def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.attributes)
-        return found.group(1) if found else None
+        """Returns the first group of a regular expression that is searched in the attributes."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else None
 
     @functools.cached_property
     def op_name(self) -> str:
@@ -80,47 +86,49 @@ class Instr:
 
 @dataclass(eq=False)
 class Computation:
+    """Instructions by name, in the order of execution."""
+
     name: str
-    instrs: dict[str, Instr]  # in the order of execution
+    instructions: dict[str, Instruction]
 
     @functools.cached_property
-    def root(self) -> Instr:
-        return next(instr for instr in self.instrs.values() if instr.is_root)
+    def root(self) -> Instruction:
+        return next(instr for instr in self.instructions.values() if instr.is_root)
 
     @functools.cached_property
-    def users(self) -> dict[str, list[Instr]]:
-        found: dict[str, list[Instr]] = defaultdict(list)
-        for instr in self.instrs.values():
+    def users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = defaultdict(list)
+        for instr in self.instructions.values():
             for name in instr.operands:
-                found[name].append(instr)
-        return found
+                users[name].append(instr)
+        return users
 
     @functools.cached_property
-    def last_use(self) -> dict[tuple[str, tuple[int, ...]], int]:
-        """The position of the last instruction that reads each value, views of it included."""
-        found: dict[tuple[str, tuple[int, ...]], int] = {}
-        for position, instr in enumerate(self.instrs.values()):
+    def last_use(self) -> dict[tuple[str, TuplePath], int]:
+        """Index of the last instruction that reads each value, directly or through a view."""
+        last_use: dict[tuple[str, TuplePath], int] = {}
+        for index, instr in enumerate(self.instructions.values()):
             if instr.opcode not in VIEWS or instr.is_root:
                 pending = [self.resolve(name) for name in instr.operands]
                 while pending:
                     base, path = pending.pop()
                     if base.opcode == "tuple":
                         pending += [self.resolve(name) for name in base.operands]
-                    found[base.name, path] = position
-        return found
+                    last_use[base.name, path] = index
+        return last_use
 
-    def resolve(self, name: str, path: tuple[int, ...] = ()) -> tuple[Instr, tuple[int, ...]]:
-        """The instruction that made a value, and where in its result it is; seen through views."""
-        instr = self.instrs[name]
+    def resolve(self, name: str, path: TuplePath = ()) -> tuple[Instruction, TuplePath]:
+        """Follows views to the instruction that produces a value, and the value's path in its result."""
+        instr = self.instructions[name]
         if instr.opcode == "get-tuple-element":
-            return self.resolve(instr.operands[0], (_index(instr), *path))
+            return self.resolve(instr.operands[0], (int(instr.attribute(r"index=(\d+)") or 0), *path))
         if instr.opcode == "tuple" and path:
             return self.resolve(instr.operands[path[0]], path[1:])
         if instr.opcode == "bitcast":
             return self.resolve(instr.operands[0], path)
         return instr, path
 
-    def hands_on(self, index: int) -> bool:
+    def is_invariant(self, index: int) -> bool:
         """Returns whether this loop body passes an element of its tuple through unchanged."""
         instr, path = self.resolve(self.root.name, (index,))
         while instr.opcode == "copy":
@@ -129,144 +137,137 @@ class Computation:
 
 
 class Module:
+    """A parsed HLO module.
+
+    Raises:
+      ValueError: the text cannot be parsed; the message has the line.
+    """
+
     def __init__(self, text: str):
         lines = text.splitlines()
         if not lines or not lines[0].startswith("HloModule "):
             raise ValueError("not the text of an HLO module: it does not start with HloModule")
         self.header = lines[0]
-        # On a TPU, whose layouts have tiles, a memory space is memory on the chip (or the host's, 5).
-        # On a GPU only the host's is elsewhere: 1 is HBM that NCCL knows.
-        self.is_tpu = ":T(" in text
+        self.is_tpu = ":T(" in text  # only TPU layouts have tiles
         self.computations: dict[str, Computation] = {}
-        self.inlined: dict[str, dict[str, Instr]] = {}
+        self._fusion_bodies: dict[str, dict[str, Instruction]] = {}
         entry = current = None
         for line in lines:
             if current is None:
-                if header := _HEADER.match(line):
-                    current = self.computations[header.group(2)] = Computation(header.group(2), {})
-                    entry = current if header.group(1) else entry
-                elif not _BETWEEN.match(line):
+                if match := _COMPUTATION.match(line):
+                    current = self.computations[match[2]] = Computation(match[2], {})
+                    entry = current if match[1] else entry
+                elif not _IGNORED_LINE.match(line):
                     raise ValueError(f"cannot read this line of HLO: {line:.120}")
             elif line.startswith("}"):
                 current = None
             else:
-                instr = self._instruction(line)
-                current.instrs[instr.name] = instr
+                instr = self._parse_instruction(line)
+                current.instructions[instr.name] = instr
         if entry is None:
             raise ValueError("the HLO module has no ENTRY computation")
         self.entry = entry
 
-    def _instruction(self, line: str) -> Instr:
-        found = _INSTRUCTION.match(_COMMENT.sub("", line))
-        if not found:
+    def _parse_instruction(self, line: str) -> Instruction:
+        match = _INSTRUCTION.match(_COMMENT.sub("", line))
+        if not match:
             raise ValueError(f"cannot read this line of HLO: {line:.120}")
-        rest = found.group(3)
-        kind, at = self._type(rest, 0)
-        opcode = _OPCODE.match(rest, at)
-        if not opcode:
+        root, name, text = match.groups()
+        type_, type_end = self._parse_type(text, 0)
+        match = _OPCODE.match(text, type_end)
+        if not match:
             raise ValueError(f"cannot read this line of HLO: {line:.120}")
-        end = _closing(rest, opcode.end())
-        literal, name = rest[opcode.end() : end], opcode.group(1)
-        if name == "fusion-start" and not isinstance(kind, Shape):  # ((operands), result): a fusion that something
-            name, kind = "fusion", kind[1]  # else runs beside; its done only hands the result on
-        elif name == "fusion-done":
-            name = "bitcast"
-        return Instr(
-            name=found.group(2),
-            type=kind,
-            opcode=name,
-            operands=tuple(re.findall(r"%([^\s,()]+)", literal)) if name != "constant" else (),
-            literal=literal,
-            attributes=rest[end + 1 :],
-            is_root=bool(found.group(1)),
-        )
+        opcode, start, stop = match[1], match.end(), _closing_bracket(text, match.end())
+        literal = text[start:stop]
+        if opcode == "fusion-start" and not isinstance(type_, Shape):  # an asynchronous fusion: (operands, result)
+            opcode, type_ = "fusion", type_[1]
+        elif opcode == "fusion-done":
+            opcode = "bitcast"
+        operands = re.findall(r"%([^\s,()]+)", literal) if opcode != "constant" else ()
+        return Instruction(name, type_, opcode, tuple(operands), literal, text[stop + 1 :], bool(root))
 
-    def _type(self, text: str, at: int) -> tuple[Type, int]:
-        """The type that starts at `at`, and where it ends."""
-        if text[at] == "(":
-            items, at = [], at + 1
-            while text[at] != ")":
-                if text[at] in ", ":
-                    at += 1
-                    continue
-                item, at = self._type(text, at)
-                items.append(item)
-            return tuple(items), at + 1
-        found = _ARRAY.match(text, at)
-        if not found:
-            raise ValueError(f"cannot read this type of HLO: {text[at : at + 80]}")
-        dtype, dims, layout = found.group(1), found.group(2), found.group(3) or ""
+    def _parse_type(self, text: str, start: int) -> tuple[Type, int]:
+        """Parses the type at offset `start`; returns it and the offset of its end."""
+        if text[start] == "(":
+            elements, end = [], start + 1
+            while text[end] != ")":
+                if text[end] in ", ":
+                    end += 1
+                else:
+                    element, end = self._parse_type(text, end)
+                    elements.append(element)
+            return tuple(elements), end + 1
+        match = _ARRAY.match(text, start)
+        if not match:
+            raise ValueError(f"cannot read this type of HLO: {text[start : start + 80]}")
+        dtype, dims, layout = match[1], match[2], match[3] or ""
         bits = _BITS.get(dtype)
         if bits is None:
-            if not _NARROW.fullmatch(dtype):
+            if not _NARROW_DTYPE.fullmatch(dtype):
                 raise ValueError(f"the HLO has an element type that is not known here: {dtype}")
             packed = re.search(r"E\((\d+)\)", layout)
-            bits = int(packed.group(1)) if packed else 8
+            bits = int(packed[1]) if packed else 8
+        # Space 0 is HBM. On a TPU other spaces are on the chip or, 5, the host's. On a GPU only the host's is
+        # elsewhere: 1 is HBM that NCCL knows.
         space = re.search(r"S\((\d+)\)", layout)
-        in_hbm = space is None or space.group(1) == "0" or (not self.is_tpu and space.group(1) != "5")
+        in_hbm = space is None or space[1] == "0" or (not self.is_tpu and space[1] != "5")
         sizes = tuple(int(d.removeprefix("<=")) for d in dims.split(",") if d)
-        return Shape(dtype, sizes, bits, in_hbm), found.end()
+        return Shape(dtype, sizes, bits, in_hbm), match.end()
 
     @functools.cached_property
-    def devices(self) -> int:
-        counts = [re.search(rf"{key}=(\d+)", self.header) for key in ("num_partitions", "replica_count")]
-        return math.prod(int(found.group(1)) for found in counts if found)
+    def num_devices(self) -> int:
+        return math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", self.header)))
 
     @functools.cached_property
     def donated(self) -> set[int]:
-        """The numbers of the parameters whose buffers the results may take."""
-        found = re.search(r"input_output_alias=\{(.*?)\}, \w+=", self.header + ", end=")
-        return {int(n) for n in re.findall(r": \((\d+),", found.group(1))} if found else set()
+        """Numbers of the parameters whose buffers the results may reuse."""
+        match = re.search(r"input_output_alias=\{(.*?)\}, \w+=", self.header + ", end=")
+        return {int(n) for n in re.findall(r": \((\d+),", match[1])} if match else set()
 
-    def body(self, instr: Instr) -> dict[str, Instr]:
-        """Instructions of a fusion with nested fusions inlined; the last is the root."""
-        name = called(instr, "calls")
-        if name not in self.inlined:
-            result: dict[str, Instr] = {}
-            self._inline(name, "", None, result)
-            self.inlined[name] = result
-        return self.inlined[name]
+    def called(self, instr: Instruction, key: str) -> Computation:
+        """Returns the computation that an instruction's attribute `key` names."""
+        name = instr.attribute(rf"\b{key}=%?([^\s,]+)")
+        if name is None:
+            raise ValueError(f"this HLO {instr.opcode} has no {key}: %{instr.name}")
+        return self.computations[name]
 
-    def _inline(self, name: str, prefix: str, given: tuple[str, ...] | None, result: dict[str, Instr]) -> None:
-        last = None
-        for instr in self.computations[name].instrs.values():
-            new = dataclasses.replace(
-                instr, name=prefix + instr.name, operands=tuple(prefix + o for o in instr.operands), is_root=False
-            )
-            if instr.opcode == "fusion":
-                self._inline(called(instr, "calls"), f"{new.name}/", new.operands, result)
-                root = self.computations[called(instr, "calls")].root
-                new = dataclasses.replace(new, opcode="bitcast", operands=(f"{new.name}/{root.name}",))
-            elif instr.opcode == "parameter" and given is not None:
-                new = dataclasses.replace(new, opcode="bitcast", operands=(given[int(instr.literal)],))
-            result[new.name] = new
-            last = new if instr.is_root else last
-        if given is None and last is not None:  # the root last: a computation's need not be
-            result["/root"] = dataclasses.replace(last, name="/root", opcode="bitcast", operands=(last.name,))
+    def fusion_body(self, instr: Instruction) -> dict[str, Instruction]:
+        """Returns the instructions of a fusion, with nested fusions inlined; the last is the root, "/root"."""
+        fused = self.called(instr, "calls")
+        if fused.name not in self._fusion_bodies:
+            body = self._inline(fused)
+            root = body[fused.root.name]
+            body["/root"] = dataclasses.replace(root, name="/root", opcode="bitcast", operands=(root.name,))
+            self._fusion_bodies[fused.name] = body
+        return self._fusion_bodies[fused.name]
+
+    def _inline(
+        self, computation: Computation, prefix: str = "", arguments: tuple[str, ...] | None = None
+    ) -> dict[str, Instruction]:
+        """Returns a computation's instructions with prefixed names; `arguments` replace its parameters."""
+        body: dict[str, Instruction] = {}
+        for instr in computation.instructions.values():
+            name, opcode, operands = prefix + instr.name, instr.opcode, tuple(prefix + o for o in instr.operands)
+            if opcode == "fusion":
+                fused = self.called(instr, "calls")
+                body |= self._inline(fused, f"{name}/", operands)
+                opcode, operands = "bitcast", (f"{name}/{fused.root.name}",)
+            elif opcode == "parameter" and arguments is not None:
+                opcode, operands = "bitcast", (arguments[int(instr.literal)],)
+            body[name] = dataclasses.replace(instr, name=name, opcode=opcode, operands=operands, is_root=False)
+        return body
 
 
-def _closing(text: str, at: int) -> int:
-    """Finds the bracket that closes the one opened before `at`."""
+def _closing_bracket(text: str, start: int) -> int:
+    """Returns the offset of the bracket that closes the one before `start`."""
     depth = 1
-    for found in re.compile(r"[()]").finditer(text, at):
-        depth += 1 if found.group() == "(" else -1
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return found.start()
+            return match.start()
     raise ValueError(f"cannot read this HLO, a bracket stays open: {text:.120}")
 
 
-def leaves(kind: Type) -> list[Shape]:
-    if isinstance(kind, Shape):
-        return [kind]
-    return [leaf for item in kind for leaf in leaves(item)]
-
-
-def _index(instr: Instr) -> int:
-    return int(instr.attribute(r"index=(\d+)") or 0)
-
-
-def called(instr: Instr, key: str) -> str:
-    name = instr.attribute(rf"\b{key}=%?([^\s,]+)")
-    if name is None:
-        raise ValueError(f"this HLO {instr.opcode} has no {key}: %{instr.name}")
-    return name
+def leaves(type_: Type) -> list[Shape]:
+    """Returns the arrays of a type, those of nested tuples in order."""
+    return [type_] if isinstance(type_, Shape) else [leaf for element in type_ for leaf in leaves(element)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dbrx_jax.planning.hlo.cost import cost, result_type
-from dbrx_jax.planning.hlo.running import CONTROL, Scope, called_scopes, running
+from dbrx_jax.planning.hlo.running import CONTROL, Scope, called_scopes, entry_scope, running
 from dbrx_jax.planning.hlo.text import Module, leaves
 
 
@@ -64,7 +64,7 @@ def largest_temporaries(text: str, n: int | None = None) -> list[Temporary]:
       ValueError: the text has a construct that is not known here; the message names it.
     """
     found = []
-    for scope, instr, _ in running(Module(text), {}):
+    for scope, instr, _ in running(entry_scope(text), {}):
         if instr.opcode not in CONTROL:
             shapes = leaves(result_type(instr))
             for shape, written in zip(shapes, cost(scope, instr).results, strict=True):
@@ -82,7 +82,7 @@ def _traffic(scope: Scope, trips: Mapping[str, int]) -> dict[str, tuple[int, int
             before = result.get(key, (0, 0))
             result[key] = (before[0] + times * read, before[1] + times * written)
 
-    for instr in scope.computation.instrs.values():
+    for instr in scope.computation.instructions.values():
         inner = [(_traffic(called, trips), times) for called, times in called_scopes(scope, instr, trips)]
         if instr.opcode == "conditional":
             inner = [max(inner, key=lambda branch: sum(map(sum, branch[0].values())))]
