@@ -13,7 +13,7 @@ from dbrx_jax.files import location, read_json
 ACTIVATIONS = ("silu", "gelu", "relu")
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Keys of config.json, by the sub-dictionary that contains them.
+# Keys of config.json and of its two sub-dictionaries.
 _TOP = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "initializer_range")
 _ATTENTION = ("kv_n_heads", "clip_qkv", "rope_theta")
 _FFN = (
@@ -24,10 +24,10 @@ _FFN = (
     "moe_loss_weight",
     "moe_normalize_expert_weights",
 )
-_MAX_NUMBER = 1e30
+_MAX_FLOAT = 1e30
 _MAX_EXPERTS = 1 << 15  # of all layers together; the largest DBRX has 640
-# Sizes beyond these are a damaged or hostile file; refused before anything is allocated.
-_MAX_FLOAT = {
+# Larger sizes mean a damaged or hostile file, which is rejected before anything is allocated.
+_MAX_SIZES = {
     "d_model": 1 << 18,
     "n_heads": 1 << 12,
     "n_layers": 1 << 10,
@@ -44,11 +44,10 @@ _MAX_FLOAT = {
 class DbrxConfig:
     """The sizes and constants of one DBRX. Field names are those of the published ``config.json``.
 
-    Defaults are the ones that apply where a published file leaves a key out. Values are checked
-    on construction.
+    Defaults are those of keys that a published file leaves out. Values are checked on construction.
 
     Raises:
-      ConfigError: a value is of the wrong type, out of range, or does not fit another one.
+      ConfigError: a value is of the wrong type, out of range, or inconsistent with another.
     """
 
     d_model: int = 2048
@@ -70,11 +69,10 @@ class DbrxConfig:
     dtype: str = "bfloat16"  # of the stored weights
 
     def __post_init__(self) -> None:
-        for name, largest in _MAX_FLOAT.items():
-            _set(self, name, _integer(name, getattr(self, name), largest))
-        _set(self, "initializer_range", _number("initializer_range", self.initializer_range, 0.0))
-        _set(self, "rope_theta", _number("rope_theta", self.rope_theta, 1.0))
-        _set(self, "moe_loss_weight", _number("moe_loss_weight", self.moe_loss_weight, 0.0))
+        for name, maximum in _MAX_SIZES.items():
+            _set(self, name, _integer(name, getattr(self, name), maximum))
+        for name, minimum in (("initializer_range", 0.0), ("rope_theta", 1.0), ("moe_loss_weight", 0.0)):
+            _set(self, name, _number(name, getattr(self, name), minimum))
         for name in ("clip_qkv", "moe_normalize_expert_weights"):
             value = getattr(self, name)
             if value is not None:
@@ -113,18 +111,18 @@ class DbrxConfig:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Number of parameters of the whole model."""
         return self._parameters(self.moe_num_experts)
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token passes through (the whole embedding and head counted, as published)."""
+        """Number of parameters that one token uses (with the whole embedding and head, as published)."""
         return self._parameters(self.moe_top_k)
 
-    def _parameters(self, experts: int) -> int:
+    def _parameters(self, experts_per_layer: int) -> int:
         d, kv = self.d_model, self.kv_n_heads * self.head_dim
         attention = d * (d + 2 * kv) + d * d
-        ffn = self.moe_num_experts * d + experts * 3 * d * self.ffn_hidden_size
+        ffn = self.moe_num_experts * d + experts_per_layer * 3 * d * self.ffn_hidden_size
         return 2 * self.vocab_size * d + self.n_layers * (attention + ffn + 2 * d) + d
 
     @classmethod
@@ -132,7 +130,7 @@ class DbrxConfig:
         """Reads the dictionary of a ``config.json``. Unknown keys are ignored.
 
         Raises:
-          ConfigError: the file is of another model, or a value cannot be used; the key is named.
+          ConfigError: the file is of another model, or a value cannot be used.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"expected a JSON object, got {type(data).__name__}")
@@ -144,17 +142,13 @@ class DbrxConfig:
                 raise ConfigError(f"{key}: expected 0 (dropout is not part of DBRX), got {group[key]!r}")
         if data.get("tie_word_embeddings"):
             raise ConfigError("tie_word_embeddings: expected false (DBRX does not tie them), got true")
-        values = {
-            k: group[k]
-            for keys, group in ((_TOP, data), (_ATTENTION, attention), (_FFN, ffn))
-            for k in keys
-            if k in group
-        }
+        groups = ((_TOP, data), (_ATTENTION, attention), (_FFN, ffn))
+        values = {key: group[key] for keys, group in groups for key in keys if key in group}
         values["rope_theta"] = _rope_theta(data, attention)
         if "ffn_act_fn" in ffn:
             act = ffn["ffn_act_fn"]
             values["ffn_act_fn"] = act.get("name", "silu") if isinstance(act, Mapping) else act or "silu"
-        dtype = data.get("torch_dtype") or data.get("dtype")  # transformers 5 writes the second
+        dtype = data.get("torch_dtype") or data.get("dtype")  # dtype is written by transformers 5
         if dtype is not None:
             values["dtype"] = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
         return cls(**values)
@@ -177,7 +171,7 @@ class DbrxConfig:
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Reads one of the configurations that come with the package, by its name (see :func:`config_names`).
+        """Reads a configuration that comes with the package, by its name (see :func:`config_names`).
 
         Raises:
           ConfigError: there is no configuration of this name.
@@ -187,7 +181,7 @@ class DbrxConfig:
         return cls.from_dict(json.loads((configs_folder() / f"{name}.json").read_text()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The dictionary of a published ``config.json``, which transformers reads too."""
+        """Returns the dictionary of a published ``config.json``, which transformers reads too."""
         return {
             "architectures": ["DbrxForCausalLM"],
             "model_type": "dbrx",
@@ -205,33 +199,35 @@ class DbrxConfig:
 
 
 def config_names() -> list[str]:
-    """The names of the configurations that come with the package."""
+    """Returns the names of the configurations that come with the package."""
     return sorted(f.name.removesuffix(".json") for f in configs_folder().iterdir() if f.name.endswith(".json"))
 
 
 def configs_folder() -> Path:
-    """The folder of sizes and mesh recipes: inside the package where it is installed, beside it in a checkout."""
+    """Returns the folder of sizes and mesh recipes: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def _set(config: DbrxConfig, name: str, value: Any) -> None:
-    object.__setattr__(config, name, value)  # the dataclass is frozen once it is made
+    object.__setattr__(config, name, value)  # the dataclass is frozen
 
 
-def _number(name: str, value: Any, least: float) -> float:
-    real = not isinstance(value, bool) and isinstance(value, int | float)
-    if not real or not least <= value <= _MAX_NUMBER:
-        raise ConfigError(f"{name}: expected a number of at least {least:g}, got {value!r:.40}")
+def _number(name: str, value: Any, minimum: float) -> float:
+    if not _is_number(value) or not minimum <= value <= _MAX_FLOAT:
+        raise ConfigError(f"{name}: expected a number of at least {minimum:g}, got {value!r:.40}")
     return float(value)
 
 
-def _integer(name: str, value: Any, largest: int) -> int:
-    real = not isinstance(value, bool) and isinstance(value, int | float)
-    if not real or not 1 <= value <= largest or value != int(value):
-        raise ConfigError(f"{name}: expected a whole number from 1 to {largest}, got {value!r:.40}")
+def _integer(name: str, value: Any, maximum: int) -> int:
+    if not _is_number(value) or not 1 <= value <= maximum or value != int(value):
+        raise ConfigError(f"{name}: expected a whole number from 1 to {maximum}, got {value!r:.40}")
     return int(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _group(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -244,18 +240,18 @@ def _group(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _rope_theta(data: Mapping[str, Any], attention: Mapping[str, Any]) -> Any:
-    """attn_config's value takes precedence: transformers 5 also writes a default of 10000 elsewhere."""
+    """Returns rope_theta; attn_config's takes precedence: transformers 5 also writes a default of 10000 elsewhere."""
     rope = _group(data, "rope_parameters")
     if (kind := rope.get("rope_type", "default")) != "default" or data.get("rope_scaling"):
         raise ConfigError(f"rope_parameters: DBRX has no rotary scaling, got {data.get('rope_scaling') or kind!r}")
-    elsewhere = rope.get("rope_theta", data.get("rope_theta"))
-    own = attention.get("rope_theta")
-    if own is None:
-        return 1e4 if elsewhere is None else elsewhere
-    if elsewhere is not None and elsewhere != own:
+    other = rope.get("rope_theta", data.get("rope_theta"))
+    theta = attention.get("rope_theta")
+    if theta is None:
+        return 1e4 if other is None else other
+    if other is not None and other != theta:
         warnings.warn(
-            f"config.json gives rope_theta {own} in attn_config and {elsewhere} outside it; using {own}. "
+            f"config.json gives rope_theta {theta} in attn_config and {other} outside it; using {theta}. "
             "Delete the other one to be rid of this warning.",
             stacklevel=4,
         )
-    return own
+    return theta

@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the package, so that everything runs with nothing downloaded."""
+"""Demo checkpoint that comes with the package."""
 
 from importlib import resources
 from pathlib import Path
@@ -7,10 +7,10 @@ from dbrx_jax.errors import CheckpointError
 
 
 def source_folder() -> Path:
-    """The demo in the published Hugging Face layout, as it comes with the package.
+    """Returns the folder of the demo checkpoint, which is in the published Hugging Face layout.
 
     Raises:
-      CheckpointError: the installation lacks it.
+      CheckpointError: the demo checkpoint is not installed.
     """
     folder = Path(str(resources.files(__name__) / "checkpoint"))
     if not (folder / "model.safetensors").is_file():

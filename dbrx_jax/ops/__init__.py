@@ -1,1 +1,1 @@
-"""The model's mathematics as pure functions on arrays, each fast version beside its plain reference."""
+"""The model's mathematics as pure functions on arrays, with reference implementations of what kernels/ computes."""

@@ -1,4 +1,4 @@
-"""Layer normalisation as DBRX has it: a scale and no bias."""
+"""Layer normalisation with a scale and no bias."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -8,7 +8,7 @@ EPSILON = 1e-5
 
 
 def layer_norm(x: Float[Array, "*batch D"], scale: Float[Array, "D"]) -> Float[Array, "*batch D"]:
-    """(x - mean) / sqrt(variance + 1e-5) * scale, in float32 and rounded once to x's dtype."""
+    """Computes (x - mean) / sqrt(variance + 1e-5) * scale in float32, rounded once to x's dtype."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPSILON)

@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 def rotate(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H K"]:
     """Rotates element i of each head together with element i + K/2 by the angle position * theta^(-2i/K).
 
-    Angles are float32, whatever x is: rounding the frequencies to bfloat16 moves logits by 3.
-    Only the cosines and sines are cast to x's dtype.
+    Angles are float32: rounding the frequencies to bfloat16 changes logits by 3. Cosines and sines are of x's dtype.
     """
     half = x.shape[-1] // 2
     frequency = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, with which weights, and the loss that keeps experts in balance."""
+"""Routing of tokens to the top-k experts, and the auxiliary load-balancing loss."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,14 +15,14 @@ class Routing(NamedTuple):
     """Routing of N tokens, each to K of E experts."""
 
     probs: Float[Array, "N E"]  # float32, over all experts
-    weights: Float[Array, "N K"]  # float32, of the chosen experts
-    experts: Int[Array, "N K"]  # the chosen experts, most probable first
+    weights: Float[Array, "N K"]  # float32, of the top-k experts
+    experts: Int[Array, "N K"]  # the top-k experts, most probable first
 
 
 def route(logits: Float[Array, "N E"], top_k: int, norm: float | None) -> Routing:
-    """Softmax over all experts in float32, the top k, divided by their p-norm with p = `norm`.
+    """Selects the `top_k` experts by softmax in float32; their weights are divided by their p-norm, p = `norm`.
 
-    Ties go to the expert with the lower number. With `norm` None the weights stay as they are.
+    Ties go to the expert with the lower index. If `norm` is None, the weights are not normalised.
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     weights, experts = lax.top_k(probs, top_k)
@@ -37,28 +37,28 @@ def load_balancing_loss(
     pooled: bool = False,
     partition: Partition = ONE_DEVICE,
 ) -> Float[Array, ""]:
-    """The auxiliary loss that is least when every expert gets the same share of tokens.
+    """Computes the auxiliary loss, which is least when every expert gets the same fraction of the tokens.
 
     Per layer (MegaBlocks, Gale et al. 2022, arXiv:2211.15841; DBRX was trained with it):
-    E / (N K) * sum_e tokens_e * mean_prob_e, averaged over layers; 1 when balanced, E / K when
-    all tokens choose the same experts. Pooled (transformers from 4.54 on): counts and
-    probabilities of all layers in one bin, times K; K when balanced.
+    E / (N K) * sum_e tokens_e * mean_prob_e, averaged over layers; 1 if balanced, E / K if all tokens
+    go to the same experts. Pooled (transformers from 4.54 on): counts and probabilities are averaged
+    over layers first, and the loss is K times as large; K if balanced.
 
     Args:
       layers: the routing of each layer, for the same N tokens.
-      valid: 1 for tokens that count and 0 for padding; None counts all.
-      partition: where the tokens are those of one of several devices' rows; the loss is of all.
+      valid: 1 for tokens and 0 for padding; None means no padding.
+      partition: the mesh over which the tokens are sharded; the loss is that of all tokens.
     """
-    counts, means = [], []
+    fractions, means = [], []
     for probs, _, experts in layers:
-        n, num_experts = probs.shape
-        chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=1)  # (N, E)
-        weight = jnp.ones(n) if valid is None else valid.astype(jnp.float32)
+        num_tokens, num_experts = probs.shape
+        one_hot = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=1)  # (N, E)
+        weight = jnp.ones(num_tokens) if valid is None else valid.astype(jnp.float32)
         total = jnp.maximum(partition.psum(weight.sum(), *BATCH_AXES), 1.0)
-        counts.append(partition.psum(weight @ chosen, *BATCH_AXES) / total)
+        fractions.append(partition.psum(weight @ one_hot, *BATCH_AXES) / total)
         means.append(partition.psum(weight @ probs, *BATCH_AXES) / total)
-    share, mean_prob = jnp.stack(counts), jnp.stack(means)  # (L, E) each; a row of share sums to K
-    num_experts, top_k = share.shape[1], layers[0].experts.shape[1]
+    fraction, mean_prob = jnp.stack(fractions), jnp.stack(means)  # (L, E) each; a row of fraction sums to K
+    num_experts, top_k = fraction.shape[1], layers[0].experts.shape[1]
     if pooled:
-        return num_experts * jnp.sum(share.mean(axis=0) * mean_prob.mean(axis=0))
-    return num_experts / top_k * jnp.sum(share * mean_prob, axis=1).mean()
+        return num_experts * jnp.sum(fraction.mean(axis=0) * mean_prob.mean(axis=0))
+    return num_experts / top_k * jnp.sum(fraction * mean_prob, axis=1).mean()

@@ -1,8 +1,8 @@
 """Weight-only quantisation: int8, int4 and fp8 weights in one type of array.
 
-A weight is an integer (or an 8-bit float) times a scale. int8 and fp8 have a scale for each output channel, that
-is for all weights that one sum of a matrix product runs over; int4 has one for each group of them. Qwix's QArray
-is not used because it does not pack int4: jnp.int4 takes a byte on the disk, and in memory with jax 0.10.
+A weight is an integer (or an 8-bit float) times a scale. int8 and fp8 have a scale per output channel; int4 has one
+per group of weights along the contraction. Qwix's QArray is not used because it does not pack int4: jnp.int4 takes
+a byte on the disk, and in memory with jax 0.10.
 """
 
 from dbrx_jax.quantization.array import QuantizedArray as QuantizedArray

@@ -1,4 +1,4 @@
-"""QuantizedArray: an array stored as small numbers and scales."""
+"""QuantizedArray: an array stored as low-precision values and scales."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ SCALE_DTYPES = ("bfloat16", "float32")
 MIN_GROUP = 8
 VALUE_DTYPES = {
     "int8": np.dtype(np.int8),
-    "int4": np.dtype(np.uint8),  # two in a byte
+    "int4": np.dtype(np.uint8),  # two per byte
     "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
@@ -25,17 +25,17 @@ VALUE_DTYPES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """An array as small numbers and scales: numpy arrays, JAX arrays, shapes of them, or places on a mesh.
+    """An array as values and scales, which are numpy arrays, JAX arrays, ShapeDtypeStructs, or partition specs.
 
     Args:
       values: int8, or float8_e4m3fn (fp8), of the array's shape. int4: uint8, in which element 2k along the
         last contracted dimension has the low four bits and 2k + 1 the high, in two's complement from -7 to
         7, so that dimension is halved.
-      scale: of the activations' dtype and the values' rank. Per channel: 1 in contracted dimensions; in
-        groups: their number in the last contracted dimension, and the array's size in others.
+      scale: of the activations' dtype and the values' rank. Per channel, its contracted dimensions are 1;
+        in groups, its last contracted dimension is their number, and others are the array's.
       kind: see :class:`Format`.
-      contracted: the dimensions that a matrix product sums over, counted from the end, ascending.
-      group: how many weights along the last contracted dimension have one scale; None is per channel.
+      contracted: the dimensions that a matmul sums over, counted from the end, ascending.
+      group: number of weights along the last contracted dimension that share a scale; None: per channel.
     """
 
     values: Any
@@ -70,7 +70,7 @@ class QuantizedArray:
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in (self.values, self.scale))
 
     def __getitem__(self, index: Any) -> "QuantizedArray":
-        """Part of the first dimension, or rows by an array of their numbers; that dimension is not contracted."""
+        """Returns elements of the first dimension, by a number, slice or array; it must not be contracted."""
         if index is Ellipsis:
             return self
         if isinstance(index, tuple) or -self.ndim in self.contracted:
@@ -78,27 +78,27 @@ class QuantizedArray:
         return dataclasses.replace(self, values=self.values[index], scale=self.scale[index])
 
     def scale_splits(self, dimension: int) -> bool:
-        """Returns whether the scale of a shard is split together with the values along a dimension."""
+        """Returns whether sharding the values along a dimension shards the scale too."""
         d = dimension % self.ndim - self.ndim
         if d not in self.contracted:
             return True
         return self.group is not None and (d != self.contracted[-1] or self.group <= self.shape[d])
 
     def integers(self) -> Any:
-        """The values without their scales in the array's shape, int4 unpacked to int8."""
+        """Returns the values without their scales in the array's shape, int4 unpacked to int8."""
         return unpack(self.values, self.contracted[-1]) if self.kind == "int4" else self.values
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Any:
-        """The array: products in float32, rounded once to a dtype (the scales' by default)."""
+        """Returns the values times the scales: in float32, rounded once to a dtype (the scales' by default)."""
         dtype = self.scale.dtype if dtype is None else dtype
         return scaled(self.integers(), self.scale, self.contracted[-1], dtype)
 
 
 def abstract(shape: tuple[int, ...], format: Format, contracted: tuple[int, ...], dtype: DTypeLike) -> QuantizedArray:
-    """The result of quantising an array of this shape, as shapes without memory behind them.
+    """Returns the result of quantising an array of this shape, as ShapeDtypeStructs.
 
     Raises:
-      QuantizationError: the contraction is not cut into equal groups of that size, or the dtype has no scales.
+      QuantizationError: the contraction does not divide into groups of that size, or scales cannot be of the dtype.
     """
     if np.dtype(dtype).name not in SCALE_DTYPES:
         raise QuantizationError(
@@ -111,8 +111,8 @@ def abstract(shape: tuple[int, ...], format: Format, contracted: tuple[int, ...]
             raise QuantizationError(f"quantization: int4 needs an even number along the contraction, got {shape[d]}")
         values[d] //= 2
     if format.group is None:
-        for each in contracted:
-            scale[each] = 1
+        for dimension in contracted:
+            scale[dimension] = 1
     else:
         scale[d] = group_count(shape[d], format.group)
         group = shape[d] // scale[d]
@@ -126,10 +126,10 @@ def abstract(shape: tuple[int, ...], format: Format, contracted: tuple[int, ...]
 
 
 def group_count(n: int, group: int) -> int:
-    """Into how many groups a contraction of n is cut: the fewest equal ones, of an even number up to `group`.
+    """Returns the least number of equal groups of a contraction of n, each of an even size up to `group`.
 
     Raises:
-      QuantizationError: they would have less than MIN_GROUP.
+      QuantizationError: the groups would be smaller than MIN_GROUP.
     """
     for count in range(-(-n // group), n // MIN_GROUP + 1):
         if n % count == 0 and n // count % 2 == 0:
@@ -140,35 +140,29 @@ def group_count(n: int, group: int) -> int:
 
 
 def pack(values: Any, dimension: int) -> Any:
-    """Numbers from -8 to 7 (int8), two in a byte (uint8) along a dimension of even size."""
-    low, high = _pairs(values, dimension)
-    return (low.astype(np.uint8) & 15) | (high.astype(np.uint8) << 4)
+    """Packs integers from -8 to 7 (int8), two per byte (uint8), along a dimension of even size."""
+    d, shape = dimension % values.ndim, values.shape
+    pairs = values.reshape(*shape[:d], shape[d] // 2, 2, *shape[d + 1 :]).astype(np.uint8)
+    leading = (slice(None),) * (d + 1)
+    return (pairs[(*leading, 0)] & 15) | (pairs[(*leading, 1)] << 4)
 
 
 def unpack(packed: Any, dimension: int) -> Any:
-    """The inverse of :func:`pack`."""
-    d = dimension % packed.ndim
+    """Inverts :func:`pack`."""
+    d, shape = dimension % packed.ndim, packed.shape
     xp: Any = np if isinstance(packed, np.ndarray) else jnp
-    shape = packed.shape
     return xp.stack(halves(packed), axis=d + 1).reshape(*shape[:d], 2 * shape[d], *shape[d + 1 :])
 
 
 def halves(packed: Any) -> tuple[Any, Any]:
-    """The even and the odd ones of values that are two in a byte (uint8), as int8."""
+    """Returns the low four bits of each byte and the high four bits, as int8."""
     return (packed << 4).astype(np.int8) >> 4, packed.astype(np.int8) >> 4
 
 
 def scaled(values: Any, scale: Any, dimension: int, dtype: DTypeLike) -> Any:
-    """Small numbers times the scales of their groups along a dimension: in float32, rounded once to a dtype."""
-    d = dimension % values.ndim
-    shape, groups = values.shape, scale.shape[d]
-    values = values.reshape(*shape[:d], groups, shape[d] // groups, *shape[d + 1 :]).astype(np.float32)
+    """Returns values times the scales of their groups along a dimension: in float32, rounded once to a dtype."""
+    d, shape = dimension % values.ndim, values.shape
+    num_groups = scale.shape[d]
+    values = values.reshape(*shape[:d], num_groups, shape[d] // num_groups, *shape[d + 1 :]).astype(np.float32)
     scale = scale.astype(np.float32).reshape(*scale.shape[: d + 1], 1, *scale.shape[d + 1 :])
     return (values * scale).reshape(shape).astype(dtype)
-
-
-def _pairs(values: Any, dimension: int) -> tuple[Any, Any]:
-    d, shape = dimension % values.ndim, values.shape
-    pairs = values.reshape(*shape[:d], shape[d] // 2, 2, *shape[d + 1 :])
-    before = (slice(None),) * (d + 1)
-    return pairs[(*before, 0)], pairs[(*before, 1)]

@@ -1,4 +1,4 @@
-"""Quantising weights, with the same bits from numpy and from JAX on a CPU."""
+"""quantize: quantises weights, with the same bits from numpy and from JAX on a CPU."""
 
 import dataclasses
 import math
@@ -15,21 +15,22 @@ from dbrx_jax.errors import QuantizationError
 from dbrx_jax.quantization.array import VALUE_DTYPES, QuantizedArray, abstract, pack
 from dbrx_jax.quantization.formats import Format
 
-MAX_VALUE = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # value stored
-# A group whose largest weight is below this is zeros: processors treat subnormal numbers each in its own way.
+MAX_VALUE = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # largest stored value
+# A group whose largest weight is below this becomes zeros: processors differ in how they treat subnormal numbers.
 _TINY = np.float32(2.0**-100)
-# int4 takes the scale, among these times the one that reaches the largest weight, whose squared error is least.
+# int4 clips: of the scale that reaches the largest weight and its multiples by these, the one of least squared error.
 _CLIPS = (0.92, 0.84, 0.76, 0.68)
-_STEPS = 64  # that error is summed in whole numbers, of steps so much finer: the same on numpy and on JAX
-_BLOCK = 1 << 18  # elements that numpy works on at a time, in the processor's cache
+_STEPS = 64  # the error is summed in integers, in units of 1/64 of a scale, to be the same in numpy and JAX
+_BLOCK = 1 << 18  # elements that numpy quantises at a time, in the processor's cache
+_NOT_FINITE = "quantization: a weight is infinite or NaN; look at where the checkpoint comes from"
 
 
 def quantize(array: Any, format: Format, contracted: tuple[int, ...], dtype: DTypeLike) -> QuantizedArray:
-    """An array in a format, symmetric about 0; numpy and JAX give the same bits on a CPU.
+    """Quantises an array, symmetrically about 0; numpy and JAX give the same bits on a CPU.
 
     Args:
-      array: floats, of numpy (then numpy's arrays are the result, and little more memory is used), JAX's, or
-        traced.
+      array: floats in a numpy array (the result's arrays are numpy's too, and little more memory is used), a JAX
+        array, or a tracer.
       contracted: as in :class:`QuantizedArray`.
       dtype: of the scales.
 
@@ -39,21 +40,21 @@ def quantize(array: Any, format: Format, contracted: tuple[int, ...], dtype: DTy
     shapes = abstract(tuple(array.shape), format, contracted, dtype)
     if not isinstance(array, np.ndarray):
         if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
-            raise _not_finite()
-        values, scale = _quantize(array, shapes, _Jax)
+            raise QuantizationError(_NOT_FINITE)
+        values, scale = _quantize(array, shapes, _JaxBackend)
         return dataclasses.replace(shapes, values=values, scale=scale)
     values = np.empty(shapes.values.shape, shapes.values.dtype)
     scale = np.empty(shapes.scale.shape, shapes.scale.dtype)
-    for part in _parts(array.shape, contracted):
-        block = array[part]
+    for index in _block_indices(array.shape, contracted):
+        block = array[index]
         if not np.isfinite(block).all():
-            raise _not_finite()
-        values[part], scale[part] = _quantize(block, shapes, _Numpy)
+            raise QuantizationError(_NOT_FINITE)
+        values[index], scale[index] = _quantize(block, shapes, _NumpyBackend)
     return dataclasses.replace(shapes, values=values, scale=scale)
 
 
-class _Numpy:
-    """Operations that numpy and JAX spell differently, for numpy."""
+class _NumpyBackend:
+    """numpy's version of the operations that numpy and JAX name differently."""
 
     xp: Any = np
 
@@ -62,87 +63,81 @@ class _Numpy:
         return x.astype(dtype).astype(np.float32)
 
     @staticmethod
-    def bits(x: Any, dtype: Any) -> Any:
+    def bitcast(x: Any, dtype: Any) -> Any:
         return x.view(dtype)
 
 
-class _Jax:
+class _JaxBackend:
     xp: Any = jnp
 
     @staticmethod
     def round_to(x: Any, dtype: np.dtype) -> Any:
-        # XLA may leave out a cast there and back.
         info = jnp.finfo(dtype)
-        return lax.reduce_precision(x, info.nexp, info.nmant)
+        return lax.reduce_precision(x, info.nexp, info.nmant)  # XLA may remove a pair of casts
 
-    @staticmethod
-    def bits(x: Any, dtype: Any) -> Any:
-        return lax.bitcast_convert_type(x, dtype)
+    bitcast = staticmethod(lax.bitcast_convert_type)
 
 
-def _quantize(array: Any, like: QuantizedArray, on: Any) -> tuple[Any, Any]:
-    """Quantises an array, or a part of it with whole contractions, to values and scales.
+def _quantize(array: Any, shapes: QuantizedArray, backend: Any) -> tuple[Any, Any]:
+    """Quantises an array, or a block of it with whole contractions, to values and scales.
 
-    No step leaves room for two roundings: reciprocals are taken of scales alone, squares summed in whole numbers.
+    So that no step can be rounded in two ways, only scales are inverted, and squares are summed in integers.
     """
-    xp, kind, ndim = on.xp, like.kind, array.ndim
-    d = like.contracted[-1] % ndim
-    shape = array.shape
+    xp, kind, ndim, shape = backend.xp, shapes.kind, array.ndim, array.shape
+    d = shapes.contracted[-1] % ndim
     x = array.astype(np.float32)
-    if like.group is None:
-        over = tuple(c % ndim for c in like.contracted)
+    if shapes.group is None:
+        axes = tuple(c % ndim for c in shapes.contracted)
     else:
-        x, over = x.reshape(*shape[:d], shape[d] // like.group, like.group, *shape[d + 1 :]), (d + 1,)
-    largest = xp.max(xp.abs(x), axis=over, keepdims=True)
-    zero = largest < _TINY
-    scale = on.round_to(xp.where(zero, np.float32(1), largest * np.float32(1 / MAX_VALUE[kind])), like.dtype)
+        x, axes = x.reshape(*shape[:d], shape[d] // shapes.group, shapes.group, *shape[d + 1 :]), (d + 1,)
+    max_abs = xp.max(xp.abs(x), axis=axes, keepdims=True)
+    is_zero = max_abs < _TINY
+    scale = xp.where(is_zero, np.float32(1), max_abs * np.float32(1 / MAX_VALUE[kind]))
+    scale = backend.round_to(scale, shapes.dtype)
     if kind == "int4":
-        scale = _least_error(x, scale, over, like.dtype, on)
+        scale = _least_error_scale(x, scale, axes, shapes.dtype, backend)
     scaled = xp.clip(x * (np.float32(1) / scale), -MAX_VALUE[kind], MAX_VALUE[kind])
-    scaled = xp.where(zero, np.float32(0), scaled)
-    values = _to_fp8(scaled, on) if kind == "fp8" else xp.rint(scaled).astype(np.int8)
+    scaled = xp.where(is_zero, np.float32(0), scaled)
+    values = _to_fp8(scaled, backend) if kind == "fp8" else xp.rint(scaled).astype(np.int8)
     values = values.reshape(shape)
-    scale = scale.astype(like.dtype)
-    if like.group is not None:
+    scale = scale.astype(shapes.dtype)
+    if shapes.group is not None:
         scale = xp.squeeze(scale, d + 1)
     return (pack(values, d) if kind == "int4" else values), scale
 
 
-def _least_error(x: Any, scale: Any, over: tuple[int, ...], dtype: np.dtype, on: Any) -> Any:
-    """The scale, among some smaller ones, with the least squared error."""
-    xp, top = on.xp, MAX_VALUE["int4"]
-    unit = np.float32(1) / scale
-    fine = xp.rint(x * unit * np.float32(_STEPS)).astype(np.int32)
-    best = least = None
+def _least_error_scale(x: Any, scale: Any, axes: tuple[int, ...], dtype: np.dtype, backend: Any) -> Any:
+    """Returns the int4 scale of least squared error: `scale` or its multiple by one of _CLIPS."""
+    xp, max_value = backend.xp, MAX_VALUE["int4"]
+    inverse_scale = np.float32(1) / scale
+    x_steps = xp.rint(x * inverse_scale * np.float32(_STEPS)).astype(np.int32)
+    best_scale = least_error = None
     for clip in (1.0, *_CLIPS):
-        tried = on.round_to(scale * np.float32(clip), dtype)
-        values = xp.rint(xp.clip(x * (np.float32(1) / tried), -top, top)).astype(np.int32)
-        error = fine - values * xp.rint(tried * unit * np.float32(_STEPS)).astype(np.int32)
-        error = xp.sum(error * error, axis=over, keepdims=True, dtype=np.int32)
-        if least is None:
-            best, least = tried, error
+        candidate = backend.round_to(scale * np.float32(clip), dtype)
+        values = xp.rint(xp.clip(x * (np.float32(1) / candidate), -max_value, max_value)).astype(np.int32)
+        error = x_steps - values * xp.rint(candidate * inverse_scale * np.float32(_STEPS)).astype(np.int32)
+        error = xp.sum(error * error, axis=axes, keepdims=True, dtype=np.int32)
+        if least_error is None:
+            best_scale, least_error = candidate, error
         else:
-            best, least = xp.where(error < least, tried, best), xp.minimum(error, least)
-    return best
+            best_scale = xp.where(error < least_error, candidate, best_scale)
+            least_error = xp.minimum(error, least_error)
+    return best_scale
 
 
-def _to_fp8(x: Any, on: Any) -> Any:
-    """Rounds to float8_e4m3fn, to nearest even: some casts round twice. Gives no -0, which XLA does not keep."""
-    bits = on.bits(x, np.uint32)
+def _to_fp8(x: Any, backend: Any) -> Any:
+    """Rounds to float8_e4m3fn, to nearest even: some casts round twice. Never returns -0, which XLA does not keep."""
+    bits = backend.bitcast(x, np.uint32)
     bits = (bits + np.uint32(0x7FFFF) + ((bits >> 20) & 1)) & np.uint32(0xFFF00000)  # three bits of mantissa
-    normal = on.bits(bits, np.float32)
-    subnormal = on.xp.rint(x * np.float32(512)) * np.float32(1 / 512)
-    rounded = on.xp.where(on.xp.abs(x) < np.float32(1 / 64), subnormal, normal)
-    return on.xp.where(rounded == 0, np.float32(0), rounded).astype(VALUE_DTYPES["fp8"])
+    normal = backend.bitcast(bits, np.float32)
+    subnormal = backend.xp.rint(x * np.float32(512)) * np.float32(1 / 512)
+    rounded = backend.xp.where(backend.xp.abs(x) < np.float32(1 / 64), subnormal, normal)
+    return backend.xp.where(rounded == 0, np.float32(0), rounded).astype(VALUE_DTYPES["fp8"])
 
 
-def _parts(shape: tuple[int, ...], contracted: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Parts of an array, whole along its contraction, of about _BLOCK elements."""
+def _block_indices(shape: tuple[int, ...], contracted: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yields indices of blocks of about _BLOCK elements along the first dimension that is not contracted."""
     d = next(i for i in range(len(shape)) if i - len(shape) not in contracted)
     step = max(1, _BLOCK * shape[d] // max(1, math.prod(shape)))
     for start in range(0, shape[d], step):
         yield (*[slice(None)] * d, slice(start, min(start + step, shape[d])))
-
-
-def _not_finite() -> QuantizationError:
-    return QuantizationError("quantization: a weight is infinite or NaN; look at where the checkpoint comes from")

@@ -1,8 +1,8 @@
-"""Attention to the key-value cache on a TPU: scores never leave the chip, and only live positions are read.
+"""Attention to the key-value cache on a TPU: scores stay on the chip, and only positions in use are read.
 
-One kernel for chunks of a prompt and for decoding. The cache is stored as (B, S, G, K); a step of the grid reads
-one block of positions of all heads, for a tile of queries of one row. Blocks that a tile does not look at
-repeat the index of the last one that it does, so that nothing is fetched for them.
+One kernel serves chunks of a prompt and decode steps. A grid step reads one block of positions of all heads for a tile
+of queries of one row. Blocks that no query of the tile sees repeat the index of the last visible one, so that nothing
+is copied for them.
 """
 
 import functools
@@ -18,13 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.cache_layout import is_stored_by_head
-from dbrx_jax.kernels.tpu.packed_weights import in_hbm
+from dbrx_jax.kernels.tpu.packed_weights import LANES, MAX_VMEM, in_hbm, iota
+from dbrx_jax.ops.attention import MASKED
 
-LANES = 128
 QUERY_TILE = 128  # tokens
 BLOCK = 512  # positions
-MASKED = -1e30
-VMEM_BYTES = 48 << 20  # of the 64 MiB that a TPU since v5e has at least
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
@@ -34,70 +32,64 @@ def supports(query: Array, key: Array, value: Array) -> bool:
     return floats and key.dtype == value.dtype and K == LANES and S % LANES == 0 and (T == 1 or T % QUERY_TILE == 0)
 
 
-def tile_of(tokens: int) -> int:
-    """Queries of one row that look at the cache together: a power of two."""
-    return min(tokens, QUERY_TILE)
-
-
-def block_of(positions: int) -> int:
-    """Positions of the cache that are read together."""
-    return math.gcd(positions, BLOCK)
+def _tile_sizes(query: Any, key: Any) -> tuple[int, int]:
+    """Returns the queries of a tile, a power of two, and the positions of a block."""
+    return min(query.shape[1], QUERY_TILE), math.gcd(key.shape[2], BLOCK)
 
 
 def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int, int] = (0, 1)) -> tuple[int, int]:
-    """Bytes that one call of the kernel reads and writes, for queries (R, T, H, K) and a cache (B, G, S, K).
+    """Returns the bytes that the kernel reads and writes for queries (R, T, H, K) and a cache (B, G, S, K).
 
-    Only the kernel's: putting queries and results in order around it is not counted.
+    Transposing the queries and the result is not included.
     """
     R, T, H, K = query.shape
-    G, S = key.shape[1:3]
-    tile, block, (offset, stride) = tile_of(T), block_of(S), context_shard
-    ends = starts[:, None] + (np.arange(T // tile) + 1) * tile - 1  # of each tile of queries
-    blocks = np.maximum(ends - offset, 0) // (block * stride) + 1
-    fetched = blocks.sum() - (blocks[:, :-1] == 1).sum()  # after a tile of one block, the next finds it there
-    position = G * (K * key.dtype.itemsize + (2 if key.dtype == jnp.int8 else 0))
-    queries = R * T * H
-    return int(2 * fetched * block * position + queries * K * query.dtype.itemsize), queries * (K + LANES) * 4
+    G, (tile, block), (offset, stride) = key.shape[1], _tile_sizes(query, key), context_shard
+    last_queries = starts[:, None] + (np.arange(T // tile) + 1) * tile - 1  # of each tile
+    blocks = np.maximum(last_queries - offset, 0) // (block * stride) + 1
+    num_copies = blocks.sum() - (blocks[:, :-1] == 1).sum()  # the only block of a tile stays for the next tile
+    position_bytes = G * (K * key.dtype.itemsize + (2 if key.dtype == jnp.int8 else 0))
+    num_queries = R * T * H
+    read = 2 * num_copies * block * position_bytes + num_queries * K * query.dtype.itemsize
+    return int(read), num_queries * (K + LANES) * 4
 
 
 def _last_block(last_query: Array, offset: Array, stride: int, block: int) -> Array:
-    """The last block with a position that a query at this one sees; the first where there is none."""
+    """Returns the last block with a position that a query at `last_query` sees, or 0 if it sees none."""
     return lax.div(jnp.maximum(last_query - offset, 0), jnp.int32(block * stride))
 
 
-def _kernel(starts, cache_at, *refs, tile: int, stride: int, by_head: bool, scaled: bool):
-    """One step: a tile of queries (1, 1, G, H/G tile, K) against a block of positions (1, block, G, K).
+def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_head: bool, scaled: bool):
+    """Adds a block of positions (1, block, G, K) to the softmax of a tile of queries (1, 1, G, H/G tile, K).
 
-    Queries are ordered by head, then position. Many queries go through the heads in a loop: written out, their
-    products take the compiler ten seconds a layer. A loop cannot index a head in the stored block, so they are
-    put apart first, which beside the products is little. One query is all reading, and is spared that.
+    Queries are ordered by head, then position. Many queries process the heads in a loop, since unrolled matmuls take
+    the compiler ten seconds a layer. A loop cannot index a head of the stored block, so the block is first copied by
+    head, which takes little time beside the matmuls. A single query only reads and needs no copy.
     """
-    number = 5 if scaled else 3
-    q_ref, *cache_refs = refs[:number]  # keys, values and their scales
-    out_ref, stats_ref, largest_ref, total_ref, *kept = refs[number:]
+    num_cache = 4 if scaled else 2
+    cache_refs = refs[:num_cache]  # keys, values and their scales
+    out_ref, stats_ref, largest_ref, total_ref, *copy_refs = refs[num_cache:]
     heads, block = cache_refs[0].shape[1:3] if by_head else cache_refs[0].shape[2:0:-1]
     r, i, j = (pl.program_id(axis) for axis in range(3))
     first_query = starts[r] + i * tile
-    first_key = j * (block * stride) + cache_at[1]
+    first_key = j * (block * stride) + row_and_offset[1]
 
-    def of_head(g: int) -> list[Array]:
-        """Keys and values (block, K), and their scales (1, block) in float32."""
-        pair = [ref[0, g] if by_head else ref[0, :, g, :] for ref in cache_refs[:2]]
-        return pair + [ref[0, g : g + 1].astype(jnp.float32) for ref in cache_refs[2:]]
+    def load_head(g: int) -> list[Array]:
+        """Returns keys and values (block, K), and their scales (1, block) in float32."""
+        key_value = [ref[0, g] if by_head else ref[0, :, g, :] for ref in cache_refs[:2]]
+        return key_value + [ref[0, g : g + 1].astype(jnp.float32) for ref in cache_refs[2:]]
 
-    def add(g: Any, seen: Array, k: Array, v: Array, of_keys: Any = 1, of_values: Any = 1) -> None:
+    def add_head(g: Any, visible: Array, k: Array, v: Array, key_scales: Any = 1, value_scales: Any = 1) -> None:
         q = q_ref[0, 0, g]
         scores = lax.dot_general(q, k.astype(q.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        scores = jnp.where(seen, scores * of_keys, -jnp.inf)
-        old = largest_ref[g]
-        new = jnp.maximum(old, scores.max(axis=1, keepdims=True))
-        share = jnp.exp(old - new)
-        probs = jnp.exp(scores - new[:, :1])
-        largest_ref[g] = new
-        total_ref[g] = total_ref[g] * share + probs.sum(axis=1, keepdims=True)
-        probs = (probs * of_values).astype(q.dtype)
-        more = lax.dot_general(probs, v.astype(q.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        out_ref[0, 0, g] = out_ref[0, 0, g] * share[:, :1] + more
+        scores = jnp.where(visible, scores * key_scales, -jnp.inf)
+        largest = jnp.maximum(largest_ref[g], scores.max(axis=1, keepdims=True))
+        rescale = jnp.exp(largest_ref[g] - largest)
+        probs = jnp.exp(scores - largest[:, :1])
+        largest_ref[g] = largest
+        total_ref[g] = total_ref[g] * rescale + probs.sum(axis=1, keepdims=True)
+        probs = (probs * value_scales).astype(q.dtype)
+        out = lax.dot_general(probs, v.astype(q.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        out_ref[0, 0, g] = out_ref[0, 0, g] * rescale[:, :1] + out
 
     @pl.when(j == 0)
     def _():
@@ -108,21 +100,18 @@ def _kernel(starts, cache_at, *refs, tile: int, stride: int, by_head: bool, scal
     @pl.when(first_key < first_query + tile)
     def _():
         shape = (q_ref.shape[3], block)
-        key = first_key + lax.broadcasted_iota(jnp.int32, shape, 1) * stride
-        query = first_query + (lax.broadcasted_iota(jnp.int32, shape, 0) & (tile - 1))
-        seen = key <= query
+        visible = first_key + iota(shape, 1) * stride <= first_query + (iota(shape, 0) & (tile - 1))
         for g in range(heads):
-            for ref, x in zip(kept, of_head(g), strict=False):
+            if not copy_refs:
+                add_head(g, visible, *load_head(g))
+            for ref, x in zip(copy_refs, load_head(g), strict=False):
                 ref[g] = x
-            if not kept:
-                add(g, seen, *of_head(g))
-        if kept:
-            lax.fori_loop(0, heads, lambda g, none: add(g, seen, *(ref[g] for ref in kept)), None)
+        if copy_refs:
+            lax.fori_loop(0, heads, lambda g, _: add_head(g, visible, *(ref[g] for ref in copy_refs)), None)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        lane = lax.broadcasted_iota(jnp.int32, stats_ref.shape[2:], 2)
-        stats_ref[0, 0] = jnp.where(lane == 0, largest_ref[...], total_ref[...])
+        stats_ref[0, 0] = jnp.where(iota(stats_ref.shape[2:], 2) == 0, largest_ref[...], total_ref[...])
 
 
 def cache_attention(
@@ -134,58 +123,62 @@ def cache_attention(
     context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
     scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Attention of queries at positions starts[r] … starts[r] + T - 1 of row first_row + r to positions up to theirs.
+    """Attends from positions starts[r] … starts[r] + T - 1 of row first_row + r to the positions up to each query's.
 
     Args:
-      context_shard: (x, X) where the cache holds every X-th position from x on.
-      scales: of the keys and the values of an int8 cache.
+      context_shard: (x, X) if the cache stores every X-th position from x on.
+      scales: scales of the keys and of the values of an int8 cache.
 
     Returns:
       Largest score and sum of exp(score - largest), (R, T, H), and the values' sum with these weights, (R, T, H, K).
     """
     R, T, H, K = query.shape
-    G, S = key.shape[1:3]
-    tile, block = tile_of(T), block_of(S)
-    tiles, rows, stride = T // tile, H // G * tile, context_shard[1]
+    G, (tile, block), stride = key.shape[1], _tile_sizes(query, key), context_shard[1]
+    tiles, rows = T // tile, H // G * tile
     q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
     q = q.reshape(R, tiles, tile, H, K).swapaxes(2, 3).reshape(R, tiles, G, rows, K)
     starts = starts.astype(jnp.int32)
-    cache_at = jnp.stack([jnp.asarray(first_row, jnp.int32), jnp.asarray(context_shard[0], jnp.int32)])
-    blocks = _last_block(jnp.max(starts) + T - 1, cache_at[1], stride, block) + 1
+    row_and_offset = jnp.stack([jnp.asarray(first_row, jnp.int32), jnp.asarray(context_shard[0], jnp.int32)])
+    num_blocks = _last_block(jnp.max(starts) + T - 1, row_and_offset[1], stride, block) + 1
 
-    def q_index(r, i, j, starts, cache_at):
+    def query_index(r, i, j, starts, row_and_offset):
         return r, i, 0, 0, 0
 
-    def kv_index(r, i, j, starts, cache_at):
-        last = _last_block(starts[r] + (i + 1) * tile - 1, cache_at[1], stride, block)
-        return cache_at[0] + r, 0, jnp.minimum(j, last), 0
+    def row_and_block(r, i, j, starts, row_and_offset):
+        last = _last_block(starts[r] + (i + 1) * tile - 1, row_and_offset[1], stride, block)
+        return row_and_offset[0] + r, jnp.minimum(j, last)
 
-    def as_it_lies(r, i, j, starts, cache_at):
-        row, _, place, _ = kv_index(r, i, j, starts, cache_at)
-        return row, place, 0, 0
+    def by_head_index(*step):
+        row, position_block = row_and_block(*step)
+        return row, 0, position_block, 0
 
-    def scale_index(*at):
-        return kv_index(*at)[:3]
+    def by_position_index(*step):
+        return *row_and_block(*step), 0, 0
 
-    by_head = is_stored_by_head(G, key.dtype)  # in its stored layout: a transpose would copy it
-    kv = pl.BlockSpec((1, G, block, K), kv_index) if by_head else pl.BlockSpec((1, block, G, K), as_it_lies)
-    scale = pl.BlockSpec((1, G, block), scale_index)
-    apart = [pltpu.VMEM((G, block, K), key.dtype)] * 2 + [pltpu.VMEM((G, 1, block), jnp.float32)] * (2 * bool(scales))
-    apart = apart if tile > 1 else []
-    key, value = (in_hbm(x if by_head else x.swapaxes(1, 2)) for x in (key, value))
+    by_head = is_stored_by_head(G, key.dtype)  # the cache is read in its memory layout: transposing would copy it
+    if by_head:
+        cache_spec = pl.BlockSpec((1, G, block, K), by_head_index)
+    else:
+        cache_spec = pl.BlockSpec((1, block, G, K), by_position_index)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scale_specs = [pl.BlockSpec((1, G, block), lambda *step: by_head_index(*step)[:3])] * (2 if scales else 0)
+    scratch = [pltpu.VMEM((G, rows, LANES), jnp.float32)] * 2
+    if tile > 1:
+        scratch += [pltpu.VMEM((G, block, K), key.dtype)] * 2
+        scratch += [pltpu.VMEM((G, 1, block), jnp.float32)] * len(scale_specs)
     out, stats = pl.pallas_call(
         functools.partial(_kernel, tile=tile, stride=stride, by_head=by_head, scaled=scales is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(R, tiles, blocks),
-            in_specs=[pl.BlockSpec((1, 1, G, rows, K), q_index), kv, kv, *([scale] * 2 if scales else [])],
-            out_specs=[pl.BlockSpec((1, 1, G, rows, n), q_index) for n in (K, LANES)],
-            scratch_shapes=[pltpu.VMEM((G, rows, LANES), jnp.float32)] * 2 + apart,
+            grid=(R, tiles, num_blocks),
+            in_specs=[pl.BlockSpec((1, 1, G, rows, K), query_index), cache_spec, cache_spec, *scale_specs],
+            out_specs=[pl.BlockSpec((1, 1, G, rows, n), query_index) for n in (K, LANES)],
+            scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct((R, tiles, G, rows, n), jnp.float32) for n in (K, LANES)],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MAX_VMEM),
         name="cache_attention",
-    )(starts, cache_at, q, key, value, *(scales or ()))
+    )(starts, row_and_offset, q, in_hbm(key), in_hbm(value), *(scales or ()))
 
     def by_token(x: Array) -> Array:
         rest = x.shape[4:]
