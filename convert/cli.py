@@ -1,4 +1,4 @@
-"""dbrx-convert: checkpoints of DBRX from one form to another."""
+"""The command dbrx-convert: to-orbax, to-hf, verify and inspect."""
 
 import dataclasses
 import json
@@ -46,16 +46,8 @@ class ToOrbax:
         from dbrx_convert.to_orbax import to_orbax
 
         def convert(advance: Callable[[int], None]) -> dict[str, int]:
-            return to_orbax(
-                self.source,
-                self.destination,
-                self.dtype,
-                self.compress,
-                self.sha256,
-                self.workers,
-                advance,
-                self.quantize,
-            )
+            options = (self.dtype, self.compress, self.sha256, self.workers, advance, self.quantize)
+            return to_orbax(self.source, self.destination, *options)
 
         _convert(self.source, self.destination, convert, self.quantize)
 
@@ -81,7 +73,7 @@ class ToHf:
     def run(self) -> None:
         from dbrx_convert.to_hf import to_hf
 
-        size = _size(self.max_shard_size)
+        size = _parse_size(self.max_shard_size)
 
         def convert(advance: Callable[[int], None]) -> dict[str, int]:
             return to_hf(self.source, self.destination, self.dtype, size, self.workers, advance)
@@ -195,7 +187,7 @@ def _convert(
     convert: Callable[[Callable[[int], None]], dict[str, int]],
     quantize: str | None = None,
 ) -> None:
-    """Runs a conversion with its progress, and says what was done."""
+    """Runs a conversion with its progress; prints sizes, speed and warnings."""
     from dbrx_jax.checkpoint.open import open_folder
     from dbrx_jax.files import location
 
@@ -209,17 +201,17 @@ def _convert(
         bad = convert(advance)
     seconds, gigabytes = time.perf_counter() - begin, size / 1e9
     for name, count in bad.items():
-        print_status(
-            f"dbrx-convert: warning: {name}: {count} values are not finite; look at where the source comes from"
-        )
+        warning = f"{name}: {count} values are not finite; look at where the source comes from"
+        print_status(f"dbrx-convert: warning: {warning}")
     print_status(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
     if quantize is not None:
         files = location(destination).rglob("*")
-        taken = sum(file.stat().st_size for file in files if file.is_file())
-        print_status(f"{destination}: its weights are {quantize}, and take {taken / 1e9:.3g} GB")
+        num_bytes = sum(file.stat().st_size for file in files if file.is_file())
+        print_status(f"{destination}: its weights are {quantize}, and take {num_bytes / 1e9:.3g} GB")
 
 
-def _size(text: str) -> int:
+def _parse_size(text: str) -> int:
+    """Returns the bytes of a size such as 5GB."""
     match = re.fullmatch(r"(\d{1,9})\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match or int(match[1]) == 0:
         raise CheckpointError(f"--max-shard-size: expected a size such as 5GB or 500MB, got {text!r}")
@@ -227,7 +219,7 @@ def _size(text: str) -> int:
 
 
 def main() -> None:
-    """The command dbrx-convert."""
+    """Runs the command dbrx-convert."""
     commands: dict[str, Callable[..., Any]] = {"to-orbax": ToOrbax, "to-hf": ToHf, "verify": Verify, "inspect": Inspect}
     command = tyro.extras.subcommand_cli_from_dict(
         commands, prog="dbrx-convert", description="Convert checkpoints of DBRX."

@@ -15,7 +15,7 @@ from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
 def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
-    """Facts about a checkpoint of either kind; `problems` lists what keeps it from being used as it is.
+    """Returns facts about a checkpoint of either kind; `problems` lists what prevents its use.
 
     Args:
       values: also read every weight and count those that are not finite.
@@ -69,7 +69,7 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
 
 
 def _bytes_by_part(folder: CheckpointFolder) -> dict[str, int]:
-    """Bytes of each part of a model that a :class:`Quantization` distinguishes, and of the rest."""
+    """Returns the bytes of each part of a model that a :class:`Quantization` distinguishes, and of the rest."""
     result: dict[str, int] = {}
     arrays = array_layouts(folder.config, None, folder.quantization, folder.dtype())
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""Comparing two checkpoints of either kind, tensor by tensor or by their logits."""
+"""Compares two checkpoints of either kind, tensor by tensor or by their logits."""
 
 import dataclasses
 import math
@@ -29,25 +29,23 @@ class Difference:
 def compare(
     a: CheckpointFolder, b: CheckpointFolder, progress: Callable[[int], None] | None = None
 ) -> Iterator[Difference]:
-    """Every parameter that is not the same in both, a few rows in memory at a time.
+    """Yields the parameters that differ, reading a block of rows at a time.
 
     Values of one dtype are compared as bytes, so NaN equals the same NaN and 0 differs from -0.
     """
-    ours, theirs = parameter_specs(a.config), parameter_specs(b.config)
-    for name in [*ours, *(n for n in theirs if n not in ours)]:
-        if name not in theirs or name not in ours:
-            yield Difference(name, "missing", f"only in the {'first' if name in ours else 'second'}")
-        elif ours[name].shape != theirs[name].shape:
-            yield Difference(name, "shape", f"{ours[name].shape} against {theirs[name].shape}")
-        else:
-            difference = _compare_one(a, b, name)
-            if difference is not None:
-                yield difference
-        if progress is not None and name in ours:
-            progress(ours[name].size)
+    specs_a, specs_b = parameter_specs(a.config), parameter_specs(b.config)
+    for name in {**specs_a, **specs_b}:
+        if name not in specs_b or name not in specs_a:
+            yield Difference(name, "missing", f"only in the {'first' if name in specs_a else 'second'}")
+        elif specs_a[name].shape != specs_b[name].shape:
+            yield Difference(name, "shape", f"{specs_a[name].shape} against {specs_b[name].shape}")
+        elif difference := _compare_parameter(a, b, name):
+            yield difference
+        if progress is not None and name in specs_a:
+            progress(specs_a[name].size)
 
 
-def _compare_one(a: CheckpointFolder, b: CheckpointFolder, name: str) -> Difference | None:
+def _compare_parameter(a: CheckpointFolder, b: CheckpointFolder, name: str) -> Difference | None:
     shape = shape_of(a, name)
     dtypes = a.parameter_dtype(name), b.parameter_dtype(name)
     largest = scale = 0.0
@@ -64,8 +62,8 @@ def _compare_one(a: CheckpointFolder, b: CheckpointFolder, name: str) -> Differe
             different = ~((x == y) | (np.isnan(x) & np.isnan(y)))
         if different.any():
             if first is None:
-                place = np.unravel_index(int(np.argmax(different)), x.shape)
-                first = (int(place[0]) + start, *map(int, place[1:]))
+                index = np.unravel_index(int(np.argmax(different)), x.shape)
+                first = (int(index[0]) + start, *map(int, index[1:]))
             with np.errstate(invalid="ignore"):
                 largest = max(largest, float(np.nanmax(np.abs(x - y), initial=0)))
         scale = max(scale, float(np.nanmax(np.abs(x), initial=0)))
@@ -79,7 +77,7 @@ def _compare_one(a: CheckpointFolder, b: CheckpointFolder, name: str) -> Differe
 
 
 def check_digests(folder: CheckpointFolder, progress: Callable[[int], None] | None = None) -> list[str]:
-    """The parameters (values and scales of quantised ones) whose bytes are not those of the manifest's SHA-256 digests.
+    """Returns the arrays (values and scales, if quantised) whose bytes differ from the manifest's SHA-256 digests.
 
     Raises:
       CheckpointError: the checkpoint has no digests.
@@ -108,7 +106,7 @@ class LogitAgreement:
 
 
 def compare_logits(a: str | Path, b: str | Path, ids: Sequence[int]) -> LogitAgreement:
-    """Runs both models, one after the other, in float32 over token ids.
+    """Compares the predictions of two models, run in float32 one after the other, on token ids.
 
     Raises:
       CheckpointError, ConfigError: one of them does not load.
@@ -119,9 +117,9 @@ def compare_logits(a: str | Path, b: str | Path, ids: Sequence[int]) -> LogitAgr
     results = []
     for path in (a, b):
         model = DbrxForCausalLM.from_pretrained(path, dtype="float32")
-        window = min(model.config.max_seq_len, 512)
-        pieces = [ids[i : i + window] for i in range(0, len(ids), window)]
-        outputs = [cast(CausalLMOutput, model([piece], output_router_probs=True)) for piece in pieces]
+        length = min(model.config.max_seq_len, 512)
+        chunks = [ids[i : i + length] for i in range(0, len(ids), length)]
+        outputs = [cast(CausalLMOutput, model([chunk], output_router_probs=True)) for chunk in chunks]
         logits = np.concatenate([np.asarray(o.logits[0], np.float64) for o in outputs])
         probs = np.concatenate([np.stack([np.asarray(p[0]) for p in o.router_probs or ()]) for o in outputs], axis=1)
         results.append((logits, np.argsort(-probs, axis=-1, kind="stable")[..., : model.config.moe_top_k]))
@@ -145,5 +143,5 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _in_common(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean share of the last axis' members that both have."""
+    """Returns the mean fraction of the last axis' elements that both have."""
     return float((a[..., :, None] == b[..., None, :]).any(-1).mean())

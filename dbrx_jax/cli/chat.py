@@ -1,4 +1,4 @@
-"""A conversation in a terminal."""
+"""Conversation with a model in a terminal."""
 
 import contextlib
 import signal
@@ -16,7 +16,7 @@ Ctrl-C        stop the answer"""
 
 
 class Conversation:
-    """Messages so far, after an optional system message."""
+    """Messages of a conversation, after an optional system message."""
 
     def __init__(self, system: str | None = None):
         self.system = system
@@ -38,13 +38,13 @@ def converse(conversation: Conversation, answer: Callable[[list[dict[str, str]]]
     """Reads lines from the terminal and streams answers to it, until the end of the input.
 
     Args:
-      answer: gives the pieces of the text that follows these messages.
+      answer: yields the pieces of the answer to these messages.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history in input()
     terminal = sys.stdin.isatty()
     if terminal:
-        # Also where a script started this with Ctrl-C ignored, as shells do in the background.
+        # A script may have started this with Ctrl-C ignored, as shells do in the background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print_status("Type a message, or /help.")
     while True:
@@ -80,7 +80,7 @@ def _command(conversation: Conversation, line: str) -> None:
 
 
 def _turn(conversation: Conversation, line: str, answer: Callable[[list[dict[str, str]]], Iterator[str]]) -> None:
-    """One question and its answer; a stopped answer stays in the conversation as far as it came."""
+    """Adds a question and its answer, which the user may stop midway, to the conversation."""
     conversation.add("user", line)
     pieces: list[str] = []
     try:

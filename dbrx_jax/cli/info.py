@@ -1,4 +1,4 @@
-"""Versions, devices and memory of this installation."""
+"""Describes this installation: versions, devices and memory."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,7 @@ PACKAGES = ("dbrx-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "safetensor
 
 
 def collect() -> dict[str, Any]:
-    """Facts that a report of a problem should carry: texts, and lists of texts."""
+    """Returns facts for a bug report: texts, and lists of texts."""
     import jax
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,8 @@
-"""dbrx-jax plan: what a model takes on which devices, as a page or as JSON."""
+"""The command dbrx-jax plan: memory and speed of a model on given devices, as a page or as JSON."""
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,22 +71,19 @@ class Plan:
         accelerator, devices = target(kind), int(count)
         if self.mesh is not None:
             axes = find_axes(self.mesh)
-        elif self.on in recipe_names() and _suits(config, find_recipe(self.on).axes):
+        elif self.on in recipe_names() and _divides(config, find_recipe(self.on).axes):
             axes = find_recipe(self.on).axes
         else:
             axes = suggest_axes(config, devices)
-        made = 1
-        for size in axes.values():
-            made *= size
-        if made != devices:
-            raise PlanError(f"--mesh: {self.mesh} makes {made} devices, and --on says {devices}")
+        if (mesh_devices := math.prod(axes.values())) != devices:
+            raise PlanError(f"--mesh: {self.mesh} makes {mesh_devices} devices, and --on says {devices}")
         if self.context > config.max_seq_len:
             raise PlanError(f"--context: {self.context} is beyond the model's {config.max_seq_len} positions")
         return Setting(config, accelerator, axes, precision, self.batch, self.context, self.cache_dtype)
 
 
 def _precision(text: str) -> str:
-    """A quantisation's text in its shortest form."""
+    """Returns a quantisation's text in its shortest form."""
     from dbrx_jax.planning.plan import FLOATS
     from dbrx_jax.quantization import Quantization
 
@@ -95,7 +93,8 @@ def _precision(text: str) -> str:
         raise PlanError(f"--dtype: {', '.join(FLOATS)} or a quantisation; {error}") from None
 
 
-def _suits(config: Any, axes: dict[str, int]) -> bool:
+def _divides(config: Any, axes: dict[str, int]) -> bool:
+    """Returns whether the axes divide the numbers of experts, key-value heads and FFN units."""
     divided = (("expert", "moe_num_experts"), ("tensor", "kv_n_heads"), ("tensor", "ffn_hidden_size"))
     return all(getattr(config, field) % axes.get(axis, 1) == 0 for axis, field in divided)
 
@@ -110,7 +109,7 @@ def _config_of(path: str) -> Any:
 
 
 def collect(setting: Any) -> dict[str, Any]:
-    """All that is known on paper of a :class:`dbrx_jax.planning.plan.Setting`."""
+    """Returns the estimates for a :class:`dbrx_jax.planning.plan.Setting`, without compiling."""
     from dbrx_jax.planning import plan
     from dbrx_jax.planning.targets import slice_sizes
 
@@ -149,9 +148,11 @@ def collect(setting: Any) -> dict[str, Any]:
 
 
 def page(facts: dict[str, Any]) -> list[str]:
-    """The facts in lines of at most 80 columns."""
+    """Returns the facts as lines of at most 80 columns."""
     memory = facts["memory"]
     axes = ", ".join(f"{axis} {size}" for axis, size in facts["axes"].items())
+    ways = ", or ".join(facts["ways_to_fit"])
+    fit = "it fits" if facts["fits"] else "it does not fit" + (f"; it would with {ways}" if ways else "")
     lines = [
         f"{facts['devices']} ({axes}), {facts['dtype']}, batch {facts['batch']}, context {facts['context']}"
         + (", int8 cache" if facts["cache_dtype"] == "int8" else ""),
@@ -160,7 +161,7 @@ def page(facts: dict[str, Any]) -> list[str]:
         *(f"  {name:<22}{size / GB:9.3f}" for name, size in memory["parameters"].items()),
         *(f"  {name:<22}{memory[name] / GB:9.3f}" for name in ("cache", "state", "working", "total")),
         f"  {'usable':<22}{memory['usable'] / GB:9.3f}",
-        "it fits" if facts["fits"] else "it does not fit" + _ways(facts["ways_to_fit"]),
+        fit,
         "",
         "at best, by bandwidth, arithmetic and links, whichever takes longest:",
         "  batch   tokens/s    reading  computing    sending   experts a layer",
@@ -190,7 +191,3 @@ def page(facts: dict[str, Any]) -> list[str]:
             f"  weights sent     {len(program['weights_moved']):9}",
         ]
     return lines
-
-
-def _ways(ways: list[str]) -> str:
-    return "; it would with " + ", or ".join(ways) if ways else ""

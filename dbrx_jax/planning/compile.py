@@ -78,9 +78,8 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise PlanError(
-            f"{name}: the compiler says that it does not fit: {' '.join(str(error).split())[:300]}"
-        ) from None
+        reason = " ".join(str(error).split())[:300]
+        raise PlanError(f"{name}: the compiler says that it does not fit: {reason}") from None
     seconds = time.perf_counter() - begin
     sizes, text = program.memory_analysis(), program.as_text()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes

@@ -64,12 +64,12 @@ def target(kind: str) -> Target:
 
 
 def slice_sizes(kind: str) -> tuple[int, ...]:
-    """Numbers of chips in the usual slices, in ascending order."""
+    """Returns the numbers of chips of the usual slices, in ascending order."""
     return tuple(_SLICES[kind])
 
 
 def topology_for(kind: str, chips: int) -> str:
-    """The topology of the usual slice with `chips` chips, such as "8x8" for 64 chips of v5e, or raises PlanError."""
+    """Returns the topology of a slice, such as "8x8" for 64 chips of v5e, or raises PlanError."""
     target(kind)
     slices = _SLICES[kind]
     if chips not in slices:
@@ -78,7 +78,7 @@ def topology_for(kind: str, chips: int) -> str:
 
 
 def devices(kind: str, slice_: int | str) -> list[Any]:
-    """JAX devices of a slice that is not attached: for lowering and compiling only, they hold no arrays.
+    """Returns the JAX devices of a slice that is not attached, for lowering and compiling only.
 
     Args:
       kind: a name of :data:`TARGETS`.
@@ -113,7 +113,7 @@ def devices(kind: str, slice_: int | str) -> list[Any]:
 
 @contextlib.contextmanager
 def _without_metadata_server() -> Iterator[None]:
-    """Keeps libtpu from asking Google Cloud's metadata server about this host: elsewhere it waits, then fails."""
+    """Keeps libtpu from querying Google Cloud's metadata server, which it waits for in vain elsewhere."""
     variables = {  # libtpu reads them once
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -132,7 +132,7 @@ def _without_metadata_server() -> Iterator[None]:
 
 
 def _gpu_target_config(gpu: Target) -> str:
-    """The xla.GpuTargetConfigProto of a Hopper SXM card as text, with the data sheet's figures."""
+    """Returns the xla.GpuTargetConfigProto of a Hopper SXM card as text, with the data sheet's figures."""
     name = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e"}[gpu.name]
     return f"""
 gpu_device_info {{

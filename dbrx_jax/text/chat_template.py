@@ -1,8 +1,7 @@
-"""Rendering a checkpoint's chat template: a program from a stranger.
+"""Renders a checkpoint's chat template, an untrusted program.
 
-It runs in Jinja's sandbox, in a process of its own with bounded memory and time, because a
-sandboxed template can still repeat a string until the machine is full. Run as a script, this file
-is that process; it imports nothing of the package.
+It runs in Jinja's sandbox, in a process with limited memory and time, because a sandboxed template can still
+repeat a string until memory is full. Run as a script, this file is that process; it imports nothing of the package.
 """
 
 import json
@@ -24,15 +23,11 @@ DEFAULT_TEMPLATE = (
 
 
 class TemplateFailure(Exception):
-    """The template is not valid, refused its input, or took too much; the message says which."""
+    """Raised if a template is invalid, refuses its input, or exceeds a limit; the message says which."""
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """The template's text for these variables (JSON values).
-
-    Raises:
-      TemplateFailure: as there.
-    """
+    """Returns the template's text for these variables (JSON values); raises TemplateFailure."""
     if len(template) > MAX_TEMPLATE:
         raise TemplateFailure(f"it is longer than {MAX_TEMPLATE} characters")
     job = json.dumps({"template": template, "variables": variables, "path": sys.path})
@@ -79,7 +74,7 @@ def _serve() -> None:
         result = {"text": text} if len(text) <= MAX_TEXT else {"error": f"its text is over {MAX_TEXT} characters"}
     except MemoryError:
         result = {"error": f"it needed more than {MEMORY >> 20} MiB"}
-    except Exception as error:  # whatever a stranger's program raises, it is the template that failed
+    except Exception as error:  # the template may raise anything
         result = {"error": " ".join(f"{error}".split()) or type(error).__name__}
     json.dump(result, sys.stdout)
 

@@ -1,7 +1,6 @@
-"""DbrxTokenizer: text to ids and back, and conversations to prompts.
+"""DbrxTokenizer: converts text to ids and back, and conversations to prompts.
 
-Text is text: no text, a user's or a document's, ever becomes a special token. Special ids come
-from a chat template alone.
+Text never becomes a special token: special ids come from a chat template alone.
 """
 
 import codecs
@@ -19,7 +18,7 @@ from dbrx_jax.hub import checkpoint_folder
 from dbrx_jax.text.chat_template import DEFAULT_TEMPLATE, TemplateFailure, render
 from dbrx_jax.text.vocabulary import load_ranks, special_tokens
 
-# How cl100k_base splits text before byte-pair encoding; DBRX's also where its tokenizer_class says GPT2.
+# cl100k_base splits text so before byte-pair encoding; so does DBRX, even if its tokenizer_class says GPT2.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -37,12 +36,12 @@ _DEFAULT_TOKENS = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
 
 
 class DbrxTokenizer:
-    """Byte-level BPE with special tokens, and the chat template.
+    """Byte-level BPE tokenizer with special tokens and a chat template.
 
     Args:
       ranks: token bytes to id, as :func:`dbrx_jax.text.vocabulary.load_ranks` reads them.
       special: special tokens' texts to ids.
-      eos_token, pad_token: texts of special tokens, where there are such.
+      eos_token, pad_token: texts of special tokens, if any.
       chat_template: a Jinja template; ChatML without a system prompt by default.
     """
 
@@ -83,36 +82,36 @@ class DbrxTokenizer:
             config, special = _read_config(folder)
             ranks = load_ranks(folder, Path(ranks_file) if ranks_file else None, special)
             template = _chat_template(folder, config)
-        except (ConfigError, CheckpointError) as error:  # what cannot be read, said in the tokenizer's words
+        except (ConfigError, CheckpointError) as error:  # an unreadable file
             raise TokenizerError(str(error)) from None
         eos, pad = (_token_text(config, key, default) for key, default in _DEFAULT_TOKENS.items())
         return cls(ranks, special, eos, pad, template)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id that has text."""
+        """The largest id that has text, plus one."""
         return 1 + max(*self._bytes, *self._special_text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, in which nothing is special and to which nothing is added."""
+        """Returns the token ids of a text; adds no special tokens and recognises none."""
         return self._bpe.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of token ids. Ids without text give none; bytes that are not UTF-8 give U+FFFD."""
+        """Returns the text of token ids; ids without text give none, bytes that are not UTF-8 give U+FFFD."""
         return b"".join(self.token_bytes(int(i), skip_special_tokens) for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = False) -> bytes:
-        """The bytes of one token, which need not be whole characters."""
+        """Returns the bytes of one token, which need not be whole characters."""
         if token_id in self._special_text:
             return b"" if skip_special_tokens else self._special_text[token_id].encode()
         return self._bytes.get(token_id, b"")
 
     def stream(self) -> "TextStream":
-        """A decoder for tokens that come one by one."""
+        """Returns a decoder for tokens that come one by one."""
         return TextStream(self)
 
     def pad(self, prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        """`input_ids` and `attention_mask` (B, T) of prompts of unequal length, padded on the left."""
+        """Returns `input_ids` and `attention_mask` (B, T) of prompts, padded on the left."""
         longest = max(map(len, prompts))
         ids = np.full((len(prompts), longest), self.pad_token_id or 0, np.int32)
         mask = np.zeros(ids.shape, np.int32)
@@ -124,11 +123,11 @@ class DbrxTokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
     ) -> list[int]:
-        """Token ids of a conversation, split at the template's own special tokens and nowhere else.
+        """Returns the token ids of a conversation; special tokens come from the template only.
 
         Args:
           messages: each with "role" and "content".
-          add_generation_prompt: end where the assistant is to speak.
+          add_generation_prompt: end with the beginning of the assistant's message.
 
         Raises:
           TokenizerError: a message lacks a key, or the template failed or refused the conversation.
@@ -138,10 +137,10 @@ class DbrxTokenizer:
                 if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                     raise TokenizerError(f"message {number}: expected an object with the texts role and content")
         texts = [value for m in messages for value in m.values() if isinstance(value, str)]
-        hidden = _Hidden([*texts, self.chat_template], self.special_tokens)
+        escape = _SpecialTokenEscape([*texts, self.chat_template], self.special_tokens)
         eos = "" if self.eos_token_id is None else self._special_text[self.eos_token_id]
         variables = {
-            "messages": [{key: hidden.hide(value) for key, value in m.items()} for m in messages],
+            "messages": [{key: escape.escape(value) for key, value in m.items()} for m in messages],
             "add_generation_prompt": add_generation_prompt,
             "bos_token": eos,  # DBRX has one token for both
             "eos_token": eos,
@@ -155,12 +154,12 @@ class DbrxTokenizer:
         ids: list[int] = []
         for piece in self._special_pattern.split(text) if self._special_pattern else [text]:
             special = self.special_tokens.get(piece)
-            ids += self.encode(hidden.restore(piece)) if special is None else [special]
+            ids += self.encode(escape.restore(piece)) if special is None else [special]
         return ids
 
 
 def stop_tokens(folder: Path) -> tuple[tuple[int, ...], int | None]:
-    """Ids that end a text (eos and <|im_end|>) and the pad id, of a folder with a tokenizer_config.json.
+    """Returns the stop ids (eos and <|im_end|>) and the pad id of a folder with a tokenizer_config.json.
 
     Raises:
       TokenizerError: the file is damaged.
@@ -175,14 +174,14 @@ def stop_tokens(folder: Path) -> tuple[tuple[int, ...], int | None]:
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back bytes until they are whole characters."""
+    """Decodes tokens to text as they come; buffers bytes until they are whole characters."""
 
     def __init__(self, tokenizer: DbrxTokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these tokens complete; special tokens give none."""
+        """Returns the text that these tokens complete; special tokens give none."""
         return self._decoder.decode(b"".join(self._tokenizer.token_bytes(int(i), True) for i in ids))
 
     def finish(self) -> str:
@@ -190,11 +189,11 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-class _Hidden:
-    """Keeps what users wrote from forming special tokens while a template puts it into its own text.
+class _SpecialTokenEscape:
+    """Escapes special tokens in messages while a template renders them.
 
-    In their texts the first character of every special token is replaced by a private-use character
-    that occurs nowhere, so none begins there; it is put back once the rendered text has been split.
+    The first characters of all special tokens are replaced by private-use characters that occur in no text, and
+    restored after the rendered text has been split at special tokens.
     """
 
     def __init__(self, texts: Sequence[str], special: Iterable[str]):
@@ -203,25 +202,25 @@ class _Hidden:
         first = sorted({text[0] for text in special})
         if len(free) < len(first):
             raise TokenizerError("the messages use every private-use character of Unicode; remove some")
-        self._hide = str.maketrans(dict(zip(first, free, strict=False)))
+        self._escape = str.maketrans(dict(zip(first, free, strict=False)))
         self._restore = str.maketrans(dict(zip(free, first, strict=False)))
 
-    def hide(self, value: Any) -> Any:
-        return value.translate(self._hide) if isinstance(value, str) else value
+    def escape(self, value: Any) -> Any:
+        return value.translate(self._escape) if isinstance(value, str) else value
 
     def restore(self, text: str) -> str:
         return text.translate(self._restore)
 
 
 def _read_config(folder: Path) -> tuple[Mapping[str, Any], dict[str, int]]:
-    """tokenizer_config.json, empty where there is none, and the special tokens."""
+    """Reads tokenizer_config.json (empty if there is none) and the special tokens."""
     path = folder / "tokenizer_config.json"
     try:
         config = read_json(path) if path.exists() else {}
         if not isinstance(config, Mapping):
             raise TokenizerError(f"{path}: expected a JSON object")
         return config, special_tokens(folder, config)
-    except ConfigError as error:  # a file that cannot be read, said in the tokenizer's words
+    except ConfigError as error:  # an unreadable file
         raise TokenizerError(str(error)) from None
 
 

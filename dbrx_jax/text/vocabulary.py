@@ -1,4 +1,4 @@
-"""Reading a vocabulary: byte-level BPE ranks and special tokens, from any of the forms that checkpoints have."""
+"""Reads a vocabulary (byte-level BPE ranks and special tokens) in any of the formats that checkpoints have."""
 
 import base64
 import binascii
@@ -31,16 +31,15 @@ _UNUSED = re.compile(r"<\|\|_unused_\d+_\|\|>")  # fills the gaps between ids in
 
 
 def load_ranks(folder: Path, ranks_file: Path | None, special: Mapping[str, int]) -> dict[bytes, int]:
-    """The BPE ranks: from `ranks_file`, else the folder's own files, else tiktoken's cache of cl100k_base.
+    """Reads the BPE ranks: from `ranks_file`, else the folder's own files, else tiktoken's cache of cl100k_base.
 
     Raises:
       TokenizerError: there is none, or it is damaged; the message says what to do.
     """
     if ranks_file is not None:
         return _from_tiktoken(ranks_file)
-    own = sorted(folder.glob("*.tiktoken"))
-    if own:
-        return _from_tiktoken(own[0])
+    if tiktoken_files := sorted(folder.glob("*.tiktoken")):
+        return _from_tiktoken(tiktoken_files[0])
     if (folder / "tokenizer.json").exists():
         return _from_tokenizer_json(folder / "tokenizer.json", special)
     if (folder / "vocab.json").exists():
@@ -57,7 +56,7 @@ def load_ranks(folder: Path, ranks_file: Path | None, special: Mapping[str, int]
 
 
 def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """Special tokens and their ids: from tokenizer_config.json, else tokenizer.json, else DBRX's own.
+    """Reads special tokens and their ids: from tokenizer_config.json, else tokenizer.json, else DBRX's own.
 
     Raises:
       TokenizerError: an entry cannot be used.
@@ -86,7 +85,7 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _tiktoken_caches() -> Iterable[Path]:
-    """The folders where tiktoken looks for its cache, in its order."""
+    """Yields the folders where tiktoken looks for its cache, in its order."""
     for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if os.environ.get(variable):
             yield Path(os.environ[variable])
@@ -95,7 +94,7 @@ def _tiktoken_caches() -> Iterable[Path]:
 
 
 def _from_tiktoken(path: Path, sha256: str | None = None) -> dict[bytes, int]:
-    """A ranks file: on each line a token in base64 and its rank."""
+    """Reads a ranks file: on each line a token in base64 and its rank."""
     try:
         text = read_text(path)
         if sha256 is not None and (got := hashlib.sha256(text.encode()).hexdigest()) != sha256:
@@ -123,7 +122,7 @@ def _from_tokenizer_json(path: Path, special: Mapping[str, int]) -> dict[bytes, 
 
 
 def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], special: Mapping[str, int]) -> dict[bytes, int]:
-    """GPT-2 style entries, in which each byte is one printable character; an entry's id is its rank."""
+    """Reads GPT-2 style entries, which have a printable character per byte; an entry's id is its rank."""
     byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
     ranks: dict[bytes, int] = {}
     for text, number in _object(path, vocabulary).items():
@@ -145,16 +144,15 @@ def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], special: Ma
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte: itself where printable, else from U+0100 on, in order."""
+    """Returns GPT-2's printable character for each byte: itself where printable, else from U+0100 on, in order."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _checked(path: Path, ranks: dict[bytes, int]) -> dict[bytes, int]:
-    """tiktoken would abort on these rather than say what is wrong."""
-    missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing:
+    """Returns the ranks; raises TokenizerError where tiktoken would abort without a message."""
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
         raise TokenizerError(f"{path}: no entry for the byte 0x{missing[0]:02x}; a byte-level vocabulary has all 256")
     if len(set(ranks.values())) != len(ranks):
         raise TokenizerError(f"{path}: two entries have the same id")
@@ -172,7 +170,7 @@ def _id(path: Path, text: str, number: Any) -> int:
 
 
 def _number(key: Any) -> Any:
-    """JSON's keys are texts, ids among them."""
+    """Returns a JSON key that is an id as a number; anything else unchanged."""
     return int(key) if isinstance(key, str) and re.fullmatch(r"[0-9]{1,9}", key) else key
 
 

@@ -82,8 +82,9 @@ def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_hea
         q = q_ref[0, 0, g]
         scores = lax.dot_general(q, k.astype(q.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         scores = jnp.where(visible, scores * key_scales, -jnp.inf)
-        largest = jnp.maximum(largest_ref[g], scores.max(axis=1, keepdims=True))
-        rescale = jnp.exp(largest_ref[g] - largest)
+        old_largest = largest_ref[g]
+        largest = jnp.maximum(old_largest, scores.max(axis=1, keepdims=True))
+        rescale = jnp.exp(old_largest - largest)
         probs = jnp.exp(scores - largest[:, :1])
         largest_ref[g] = largest
         total_ref[g] = total_ref[g] * rescale + probs.sum(axis=1, keepdims=True)
@@ -102,9 +103,10 @@ def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_hea
         shape = (q_ref.shape[3], block)
         visible = first_key + iota(shape, 1) * stride <= first_query + (iota(shape, 0) & (tile - 1))
         for g in range(heads):
+            arrays = load_head(g)
             if not copy_refs:
-                add_head(g, visible, *load_head(g))
-            for ref, x in zip(copy_refs, load_head(g), strict=False):
+                add_head(g, visible, *arrays)
+            for ref, x in zip(copy_refs, arrays, strict=False):
                 ref[g] = x
         if copy_refs:
             lax.fori_loop(0, heads, lambda g, _: add_head(g, visible, *(ref[g] for ref in copy_refs)), None)

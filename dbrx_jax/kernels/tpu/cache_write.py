@@ -1,7 +1,6 @@
-"""A step's keys or values into the cache on a TPU, where they belong and nowhere else.
+"""Writes a decode step's keys or values to the cache in place on a TPU: one copy from HBM to HBM for each row.
 
-XLA's scatter brings a whole layer's cache to VMEM and back, where it fits there. This is one copy from HBM to HBM
-for each row.
+XLA's scatter copies a whole layer's cache to VMEM and back if it fits there.
 """
 
 import jax.numpy as jnp
@@ -14,34 +13,34 @@ NAME = "write_positions"
 
 
 def write_positions(
-    cache: Shaped[Array, "B S G K"], new: Shaped[Array, "R G K"], rows: Int[Array, "R"], places: Int[Array, "R"]
+    cache: Shaped[Array, "B S G K"], new: Shaped[Array, "R G K"], rows: Int[Array, "R"], positions: Int[Array, "R"]
 ) -> Shaped[Array, "B S G K"]:
-    """The cache, in its own memory where it is donated, with new[r] at [rows[r], places[r]]; not where that is S."""
-    count, end = new.shape[0], cache.shape[1]
+    """Writes new[r] to cache[rows[r], positions[r]], unless positions[r] is S; in place if the cache is donated."""
+    num_rows, num_positions = new.shape[0], cache.shape[1]
 
-    def body(rows, places, new, _, cache, done):
-        def each(act):
-            def one(r, carry):
-                copy = pltpu.make_async_copy(new.at[r], cache.at[rows[r], places[r]], done)
-                pl.when(places[r] < end)(lambda: act(copy))
+    def body(rows, positions, new, _, cache, semaphore):
+        def for_each_row(act):
+            def copy_row(r, carry):
+                copy = pltpu.make_async_copy(new.at[r], cache.at[rows[r], positions[r]], semaphore)
+                pl.when(positions[r] < num_positions)(lambda: act(copy))
                 return carry
 
-            lax.fori_loop(0, count, one, 0)
+            lax.fori_loop(0, num_rows, copy_row, 0)
 
-        each(lambda copy: copy.start())
-        each(lambda copy: copy.wait())
+        for_each_row(lambda copy: copy.start())
+        for_each_row(lambda copy: copy.wait())
 
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    hbm_spec = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         body,
         out_shape=pltpu.HBM(cache.shape, cache.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(1,),
-            in_specs=[anywhere, anywhere],
-            out_specs=anywhere,
+            in_specs=[hbm_spec, hbm_spec],
+            out_specs=hbm_spec,
             scratch_shapes=[pltpu.SemaphoreType.DMA],
         ),
         input_output_aliases={3: 0},
         name=NAME,
-    )(rows.astype(jnp.int32), places.astype(jnp.int32), new, cache)
+    )(rows.astype(jnp.int32), positions.astype(jnp.int32), new, cache)

@@ -15,8 +15,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-MASKED = -1e30
-BLOCK = 512  # positions
+from dbrx_jax.ops.attention import MASKED
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

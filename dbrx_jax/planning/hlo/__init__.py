@@ -1,8 +1,7 @@
 """Analysis of optimised HLO text (``compiled.as_text()``): memory traffic, temporaries and collectives.
 
-The collectives that it runs, the bytes that it moves between HBM and the chip, and its largest temporaries.
-Bytes are those of the elements, without the padding of a TPU's tiles. XLA's own count, ``cost_analysis()``,
-has loops once and moves between memories several times.
+Bytes are those of the elements, without the padding of a TPU's tiles. XLA's ``cost_analysis()`` differs: it counts
+loops once and moves between memories several times.
 """
 
 from dbrx_jax.planning.hlo.collectives import Collective as Collective

@@ -1,4 +1,4 @@
-"""The collectives that a program runs, also those inside its fusions."""
+"""Collectives that a program runs, including those inside fusions."""
 
 import math
 import re
@@ -18,29 +18,29 @@ class Collective:
     operands: tuple[str, ...]  # such as "bf16[64,6144]"
     operand_bytes: int
     result_bytes: int
-    group_size: int  # devices that take part together; of a collective-permute 2, who sends and who receives
-    runs: int  # of the whole program; those of every branch of a conditional count
-    op_name: str  # where in the Python program it comes from
-    # Entry parameters (the path of the argument, such as "params['w']") that are an operand as they are: at most
-    # moved, sliced, cast or reshaped. One that a loop changes is not, nor one that a gather indexes.
+    group_size: int  # devices; of a collective-permute 2, the sender and the receiver
+    runs: int  # in the whole program, counting every branch of a conditional
+    op_name: str  # its origin in the Python program
+    # Entry parameters that are operands, at most moved, sliced, cast or reshaped, by the argument's path such as
+    # "params['w']". Not those that a loop changes or a gather indexes.
     parameters: tuple[str, ...]
 
 
 def collectives(text: str, trips: Mapping[str, int] | None = None) -> list[Collective]:
-    """The collectives of a module, in the order of its computations.
+    """Returns the collectives of a module, in the order of its computations.
 
     Args:
       text: of the module.
-      trips: see :func:`hbm_traffic`.
+      trips: as in :func:`hbm_traffic`.
 
     Raises:
       ValueError: the text has a construct that is not known here; the message names it.
     """
-    return [found for place in running(entry_scope(text), trips or {}) for found in _collectives(*place)]
+    return [c for running_instr in running(entry_scope(text), trips or {}) for c in _collectives(*running_instr)]
 
 
 def bytes_moved(collective: Collective) -> float:
-    """Bytes that each device sends in one run, around a ring."""
+    """Returns the bytes that each device sends in one run of a ring algorithm."""
     n, kind = collective.group_size, collective.kind
     full = collective.result_bytes if kind == "all-gather" else collective.operand_bytes
     if kind in ("collective-permute", "collective-broadcast"):
@@ -49,22 +49,20 @@ def bytes_moved(collective: Collective) -> float:
 
 
 def _collectives(scope: Scope, instr: Instruction, runs: int) -> Iterator[Collective]:
-    """The collectives in one instruction; a TPU puts some into fusions."""
+    """Yields the collectives in one instruction; a TPU puts some into fusions."""
     opcode = instr.opcode.removesuffix("-start")
     if opcode in COLLECTIVES:
         yield _collective(scope, instr, opcode, leaves(result_type(instr)), instr.op_name, runs)
-    elif instr.opcode == "fusion":
+    elif opcode == "fusion":
         body = scope.module.fusion_body(instr)
-        carried = continued_collectives(scope, instr, body)
+        continued = continued_collectives(scope, instr, body)
         inner = Scope(scope.module, Computation("", body), scope, instr)
         for op in body.values():
-            if op.opcode in COLLECTIVES and op.name not in carried:
-                users = [user for user in body.values() if op.name in user.operands]
-                kind, results = op.opcode, users if op.opcode == "all-reduce" else []
-                if results and all(user.opcode == "dynamic-slice" for user in results):
-                    kind = "reduce-scatter"  # a TPU's all-reduce-scatter: each device keeps its slice
-                else:
-                    results = [op]
+            if op.opcode in COLLECTIVES and op.name not in continued:
+                kind, results = op.opcode, [op]
+                users = inner.computation.users.get(op.name, [])
+                if kind == "all-reduce" and users and all(user.opcode == "dynamic-slice" for user in users):
+                    kind, results = "reduce-scatter", users  # a TPU's all-reduce-scatter: each device keeps its slice
                 shapes = [shape for result in results for shape in leaves(result.type)]
                 yield _collective(inner, op, kind, shapes, op.op_name or instr.op_name, runs)
 
@@ -72,8 +70,13 @@ def _collectives(scope: Scope, instr: Instruction, runs: int) -> Iterator[Collec
 def _collective(
     scope: Scope, instr: Instruction, kind: str, results: list[Shape], op_name: str, runs: int
 ) -> Collective:
-    operands = [leaf for name in instr.operands for leaf in leaves(scope.computation.instructions[name].type)]
-    sources = [scope.source(name) for name in instr.operands]
+    instructions = scope.computation.instructions
+    operands = [leaf for name in instr.operands for leaf in leaves(instructions[name].type)]
+    parameters = []
+    for name in instr.operands:
+        source_scope, source, _ = scope.source(name)
+        if source.opcode == "parameter" and source_scope.outer is None:
+            parameters.append(source.op_name or source.name)
     return Collective(
         kind=kind,
         operands=tuple(map(str, operands)),
@@ -82,23 +85,21 @@ def _collective(
         group_size=_group_size(scope.module, instr),
         runs=runs,
         op_name=op_name,
-        parameters=tuple(
-            made.op_name or made.name for at, made, _ in sources if made.opcode == "parameter" and at.outer is None
-        ),
+        parameters=tuple(parameters),
     )
 
 
 def _group_size(module: Module, instr: Instruction) -> int:
+    """Returns the number of devices in a collective's groups."""
     if instr.opcode.startswith("collective-permute"):
         return 2
-    if sizes := instr.attribute(r"replica_groups=\[([\d,]+)\]<="):  # number of groups, devices in each
+    if sizes := instr.attribute(r"replica_groups=\[([\d,]+)\]<="):  # number of groups, devices per group
         return int(sizes.split(",")[1])
-    if mesh := re.search(
-        r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", instr.attributes
-    ):  # axes, those of a group
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2))  # of an axis a part: 'a':(before)size
-        return math.prod(int(part or axes[axis]) for axis, part in parts)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", instr.attributes)
+    if mesh:  # sizes of all axes; axes of a group, or parts of axes: 'a':(before)size
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        group_axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or axes[axis]) for axis, part in group_axes)
     groups = instr.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
     if groups is None:
         raise ValueError(f"cannot read the groups of this {instr.opcode}: {instr.attributes:.120}")

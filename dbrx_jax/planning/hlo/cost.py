@@ -1,17 +1,15 @@
-"""The bytes that one instruction reads from HBM and writes to it."""
+"""HBM traffic of a single instruction."""
 
 import dataclasses
-import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dbrx_jax.planning.hlo.running import COLLECTIVES, CONTROL, FREE, Scope, channel
-from dbrx_jax.planning.hlo.text import Computation, Instruction, Shape, Type, leaves, name_set
+from dbrx_jax.planning.hlo.text import Computation, Instruction, Shape, TuplePath, Type, leaves, name_set
 
-# An element of the result needs at most one of each operand.
+# An element of the result needs at most one element of each operand.
 _ELEMENTWISE = name_set(
     """abs acos acosh add and asin asinh atan2 atanh bitcast broadcast cbrt ceil clamp compare complex concatenate
     convert copy cos cosh cosine count-leading-zeros divide erf exponential exponential-minus-one floor
@@ -20,202 +18,176 @@ _ELEMENTWISE = name_set(
     shift-left shift-right-arithmetic shift-right-logical sign sine sinh sqrt stochastic-convert subtract tan tanh
     transpose xor"""
 )
-# It may need every element of the operands.
-_WHOLE = COLLECTIVES | name_set(
+# An element of the result may need every element of the operands.
+_READ_ALL = COLLECTIVES | name_set(
     """cholesky convolution custom-call dot fft iota map ragged-dot reduce-window rng rng-bit-generator
     rng-get-and-update-state scaled-dot select-and-scatter sort topk triangular-solve tuple"""
 )
-_PART = name_set("reduce bitcast-convert")  # its share of them
-_PICKS = name_set("slice dynamic-slice gather")
+_PROPORTIONAL = name_set("reduce bitcast-convert")  # a part of the result needs the same part of the operands
+_SLICES = name_set("slice dynamic-slice gather")
 _UPDATES = name_set("dynamic-update-slice scatter")
-_KNOWN = _ELEMENTWISE | _WHOLE | _PART | _PICKS | _UPDATES
-_NOTHING = name_set("ConcatBitcast AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone")
-
-
-# A kernel of ours (kernels/cache_tpu.py) that writes its third operand into its fourth, whose buffer its result is.
-_IN_PLACE = "/write_positions/"
+_KNOWN = _ELEMENTWISE | _READ_ALL | _PROPORTIONAL | _SLICES | _UPDATES
+_SOURCES = name_set("parameter constant iota partition-id replica-id")
+_FREE_TARGETS = name_set("ConcatBitcast AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone")
+# A kernel of kernels/tpu/cache_write.py that writes its third operand into its fourth, whose buffer is the result's.
+_IN_PLACE_KERNEL = "/write_positions/"
 
 
 @dataclass(frozen=True)
-class _Cost:
-    operands: list[int]  # bytes read from HBM
-    results: list[int]  # bytes written to HBM, of each leaf of the result
+class Cost:
+    """HBM traffic in bytes."""
+
+    read: int
+    written: list[int]  # of each array of the result
 
 
-def cost(scope: Scope, instr: Instruction) -> _Cost:
-    """Bytes that one run of an instruction reads and writes."""
+def cost(scope: Scope, instr: Instruction) -> Cost:
+    """Returns the bytes that one run of an instruction reads and writes."""
+    instructions, users = scope.computation.instructions, scope.computation.users
     shapes = leaves(result_type(instr))
-    nothing = _Cost([], [0] * len(shapes))
-    if instr.opcode in FREE or instr.opcode.endswith("-done") or instr.target in _NOTHING:
-        return nothing
-    if instr.opcode == "copy-start" and not _is_used(scope.computation, instr):
-        return nothing  # brings a parameter to the chip for the next execution; this one's was counted at its start
-    if instr.opcode == "custom-call" and _IN_PLACE in instr.op_name:
-        new = sum(leaf.bytes for leaf in leaves(scope.computation.instructions[instr.operands[2]].type))
-        return _Cost([new], [new])
-    body = scope.module.fusion_body(instr) if instr.opcode == "fusion" else _alone(scope, instr)
-    dead = functools.partial(_dies_at, scope, instr)
-    carried = continued_collectives(scope, instr, body)
-    sizes = [scope.computation.instructions[name].type for name in instr.operands]
-    needed, results = _needs(instr, body, dead, carried)
+    free = Cost(0, [0] * len(shapes))
+    if instr.opcode in FREE or instr.opcode.endswith("-done") or instr.target in _FREE_TARGETS:
+        return free
+    dones = users.get(instr.name, ())
+    if instr.opcode == "copy-start" and not any(done.is_root or done.name in users for done in dones):
+        return free  # prefetches a parameter for the next execution, whose first copy is counted at the start
+    if instr.opcode == "custom-call" and _IN_PLACE_KERNEL in instr.op_name:
+        num_bytes = sum(leaf.bytes for leaf in leaves(instructions[instr.operands[2]].type))
+        return Cost(num_bytes, [num_bytes])
+    elements, written = _accesses(scope, instr)
     read: dict[str, int] = defaultdict(int)
-    for number, (name, kind) in enumerate(zip(instr.operands, sizes, strict=True)):
-        if isinstance(kind, Shape) and kind.in_hbm:
-            read[name] = min(kind.bytes, read[name] + -(-int(needed.get(number, 0)) * kind.bits // 8))
-        elif not isinstance(kind, Shape) and needed.get(number):
-            read[name] = sum(leaf.bytes for leaf in leaves(kind) if leaf.in_hbm)
-    written = [w if shape.in_hbm else 0 for w, shape in zip(results, shapes, strict=True)]
-    if instr.opcode == "custom-call":
-        return _kernel_cost(instr, list(read.values()), written)
-    return _Cost(list(read.values()), written)
-
-
-def _is_used(computation: Computation, start: Instruction) -> bool:
-    dones = computation.users.get(start.name, [])
-    return any(done.is_root or computation.users.get(done.name) for done in dones)
-
-
-def _kernel_cost(instr: Instruction, read: list[int], written: list[int]) -> _Cost:
+    for index, name in enumerate(instr.operands):
+        type_ = instructions[name].type
+        if isinstance(type_, Shape) and type_.in_hbm:
+            read[name] = min(type_.bytes, read[name] + -(-int(elements.get(index, 0)) * type_.bits // 8))
+        elif not isinstance(type_, Shape) and elements.get(index):
+            read[name] = sum(leaf.bytes for leaf in leaves(type_) if leaf.in_hbm)
+    written = [n if shape.in_hbm else 0 for n, shape in zip(written, shapes, strict=True)]
     if instr.target.startswith(("__cublas", "__cudnn")) and len(written) > 1:
-        written = [*written[:-1], 0]  # their workspace
-    return _Cost(read, written)
+        written[-1] = 0  # the workspace
+    return Cost(sum(read.values()), written)
 
 
 def result_type(instr: Instruction) -> Type:
-    """Result type of the `done` that belongs to an asynchronous start."""
-    opcode, kind = instr.opcode, instr.type
-    if not opcode.endswith("-start") or isinstance(kind, Shape) or opcode in CONTROL:
-        return kind
-    if opcode == "copy-start":
-        return kind[0]  # (result, operand, context)
-    if opcode == "all-reduce-start":
-        return kind
-    return kind[1]  # (operands, results, contexts)
-
-
-def _alone(scope: Scope, instr: Instruction) -> dict[str, Instruction]:
-    """A plain instruction as the body of a fusion."""
-    opcode = instr.opcode.removesuffix("-start")
-    if opcode not in _KNOWN:
-        raise ValueError(f"the HLO has an instruction that is not known here: {instr.opcode} (%{instr.name})")
-    body = {}
-    for number, name in enumerate(instr.operands):
-        kind = scope.computation.instructions[name].type
-        body[f"/{number}"] = Instruction(f"/{number}", kind, "parameter", (), str(number), "", False)
-    operands = tuple(f"/{number}" for number in range(len(instr.operands)))
-    body["/root"] = dataclasses.replace(
-        instr, name="/root", type=result_type(instr), opcode=opcode, operands=operands, is_root=False
-    )
-    return body
+    """Returns the type of a result; for an asynchronous start, that of the matching `done`."""
+    opcode, type_ = instr.opcode, instr.type
+    if not opcode.endswith("-start") or isinstance(type_, Shape) or opcode in CONTROL or opcode == "all-reduce-start":
+        return type_
+    return type_[0] if opcode == "copy-start" else type_[1]  # (result, operand, context) or (operands, results, ...)
 
 
 def continued_collectives(scope: Scope, instr: Instruction, body: dict[str, Instruction]) -> set[str]:
-    """The collectives in a fusion that an earlier one started (a TPU computes while they run): counted there."""
+    """Returns the collectives in a fusion that an earlier fusion started, and that are counted there.
+
+    A TPU computes while they run.
+    """
     if instr.opcode != "fusion" or not any(op.opcode in COLLECTIVES for op in body.values()):
         return set()
     channels = scope.incoming_channels(instr, scope.async_channels)
     starting = {name for op in body.values() if op.target == "AsyncCollectiveStart" for name in op.operands}
-    return {
-        op.name
-        for op in body.values()
-        if op.opcode in COLLECTIVES and op.name not in starting and channel(op) in channels
-    }
+    collectives = {op.name for op in body.values() if op.opcode in COLLECTIVES and channel(op) in channels}
+    return collectives - starting
 
 
-def _dies_at(scope: Scope, instr: Instruction, number: int) -> bool:
-    """Returns whether an operand's buffer is dead afterwards, so that the result may reuse it."""
-    base, path = scope.computation.resolve(instr.operands[number])
-    if base.opcode == "parameter" and scope.outer is None and int(base.literal) not in scope.module.donated:
-        return False
-    if base.opcode == "constant":
-        return False
-    position = list(scope.computation.instructions).index(instr.name)
-    last = scope.computation.last_use
-    return all(last.get((base.name, path[:end]), -1) <= position for end in range(len(path) + 1))
-
-
-def _needs(
-    fusion: Instruction, body: dict[str, Instruction], dies: Callable[[int], bool], carried: set[str]
-) -> tuple[dict[int, float], list[int]]:
-    """Counts the elements that a fusion reads of each parameter, and the bytes it writes for each result."""
+def _accesses(scope: Scope, instr: Instruction) -> tuple[dict[int, float], list[int]]:
+    """Counts the elements that an instruction reads of each operand, and the bytes that it writes for each result."""
+    body = scope.module.fusion_body(instr) if instr.opcode == "fusion" else _single_instruction_body(scope, instr)
+    continued = continued_collectives(scope, instr, body)
+    aliasing = instr.attribute(r"output_to_operand_aliasing=(\{.*?\)\})") or ""
+    aliased = {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+, ", aliasing)}
     computation = Computation("", body)
-    need: dict[str, float] = defaultdict(float)
-    results = []
-    aliased = {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+, ", _aliasing(fusion))}
-    for number, (name, path) in enumerate(_result_leaves(computation, "/root", ())):
-        made, inner = computation.resolve(name, path)
-        shape = _at(made.type, inner)
-        if made.opcode == "parameter" or made.name in carried:
-            results.append(0)
-        elif made.target.startswith("AsyncCollective"):
-            results.append(0 if number in aliased else shape.bytes)
-            need[made.name] = 1
-        elif made.opcode in _UPDATES and _in_place(computation, made, dies):
-            several = (len(made.operands) - 1) // 2 if made.opcode == "scatter" else 1
-            updates = made.operands[several + 1 :] if made.opcode == "scatter" else made.operands[1:2]
-            indices = made.operands[several : several + 1] if made.opcode == "scatter" else made.operands[2:]
-            for operand in (*updates, *indices):
-                need[operand] += _size(body[operand])
-            results.append(leaves(body[updates[inner[0] if inner else 0]].type)[0].bytes)
+    needed: dict[str, float] = defaultdict(float)  # elements by name
+    written = []
+    for index, (producer, path, shape) in enumerate(_result_leaves(computation, "/root")):
+        if producer.opcode == "parameter" or producer.name in continued:
+            written.append(0)
+        elif producer.target.startswith("AsyncCollective"):
+            written.append(0 if index in aliased else shape.bytes)
+            needed[producer.name] = 1
+        elif producer.opcode in _UPDATES and _is_in_place(scope, instr, computation, producer):
+            # Operands of a scatter: arrays, indices, updates; of a dynamic-update-slice: array, update, indices.
+            num_arrays, first_update = 1, 1
+            if producer.opcode == "scatter":
+                num_arrays = (len(producer.operands) - 1) // 2
+                first_update = num_arrays + 1
+            for name in producer.operands[num_arrays:]:
+                needed[name] += _size(body[name])
+            update = producer.operands[first_update + (path[0] if path else 0)]
+            written.append(leaves(body[update].type)[0].bytes)
         else:
-            results.append(shape.bytes)
-            need[made.name] += shape.size
-    for instr in reversed(body.values()):
-        wanted = min(need[instr.name], _size(instr))
-        if wanted and instr.name not in carried:
-            for operand, part in _operand_needs(instr, body, wanted):
-                need[operand] += part
+            written.append(shape.bytes)
+            needed[producer.name] += shape.size
+    for op in reversed(body.values()):
+        num_elements = min(needed[op.name], _size(op))
+        if num_elements and op.name not in continued:
+            for name, operand_elements in _operand_elements(op, body, num_elements):
+                needed[name] += operand_elements
     parameters = [op for op in body.values() if op.opcode == "parameter"]
-    return {int(op.literal): min(need[op.name], _size(op)) for op in parameters}, results
+    return {int(op.literal): min(needed[op.name], _size(op)) for op in parameters}, written
 
 
-def _operand_needs(instr: Instruction, body: dict[str, Instruction], wanted: float) -> Sequence[tuple[str, float]]:
+def _single_instruction_body(scope: Scope, instr: Instruction) -> dict[str, Instruction]:
+    """Wraps an instruction as the body of a fusion."""
+    opcode = instr.opcode.removesuffix("-start")
+    if opcode not in _KNOWN:
+        raise ValueError(f"the HLO has an instruction that is not known here: {instr.opcode} (%{instr.name})")
+    body = {}
+    for index, name in enumerate(instr.operands):
+        type_ = scope.computation.instructions[name].type
+        body[f"/{index}"] = Instruction(f"/{index}", type_, "parameter", (), str(index), "", False)
+    body["/root"] = dataclasses.replace(
+        instr, name="/root", type=result_type(instr), opcode=opcode, operands=tuple(body), is_root=False
+    )
+    return body
+
+
+def _operand_elements(instr: Instruction, body: dict[str, Instruction], num_elements: float) -> list[tuple[str, float]]:
+    """Returns the elements of each operand that are read for a number of elements of the result."""
     opcode, size = instr.opcode, _size(instr)
-    sizes = [(name, _size(body[name])) for name in instr.operands]
-    if opcode in ("parameter", "constant", "iota", "partition-id", "replica-id"):
+    if opcode in _SOURCES or instr.target == "AsyncCollectiveDone":
         return []
-    if instr.target == "AsyncCollectiveDone":
-        return []
-    if opcode in _ELEMENTWISE:
-        return [(name, min(n, wanted)) for name, n in sizes]
-    if opcode in _PART:
-        return [(name, min(n, wanted * max(n / size, 1))) for name, n in sizes]
-    if opcode in _PICKS:
-        return [(sizes[0][0], wanted), *sizes[1:]]
-    if opcode in _UPDATES:  # not in place: the rest of the operand is read too
-        return [(name, min(n, wanted)) for name, n in sizes]
-    if opcode in _WHOLE:
+    sizes: list[tuple[str, float]] = [(name, _size(body[name])) for name in instr.operands]
+    if opcode in _ELEMENTWISE or opcode in _UPDATES:  # an update here is not in place: the rest of its array is read
+        return [(name, min(n, num_elements)) for name, n in sizes]
+    if opcode in _PROPORTIONAL:
+        return [(name, min(n, num_elements * max(n / size, 1))) for name, n in sizes]
+    if opcode in _SLICES:
+        return [(sizes[0][0], num_elements), *sizes[1:]]
+    if opcode in _READ_ALL:
         return sizes
     raise ValueError(f"the HLO has an instruction that is not known here: {opcode} (%{instr.name}, in a fusion)")
 
 
-def _in_place(computation: Computation, update: Instruction, dies: Callable[[int], bool]) -> bool:
-    base, _ = computation.resolve(update.operands[0])
-    return base.opcode == "parameter" and dies(int(base.literal))
+def _is_in_place(scope: Scope, instr: Instruction, computation: Computation, update: Instruction) -> bool:
+    """Returns whether an update writes into its operand's buffer: a parameter's that nothing reads afterwards."""
+    parameter, _ = computation.resolve(update.operands[0])
+    if parameter.opcode != "parameter":
+        return False
+    base, path = scope.computation.resolve(instr.operands[int(parameter.literal)])
+    is_argument = base.opcode == "parameter" and scope.outer is None
+    if base.opcode == "constant" or (is_argument and int(base.literal) not in scope.module.donated):
+        return False
+    index = list(scope.computation.instructions).index(instr.name)
+    last_use = scope.computation.last_use
+    return all(last_use.get((base.name, path[:end]), -1) <= index for end in range(len(path) + 1))
 
 
-def _result_leaves(computation: Computation, name: str, path: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays of a result: of a tuple each of its operands."""
-    made, path = computation.resolve(name, path)
-    if made.opcode == "tuple":
-        return [leaf for operand in made.operands for leaf in _result_leaves(computation, operand, ())]
-    kind = _at(made.type, path)
-    if isinstance(kind, Shape):
-        return [(made.name, path)]
-    return [leaf for i in range(len(kind)) for leaf in _result_leaves(computation, made.name, (*path, i))]
-
-
-def _aliasing(instr: Instruction) -> str:
-    return instr.attribute(r"output_to_operand_aliasing=(\{.*?\)\})") or ""
-
-
-def _at(kind: Type, path: tuple[int, ...]) -> Any:
+def _result_leaves(
+    computation: Computation, name: str, path: TuplePath = ()
+) -> list[tuple[Instruction, TuplePath, Shape]]:
+    """Returns the arrays of a result: the instruction that produces each, and its path and shape there."""
+    instr, path = computation.resolve(name, path)
+    if instr.opcode == "tuple":
+        return [leaf for operand in instr.operands for leaf in _result_leaves(computation, operand)]
+    type_: Any = instr.type
     for index in path:
-        kind = kind[index]  # type: ignore[index]
-    return kind
+        type_ = type_[index]
+    if isinstance(type_, Shape):
+        return [(instr, path, type_)]
+    return [leaf for i in range(len(type_)) for leaf in _result_leaves(computation, instr.name, (*path, i))]
 
 
 def _size(instr: Instruction) -> int:
-    """Elements; of a tuple, of its first array."""
+    """Returns the number of elements; of a tuple, that of its first array."""
     shapes = leaves(instr.type)
     return shapes[0].size if shapes else 0

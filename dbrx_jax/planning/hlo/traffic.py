@@ -1,11 +1,11 @@
-"""The bytes that a whole program moves between HBM and the chip, and its largest buffers."""
+"""HBM traffic and largest buffers of a whole program."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dbrx_jax.planning.hlo.cost import cost, result_type
 from dbrx_jax.planning.hlo.running import CONTROL, Scope, called_scopes, entry_scope, running
-from dbrx_jax.planning.hlo.text import Module, leaves
+from dbrx_jax.planning.hlo.text import leaves
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Temporary:
 
 
 def hbm_traffic(text: str, trips: Mapping[str, int] | None = None) -> Traffic:
-    """The HBM traffic of one execution of a module.
+    """Returns the HBM traffic of one execution of a module.
 
-    Every executed instruction reads its operands and writes its results once, where those are in HBM. Of what
-    is only sliced or gathered from, the slice counts; of an update in place, the update. Of a conditional the
-    largest branch counts. A custom call (a kernel) reads all of its operands and writes all of its results once:
-    what it estimates of itself is not asked for. (Of ours tests show that it is so, but for the one that writes
-    positions into a cache in place, of which those count.) A collective reads its operand and writes its result once.
+    Every executed instruction reads its operands and writes its results once, where those are in HBM. Only the
+    slice counts of what is sliced or gathered from, and only the update of an update in place. A conditional
+    counts as its largest branch. A custom call (a kernel) reads all of its operands and writes all of its results
+    once; the exception is the kernel that writes positions into a cache in place, of which those count. A
+    collective reads its operand and writes its result once.
 
     Args:
       text: of the module.
@@ -45,52 +45,46 @@ def hbm_traffic(text: str, trips: Mapping[str, int] | None = None) -> Traffic:
     Raises:
       ValueError: the text has a construct that is not known here; the message names it.
     """
-    module = Module(text)
-    counted = _traffic(Scope(module, module.entry), trips or {})
-    by_op = {key: read + written for key, (read, written) in counted.items()}
+    by_op = _traffic_by_op(entry_scope(text), trips or {})
+    totals = {op: read + written for op, (read, written) in by_op.items()}
     return Traffic(
-        read=sum(read for read, _ in counted.values()),
-        written=sum(written for _, written in counted.values()),
-        by_op=dict(sorted(by_op.items(), key=lambda item: -item[1])),
+        read=sum(read for read, _ in by_op.values()),
+        written=sum(written for _, written in by_op.values()),
+        by_op=dict(sorted(totals.items(), key=lambda item: -item[1])),
     )
 
 
 def largest_temporaries(text: str, n: int | None = None) -> list[Temporary]:
-    """The `n` largest (None is all) results in HBM of instructions that are no parameters, views or updates in place.
+    """Returns the `n` largest (None: all) results in HBM, except parameters, views and updates in place.
 
-    Outputs of the program are among them. A loop's body counts once: its buffers are used again.
+    Outputs of the program are among them. A loop's body counts once, as its buffers are reused.
 
     Raises:
       ValueError: the text has a construct that is not known here; the message names it.
     """
-    found = []
+    temporaries = []
     for scope, instr, _ in running(entry_scope(text), {}):
         if instr.opcode not in CONTROL:
-            shapes = leaves(result_type(instr))
-            for shape, written in zip(shapes, cost(scope, instr).results, strict=True):
+            for shape, written in zip(leaves(result_type(instr)), cost(scope, instr).written, strict=True):
                 if written == shape.bytes > 0:
-                    found.append(Temporary(shape.bytes, str(shape), instr.opcode, instr.op_name))
-    return sorted(found, key=lambda temporary: -temporary.bytes)[:n]
+                    temporaries.append(Temporary(shape.bytes, str(shape), instr.opcode, instr.op_name))
+    return sorted(temporaries, key=lambda temporary: -temporary.bytes)[:n]
 
 
-def _traffic(scope: Scope, trips: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Opcode and op_name -> bytes read, bytes written."""
-    result: dict[str, tuple[int, int]] = {}
-
-    def add(more: Mapping[str, tuple[int, int]], times: int) -> None:
-        for key, (read, written) in more.items():
-            before = result.get(key, (0, 0))
-            result[key] = (before[0] + times * read, before[1] + times * written)
-
+def _traffic_by_op(scope: Scope, trips: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Returns the bytes read and written, by opcode and op_name."""
+    by_op: dict[str, tuple[int, int]] = {}
     for instr in scope.computation.instructions.values():
-        inner = [(_traffic(called, trips), times) for called, times in called_scopes(scope, instr, trips)]
+        calls = [(_traffic_by_op(inner, trips), runs) for inner, runs in called_scopes(scope, instr, trips)]
         if instr.opcode == "conditional":
-            inner = [max(inner, key=lambda branch: sum(map(sum, branch[0].values())))]
-        for called, times in inner:
-            add(called, times)
+            calls = [max(calls, key=lambda call: sum(map(sum, call[0].values())))]
         if instr.opcode not in CONTROL:
-            own = cost(scope, instr)
-            if any(own.operands) or any(own.results):
-                key = f"{instr.opcode} {instr.op_name}".strip()
-                add({key: (sum(own.operands), sum(own.results))}, 1)
-    return result
+            instr_cost = cost(scope, instr)
+            read, written = instr_cost.read, sum(instr_cost.written)
+            if read or written:
+                calls.append(({f"{instr.opcode} {instr.op_name}".strip(): (read, written)}, 1))
+        for traffic, runs in calls:
+            for op, (read, written) in traffic.items():
+                total_read, total_written = by_op.get(op, (0, 0))
+                by_op[op] = (total_read + runs * read, total_written + runs * written)
+    return by_op
