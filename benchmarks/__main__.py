@@ -21,13 +21,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": Report,
 }
 DESCRIPTION = (
-    "Speed of dbrx_jax against the machine and its peers. Others run as python -m benchmarks.NAME: gpu, tiles, "
+    "Speed of dbrx_jax against its roofline and its peers. Others run as python -m benchmarks.NAME: gpu, tiles, "
     "kernels, compiled, slices, quality, profile, products, invariance, first_token, machine."
 )
 
 
 def main() -> None:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on the machine
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's log of the machine
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m benchmarks", description=DESCRIPTION)
     run("benchmarks", command.run)
 

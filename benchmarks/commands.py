@@ -1,4 +1,4 @@
-"""Decoding, prompts, and users who come one after another, against the roofline and against a peer."""
+"""The commands decode, prefill and throughput: rates against the roofline and against a peer."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ from dbrx_jax.config import DbrxConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode(Options):
-    """Tokens a second of rows that are generated together, after their first token."""
+    """Tokens a second of a batch's decode steps, after each row's first token."""
 
     batch: int = 1
     """Rows."""
@@ -58,14 +58,14 @@ class Prefill(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Throughput(Options):
-    """The announcement's load, scaled to the machine and the model: users who come one after another.
+    """An open loop of users who arrive at a fixed interval: the announcement's load, scaled to machine and model.
 
     2000 tokens in and 256 out are divided by --shrink. The interval between users is such that serving them
     singly at the roofline would take the same share of the time as on the announcement's node, 0.71.
     """
 
     batch: int = 4
-    """Users who may be served together."""
+    """Most users that are served together."""
     users: int = 16
     """Number of users."""
     shrink: int = 8
@@ -86,8 +86,7 @@ class Throughput(Options):
         prompt, tokens = self._lengths()
         interval = roofline.interval(config, machine, self.dtype, prompt, tokens)
         alone = roofline.user_seconds(config, machine, self.dtype, prompt, tokens)
-        # The load is offered; more than comes cannot be served.
-        span = (self.users - 1) * interval + alone
+        span = (self.users - 1) * interval + alone  # until the last user to arrive has been served
         return {"interval_seconds": interval, "user_seconds": alone, "tokens_per_second": self.users * tokens / span}
 
     def ask(self, engine: Engine, number: int, config: DbrxConfig, machine: Machine) -> Figures:

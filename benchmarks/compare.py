@@ -1,4 +1,4 @@
-"""Measuring in alternation: ours, the peer, ours, the peer; then medians, and the median of the ratios."""
+"""Measures engines in turn, and summarises figures and their ratios by median and range."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 from benchmarks.engines import OURS, Engine
 from benchmarks.record import BenchmarkError
 
-# Of the largest logit; more is another computation. The engines were seen to differ by 1e-6, 0.01, 0.04 and, where
-# each quantises in a way of its own, by 0.13 on random weights, where unrelated logits differ by 2.
+# Largest difference of logits, relative to the largest logit. Seen on random weights: 1e-6, 0.01, 0.04 and 0.13 (int4
+# formats differ); unrelated logits differ by 2.
 MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.2, "int4": 0.5}
 CHECKED_TOKENS = 8
 
-Figures = dict[str, float]  # of those named …_per_second more is better, of others less is
+Figures = dict[str, float]  # by name; …_per_second is better if larger, others if smaller
 
 
 class Named(Protocol):
@@ -26,10 +26,10 @@ N = TypeVar("N", bound=Named)
 
 
 def alternate(engines: Sequence[N], measure: Callable[[N, int], Figures], rounds: int) -> list[dict[str, Figures]]:
-    """Every engine measured once a round, in turn.
+    """Measures every engine once a round, in turn; returns each round's figures by engine.
 
     Args:
-      measure: gives an engine's figures; called with the round's number, 0 being the warm-up that is not kept.
+      measure: returns an engine's figures, given the round's number; round 0 is a warm-up that is discarded.
     """
     for engine in engines:
         measure(engine, 0)
@@ -37,9 +37,9 @@ def alternate(engines: Sequence[N], measure: Callable[[N, int], Figures], rounds
 
 
 def summary(rounds: Sequence[Mapping[str, Figures]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Median, least and largest of each engine's figures, and of their ratios under "ratio".
+    """Returns median, minimum and maximum of each engine's figures, and of their ratios under "ratio".
 
-    A ratio says how many times better ours is, and is taken within a round.
+    A ratio is that of one round; above 1, ours is better.
     """
     result = {
         name: {figure: _spread([r[name][figure] for r in rounds]) for figure in figures}
@@ -54,7 +54,7 @@ def summary(rounds: Sequence[Mapping[str, Figures]]) -> dict[str, dict[str, dict
 
 
 def better(figure: str, mine: float, other: float) -> float:
-    """The ratio by which `mine` is better than `other`."""
+    """Returns the ratio of two values of a figure, above 1 if `mine` is better."""
     return mine / other if figure.endswith("_per_second") else other / mine
 
 
@@ -63,10 +63,10 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def check_same(engine: Engine, peer: Engine, prompt: list[int], dtype: str) -> dict[str, Any]:
-    """Compares what both predict behind a prompt, so that the speeds are those of the same computation.
+    """Checks that two engines compute the same logits after a prompt; also compares greedy tokens.
 
     Raises:
-      BenchmarkError: they differ by more than the type of the weights explains.
+      BenchmarkError: the logits differ by more than MAX_DIFFERENCE.
     """
     mine, other = (e.ask("check", prompt=prompt, tokens=CHECKED_TOKENS) for e in (engine, peer))
     a, b = np.array(mine["logits"]), np.array(other["logits"])

@@ -3,8 +3,8 @@
     python -m benchmarks.compiled [CASE ...]
 
 Needs the extra [compile] and no accelerator. A case is devices, weights, rows and positions, such as
-h200-1,int8,8,8192; CASES are compiled by default. Of each, a decode step with all positions live, and a chunk of
-2048 tokens of one prompt. Puts results/compiled.json in step for these cases and prints them as a table in Markdown.
+h200-1,int8,8,8192; CASES are compiled by default. Compiles a decode step with all positions live, and a prefill chunk
+of 2048 tokens. Updates these cases in results/compiled.json and prints them as a Markdown table.
 """
 
 import argparse
@@ -27,18 +27,10 @@ PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "flax")
 
 
 def plan(case: str) -> dict:
-    """The plan of 132B for a case, compiled."""
+    """Runs `dbrx-jax plan --compile` for a case; returns its JSON."""
     target, dtype, batch, context = case.split(",")
-    program = [
-        sys.executable,
-        "-c",
-        "from dbrx_jax.cli.main import main; main()",
-        "plan",
-        "132b-instruct",
-        "--on",
-        target,
-    ]
-    options = ["--dtype", dtype, "--batch", batch, "--context", context, "--compile", "--json"]
+    program = [sys.executable, "-c", "from dbrx_jax.cli.main import main; main()", "plan", "132b-instruct"]
+    options = ["--on", target, "--dtype", dtype, "--batch", batch, "--context", context, "--compile", "--json"]
     done = subprocess.run([*program, *options], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{case}: {done.stderr.splitlines()[-1]}")
@@ -46,6 +38,7 @@ def plan(case: str) -> dict:
 
 
 def line(p: dict) -> str:
+    """Returns the table's cells of one compiled program."""
     cells = (
         p["program"],
         f"{p['compile_seconds']} s",

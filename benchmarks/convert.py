@@ -1,4 +1,4 @@
-"""The converter at DBRX's true widths beside `cp` of the same files, each ending in sync."""
+"""The command convert: rates of the converter and of loading at DBRX's true widths, relative to `cp` and sync."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ from benchmarks.record import RESULTS, ROOT, BenchmarkError, stamp, write
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.console import print_status
 
-BLOCK = 64 << 20  # bytes of random bits made at a time
+BLOCK = 64 << 20  # bytes of random bits per block
 
-# Runs apart, so that the memory is the conversion's own.
+# Runs in a process of its own, whose peak memory is that of the conversion alone.
 MEASURE = """
 import json, os, sys, time
 from benchmarks.workers.serve import Peak
@@ -44,12 +44,12 @@ print(json.dumps({"seconds": seconds, "rss_anon_bytes": peak.most}))
 class Convert:
     """GB/s of the converter, both ways, and of loading, as a ratio to cp of the same files.
 
-    Makes a random checkpoint (one layer is 6.5 GB, embedding and head 2.5 GB more), then in turns: cp,
-    to-orbax, to-hf, loading. Needs up to four times the checkpoint's size on disk.
+    Makes a random checkpoint (one layer is 6.5 GB, embedding and head 2.5 GB more), then times in turn: cp,
+    to-orbax, loading, to-hf. Needs up to four times the checkpoint's size on disk.
     """
 
     folder: Path
-    """A folder on the disk to be measured; what is made in it is removed."""
+    """A folder on the disk to be measured; files made in it are removed."""
     layers: int = 1
     """Layers of the checkpoint."""
     experts: int = 16
@@ -60,14 +60,14 @@ class Convert:
     """JSON to write."""
 
     def run(self) -> None:
-        """Measures, prints and writes."""
+        """Measures all rounds, prints and writes the result."""
         for name in ("layers", "experts", "rounds"):
             if getattr(self, name) < 1:
                 raise BenchmarkError(f"--{name}: expected a whole number above 0, got {getattr(self, name)}")
         work = (self.folder / "dbrx-convert-benchmark").resolve()
         shutil.rmtree(work, ignore_errors=True)
         try:
-            config = make(work / "source", self.layers, self.experts)
+            config = write_random_bits(work / "source", self.layers, self.experts)
             gigabytes = config.total_parameters * 2 / 1e9
             rounds = [self._round(work, gigabytes) for _ in range(self.rounds)]
         finally:
@@ -93,8 +93,8 @@ class Convert:
         return row
 
 
-def make(folder: Path, layers: int, experts: int) -> DbrxConfig:
-    """A checkpoint of random bfloat16 bits below 2, in the published layout and file size."""
+def write_random_bits(folder: Path, layers: int, experts: int) -> DbrxConfig:
+    """Writes a checkpoint of random bfloat16 bits (absolute values below 2) in the published layout and file size."""
     base = DbrxConfig.from_name("132b-base")
     config = dataclasses.replace(base, n_layers=layers, moe_num_experts=experts, moe_top_k=min(4, experts))
     rng = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def make(folder: Path, layers: int, experts: int) -> DbrxConfig:
 
 
 def copy(source: Path, destination: Path) -> float:
-    """Seconds of `cp -r`, ending in sync."""
+    """Returns the seconds of `cp -r` and sync."""
     os.sync()
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", source, destination], check=True)
@@ -118,10 +118,10 @@ def copy(source: Path, destination: Path) -> float:
 
 
 def measure(name: str, source: Path, destination: Path) -> dict[str, float]:
-    """Seconds and the most anonymous memory of one conversion, or of loading.
+    """Returns seconds and peak anonymous memory of one conversion, or of loading.
 
     Raises:
-      BenchmarkError: it failed.
+      BenchmarkError: the conversion failed.
     """
     os.sync()
     command: list[str | Path] = [sys.executable, "-c", MEASURE, name, source, destination]

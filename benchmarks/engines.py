@@ -1,4 +1,4 @@
-"""Engines as the harness sees them: processes that are asked one thing at a time (workers/serve.py answers)."""
+"""Starts engines as worker processes and sends them one request at a time, which workers/serve.py answers."""
 
 import contextlib
 import dataclasses
@@ -15,17 +15,17 @@ from benchmarks.record import ROOT, BenchmarkError
 from dbrx_jax.console import print_status
 
 OURS = "dbrx_jax"
-WIDE = "bfloat16"  # ours without quantised weights, as a peer of what has them
+WIDE = "bfloat16"  # the peer of quantised weights that is dbrx_jax itself with bfloat16 weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """An implementation that we compare with, in a virtual environment of its own."""
+    """An implementation to compare with, in a virtual environment of its own."""
 
     module: str  # of its worker
-    variable: str  # of the environment, that names its Python
+    variable: str  # environment variable with the path of its Python
     dtypes: tuple[str, ...]
-    install: str
+    install: str  # arguments of pip install
 
 
 PEERS = {
@@ -46,7 +46,7 @@ PEERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """An engine to be started, and what it loads."""
+    """An engine to start and the checkpoint that it loads."""
 
     name: str
     python: str
@@ -56,21 +56,21 @@ class Subject:
 
 
 class Engine:
-    """A worker process that is running."""
+    """A running worker process."""
 
-    def __init__(self, subject: Subject, process: subprocess.Popen[str], notes: IO[str]):
+    def __init__(self, subject: Subject, process: subprocess.Popen[str], stderr: IO[str]):
         self.name = subject.name
-        self._subject, self._process, self._notes = subject, process, notes
+        self._subject, self._process, self._stderr = subject, process, stderr
 
     def load(self) -> dict[str, Any]:
-        """Loads its checkpoint: seconds, anonymous_bytes at most, versions."""
+        """Loads the checkpoint; returns seconds, anonymous_bytes (the peak) and versions."""
         return self.ask("load", folder=str(self._subject.source), dtype=self._subject.dtype)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The reply to one request.
+        """Sends one request and returns the reply.
 
         Raises:
-          BenchmarkError: the worker failed; with what it printed last.
+          BenchmarkError: the worker failed; the message has the last line that it printed.
         """
         assert self._process.stdin
         assert self._process.stdout
@@ -82,9 +82,9 @@ class Engine:
             line = ""
         if not line:
             self._process.wait()
-            self._notes.seek(0)
-            notes = [note for note in self._notes.read().splitlines() if note.strip()]
-            raise BenchmarkError(f"{self.name}: the worker ended ({notes[-1] if notes else 'without a word'})")
+            self._stderr.seek(0)
+            printed = [text for text in self._stderr.read().splitlines() if text.strip()]
+            raise BenchmarkError(f"{self.name}: the worker ended ({printed[-1] if printed else 'without output'})")
         reply = json.loads(line)
         if "error" in reply:
             raise BenchmarkError(f"{self.name}: {reply['error']}")
@@ -93,38 +93,39 @@ class Engine:
 
 @contextlib.contextmanager
 def started(subject: Subject) -> Iterator[Engine]:
-    """The engine's worker, until the block ends.
+    """Starts an engine's worker, and kills it when the block ends.
 
     Raises:
       BenchmarkError: its Python cannot be run.
     """
     with contextlib.ExitStack() as stack:
-        notes = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+        stderr = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
         try:
             process = subprocess.Popen(
                 [subject.python, "-m", subject.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=notes,
+                stderr=stderr,
                 cwd=ROOT,
                 text=True,
             )
         except OSError as error:
             raise BenchmarkError(f"{subject.name}: {subject.python} cannot be run ({error.strerror})") from None
         stack.enter_context(process)
-        stack.callback(process.kill)  # before it is waited for; it has nothing to save
-        yield Engine(subject, process, notes)
+        stack.callback(process.kill)  # before Popen's exit waits for it; it has nothing to save
+        yield Engine(subject, process, stderr)
 
 
 def ours(folder: Path, dtype: str, name: str = OURS) -> Subject:
+    """Returns dbrx_jax, in this Python, as an engine."""
     return Subject(name, sys.executable, "benchmarks.workers.ours", folder, dtype)
 
 
 def peer(against: str, given: Path | None, dtype: str, folder: Path, gguf: Path) -> Subject:
-    """A peer, and what it loads: the checkpoint's folder, or for llama.cpp a GGUF of it, which is made once.
+    """Returns a peer that loads the checkpoint's folder, or for llama.cpp a GGUF of it, which is made if necessary.
 
     Raises:
-      BenchmarkError: its Python cannot be found, the peer has no such dtype, or the GGUF cannot be made.
+      BenchmarkError: its Python cannot be found, the peer does not support the dtype, or the GGUF cannot be made.
     """
     if against == WIDE:
         if dtype == WIDE:
@@ -144,10 +145,10 @@ def peer(against: str, given: Path | None, dtype: str, folder: Path, gguf: Path)
 
 
 def find_python(against: str, given: Path | None, dtype: str) -> str:
-    """The interpreter of a peer's virtual environment.
+    """Returns the path of a peer's Python.
 
     Raises:
-      BenchmarkError: none is named, it is not there, or the peer has no such dtype.
+      BenchmarkError: none is named, it does not exist, or the peer does not support the dtype.
     """
     known = PEERS[against]
     if dtype not in known.dtypes:

@@ -1,8 +1,8 @@
-"""Time from the command to the first generated text on the demo, and to its end: the first run and the second.
+"""Seconds from the command to the first generated text of the demo, and to the end: first, second and third run.
 
     python -m benchmarks.first_token
 
-The first run converts the demo to Orbax into an empty cache folder. Writes results/first_token.json.
+The first run begins with an empty cache of compiled programs. Writes results/first_token.json.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.record import RESULTS, stamp, write
 
 PROMPT = "A list is"
-# What the command does, in the same order, with the time that each part takes.
+# The command's steps in its order, with the seconds of each.
 PHASES = """
 import json, sys, time
 begin = time.perf_counter()
@@ -50,7 +50,7 @@ print(json.dumps(phases))
 
 
 def run(cache: str) -> dict[str, Any]:
-    """Seconds to the first byte on stdout and to the end of the process."""
+    """Runs the command; returns seconds to the first byte on stdout and to the end of the process."""
     program = Path(sys.executable).parent / "dbrx-jax"
     command: list[str | Path] = [program, "generate", "--prompt", PROMPT, "--max-new-tokens", "128"]
     begin = time.perf_counter()
@@ -62,18 +62,18 @@ def run(cache: str) -> dict[str, Any]:
     process.stdout.read(1)
     first = time.perf_counter() - begin
     rest = process.stdout.read()
-    notes = process.stderr.read().decode().splitlines()
+    status_lines = process.stderr.read().decode().splitlines()
     if process.wait() != 0 or not rest:
-        raise SystemExit("\n".join(notes))
+        raise SystemExit("\n".join(status_lines))
     return {
         "first_text_seconds": round(first, 2),
         "end_seconds": round(time.perf_counter() - begin, 2),
-        "rates": notes[-1],
+        "rates": status_lines[-1],
     }
 
 
 def phases(cache: str) -> dict[str, float]:
-    """Seconds of each part of a start, with what earlier runs left in the cache."""
+    """Returns the seconds of each step of a start with compiled programs in the cache."""
     done = subprocess.run(
         [sys.executable, "-c", PHASES, PROMPT],
         capture_output=True,
@@ -85,8 +85,8 @@ def phases(cache: str) -> dict[str, float]:
 
 
 def main() -> None:
-    what = str(__doc__).splitlines()[0]
-    argparse.ArgumentParser(prog="python -m benchmarks.first_token", description=what).parse_args()
+    description = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.first_token", description=description).parse_args()
     with tempfile.TemporaryDirectory() as cache:
         runs = {"first": run(cache), "second": run(cache), "third": run(cache)}
         parts = phases(cache)

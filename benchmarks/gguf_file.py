@@ -1,10 +1,10 @@
-"""A GGUF file for llama.cpp from a DBRX checkpoint in the published layout, as llama.cpp's own converter makes it.
+"""Converts a DBRX checkpoint in the published layout to a GGUF file, as llama.cpp's own converter does.
 
     python -m benchmarks.gguf_file FOLDER OUT --dtype bfloat16
 
-Needs numpy and the package gguf, and nothing of ours: it runs beside llama-cpp-python. The vocabulary has
-the right size and no text, for token ids go in and come out. What corresponds to our int8 is Q8_0, and to
-our int4 Q4_0 for the experts with Q8_0 for the rest; rows that their blocks of 32 do not divide stay bfloat16.
+Runs in llama-cpp-python's environment: needs numpy and the package gguf, and not dbrx_jax. The vocabulary has a size
+and no text, because engines exchange token ids. int8 becomes Q8_0; int4 becomes Q4_0 for the experts and Q8_0 for the
+rest. Rows that their blocks of 32 do not divide stay bfloat16.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Type
 
 _BLOCK = "transformer.blocks.{i}"
 _EXPERTS = f"{_BLOCK}.ffn.experts.mlp"
-# A GGUF tensor and the one it holds; those of "{i}" stand for every block.
+# GGUF tensor -> published tensor; {i} stands for every block.
 TENSORS = {
     "token_embd": "transformer.wte.weight",
     "output_norm": "transformer.norm_f.weight",
@@ -34,7 +34,7 @@ TENSORS = {
     "blk.{i}.ffn_down_exps": f"{_EXPERTS}.w2",
 }
 MATRICES = {
-    "float32": (Type.F32, Type.F32),  # of the experts, of the rest
+    "float32": (Type.F32, Type.F32),  # types of the experts, of other matrices
     "bfloat16": (Type.BF16, Type.BF16),
     "int8": (Type.Q8_0, Type.Q8_0),
     "int4": (Type.Q4_0, Type.Q8_0),
@@ -42,12 +42,12 @@ MATRICES = {
 
 
 def convert(folder: Path, out: Path, dtype: str) -> None:
-    """Writes the file, one tensor at a time in memory; it has its name when it is complete."""
+    """Writes the GGUF file, with one tensor at a time in memory; renames it when it is complete."""
     config = json.loads((folder / "config.json").read_text())
     ffn = config["ffn_config"]
-    aside = out.with_name(out.name + ".incomplete")
-    writer = gguf.GGUFWriter(aside, "dbrx")
-    _describe(writer, config)
+    partial = out.with_name(out.name + ".incomplete")
+    writer = gguf.GGUFWriter(partial, "dbrx")
+    _write_metadata(writer, config)
     stored = dict(_tensors(folder))
     planned = []
     for name, source in TENSORS.items():
@@ -56,13 +56,13 @@ def convert(folder: Path, out: Path, dtype: str) -> None:
             if name.endswith("_exps"):
                 array = array.reshape(ffn["moe_num_experts"], ffn["ffn_hidden_size"], config["d_model"])
             if name.endswith("down_exps"):
-                array = array.swapaxes(1, 2)  # a product here is with rows of the matrix, and DBRX stores columns
+                array = array.swapaxes(1, 2)  # llama.cpp contracts the last dimension; DBRX stores w2 transposed
             kind = _type(name, array, dtype)
             shape = gguf.quant_shape_to_byte_shape(array.shape, kind)
             size = int(np.prod(shape)) if kind != Type.F32 else array.size * 4
-            held = np.dtype(np.float32 if kind == Type.F32 else np.uint8)
-            target = array.shape if kind == Type.F32 else shape
-            writer.add_tensor_info(f"{name.format(i=i)}.weight", target, held, size, kind)
+            dtype_on_disk = np.dtype(np.float32 if kind == Type.F32 else np.uint8)
+            shape_on_disk = array.shape if kind == Type.F32 else shape
+            writer.add_tensor_info(f"{name.format(i=i)}.weight", shape_on_disk, dtype_on_disk, size, kind)
             planned.append((array, kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -70,13 +70,13 @@ def convert(folder: Path, out: Path, dtype: str) -> None:
     for array, kind in planned:
         writer.write_tensor_data(gguf.quantize(_float32(array), kind))
     writer.close()
-    aside.replace(out)
+    partial.replace(out)
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, config: dict) -> None:
     attention, ffn = config["attn_config"], config["ffn_config"]
     if attention.get("clip_qkv") is None or ffn.get("moe_normalize_expert_weights") != 1:
-        sys.exit("llama.cpp needs clip_qkv and weights of experts that are normalised to 1")
+        sys.exit("llama.cpp needs clip_qkv and moe_normalize_expert_weights = 1")
     writer.add_block_count(config["n_layers"])
     writer.add_context_length(config["max_seq_len"])
     writer.add_embedding_length(config["d_model"])
@@ -93,7 +93,7 @@ def _describe(writer: gguf.GGUFWriter, config: dict) -> None:
 
 
 def _type(name: str, array: np.ndarray, dtype: str) -> Type:
-    """Norms and the router stay float32, as llama.cpp keeps them."""
+    """Returns a tensor's GGUF type; norms and routers are float32, as in llama.cpp's converter."""
     if array.ndim == 1 or name.endswith("gate_inp"):
         return Type.F32
     experts, rest = MATRICES[dtype]
@@ -103,8 +103,8 @@ def _type(name: str, array: np.ndarray, dtype: str) -> Type:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a folder of safetensors, mapped from its file; bfloat16 as its bits in uint16."""
-    kinds = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    """Yields name and memory-mapped array of every tensor in a folder of safetensors; bfloat16 as uint16 bits."""
+    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
@@ -113,7 +113,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         data = np.memmap(file, np.uint8, "r", 8 + length)
         for name, tensor in header.items():
             start, stop = tensor["data_offsets"]
-            yield name, data[start:stop].view(kinds[tensor["dtype"]]).reshape(tensor["shape"])
+            yield name, data[start:stop].view(dtypes[tensor["dtype"]]).reshape(tensor["shape"])
 
 
 def _float32(array: np.ndarray) -> np.ndarray:

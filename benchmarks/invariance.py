@@ -1,8 +1,8 @@
-"""Cost of `batch_invariant`: decodes `bench` with it and without, in turn.
+"""Times decode steps of `bench` with `batch_invariant` and without, in turn.
 
     python -m benchmarks.invariance
 
-Writes results/invariance.json: milliseconds of a step at batch sizes 1, 8 and 64.
+Writes results/invariance.json: milliseconds a step at batch sizes 1, 8 and 64.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PROMPT, TOKENS, ROUNDS = 8, 16, 3
 
 
 def step(model: DbrxForCausalLM, prompts: np.ndarray, invariant: bool) -> float:
-    """Milliseconds of a decode step of all rows, behind the first token."""
+    """Returns the milliseconds of a decode step of all rows, after the first token."""
     stream = TokenStream(model, prompts, max_new_tokens=TOKENS + 1, eos_token_id=None, batch_invariant=invariant)
     next(stream)
     begin = time.perf_counter()
@@ -33,8 +33,8 @@ def step(model: DbrxForCausalLM, prompts: np.ndarray, invariant: bool) -> float:
 
 
 def main() -> None:
-    what = str(__doc__).splitlines()[0]
-    argparse.ArgumentParser(prog="python -m benchmarks.invariance", description=what).parse_args()
+    description = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.invariance", description=description).parse_args()
     folder, rows = checkpoint("bench", cache_folder()), []
     for dtype in DTYPES:
         quantized = dtype == "int8"
@@ -45,10 +45,10 @@ def main() -> None:
             prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, PROMPT))
             times: dict[bool, list[float]] = {True: [], False: []}
             for round_number in range(ROUNDS + 1):
-                for invariant, taken in times.items():
+                for invariant, kept in times.items():
                     milliseconds = step(model, prompts, invariant)
                     if round_number:  # the first compiles
-                        taken.append(milliseconds)
+                        kept.append(milliseconds)
             ratio = statistics.median(a / b for a, b in zip(times[True], times[False], strict=True))
             rows.append({"dtype": dtype, "batch": batch, "ratio": round(ratio, 3)})
             rows[-1] |= {

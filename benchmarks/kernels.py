@@ -2,9 +2,8 @@
 
     python -m benchmarks.kernels [h200|v5e|v6e ...]
 
-Needs the extra [compile] and no accelerator. Puts results/kernels.json in step for these devices, and prints a
-table in Markdown. Only for Hopper does the compiler say how many registers a kernel takes; on a TPU one that takes
-too much memory on the chip does not compile.
+Needs the extra [compile] and no accelerator. Updates these devices in results/kernels.json, and prints a Markdown
+table. Registers are reported for Hopper only. A TPU kernel that needs too much VMEM does not compile.
 """
 
 import argparse
@@ -43,18 +42,18 @@ class Case(NamedTuple):
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """The kernels of a kind of device at 132B's sizes, without JAX's own (splash attention, cuDNN)."""
+    """Yields calls of a backend's kernels at 132B's sizes, without JAX's own (splash attention, cuDNN)."""
     yield from experts(kind, tiles.WEIGHTS)
     yield from attention(kind)
     yield from gradients(kind)
     if kind == "tpu":
         yield from experts(kind, ("fp8",))
-        yield writing()
+        yield cache_write()
 
 
 def experts(kind: str, weights: tuple[str, ...]) -> Iterator[Case]:
-    """The experts', with the tiles that they would take."""
-    named: dict[str, Case] = {}  # some that differ in few rows are the same kernel
+    """Yields calls of the experts' kernels, with the tile sizes that they would use."""
+    named: dict[str, Case] = {}  # calls that differ in few rows share a kernel
     for case in tiles.cases(kind, weights=weights):
         chosen = {s.name: type(s.rule)(*table()[s.name]) if s.name in table() else s.rule for s in case.slots}
         name = "; ".join(chosen)
@@ -63,29 +62,29 @@ def experts(kind: str, weights: tuple[str, ...]) -> Iterator[Case]:
 
 
 def attention(kind: str) -> Iterator[Case]:
-    """Over the cache, of steps and of a prompt's chunk."""
+    """Yields calls of attention over the cache, for decode steps and a prefill chunk."""
     from dbrx_jax.kernels.gpu import cache_attention as gpu_cache_attention
     from dbrx_jax.kernels.tpu import cache_attention as tpu_cache_attention
 
     attend: Any = (gpu_cache_attention if kind == "gpu" else tpu_cache_attention).cache_attention
     config = tiles.CONFIG
     heads, G, K = config.n_heads, config.kv_n_heads, config.head_dim
-    lies = (G, POSITIONS) if kind == "gpu" else (POSITIONS, G)  # of a row
+    row_shape = (G, POSITIONS) if kind == "gpu" else (POSITIONS, G)  # in the cache's stored layout
     for rows, tokens, dtype in ((8, 1, "bfloat16"), (8, 1, "int8"), (1, 2048, "bfloat16"), (1, 2048, "int8")):
         query = jax.ShapeDtypeStruct((rows, tokens, heads, K), jnp.bfloat16)
-        held = [jax.ShapeDtypeStruct((rows, *lies, K), dtype)] * 2
-        scales = [jax.ShapeDtypeStruct((rows, *lies), jnp.bfloat16)] * 2 if dtype == "int8" else []
+        cache = [jax.ShapeDtypeStruct((rows, *row_shape, K), dtype)] * 2
+        scales = [jax.ShapeDtypeStruct((rows, *row_shape), jnp.bfloat16)] * 2 if dtype == "int8" else []
         starts = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
         def call(query, starts, *cache):
             key, value, *scales = swap_layout(LayerCache(*cache), "cuda" if kind == "gpu" else kind)
             return attend(query, key, value, starts, 0, scales=None if scales[0] is None else scales)
 
-        yield Case(f"attention, {dtype} cache, {rows} x {tokens} queries", call, (query, starts, *held, *scales))
+        yield Case(f"attention, {dtype} cache, {rows} x {tokens} queries", call, (query, starts, *cache, *scales))
 
 
 def gradients(kind: str) -> Iterator[Case]:
-    """Gradients of an expert's weights, for both of its shapes."""
+    """Yields calls of the weight gradient, for both shapes of an expert's weights."""
     from dbrx_jax.kernels.gpu import grouped_gradient as gpu_grouped_gradient
     from dbrx_jax.kernels.tpu import grouped_matmul as tpu_grouped_matmul
 
@@ -96,24 +95,24 @@ def gradients(kind: str) -> Iterator[Case]:
         yield Case(f"gradient, {M} x {C}, {P} rows", lambda a, b: gradient(a, b, jnp.full(E, P // E, jnp.int32)), rows)
 
 
-def writing() -> Case:
-    """A step's keys or values to the cache."""
+def cache_write() -> Case:
+    """Returns the call that writes a decode step's keys or values to a TPU's cache."""
     from dbrx_jax.kernels.tpu import cache_write as tpu_cache_write
 
     G, K = tiles.CONFIG.kv_n_heads, tiles.CONFIG.head_dim
-    places = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2
-    held, new = (jax.ShapeDtypeStruct((8, *size, K), jnp.bfloat16) for size in ((POSITIONS, G), (G,)))
-    return Case("writing 8 positions", tpu_cache_write.write_positions, (held, new, *places))
+    indices = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2  # rows and positions
+    stored, new = (jax.ShapeDtypeStruct((8, *size, K), jnp.bfloat16) for size in ((POSITIONS, G), (G,)))
+    return Case("writing 8 positions", tpu_cache_write.write_positions, (stored, new, *indices))
 
 
 def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
-    """Compiles a case and reads the compiler's report."""
-    place = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), case.arguments)
+    """Compiles a call; returns what the compiler reports of it."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), case.arguments)
     begin = time.perf_counter()
-    with printed() as words, jax.set_mesh(mesh):
+    with captured_output() as outputs, jax.set_mesh(mesh):
         program = jax.jit(case.call).lower(*arguments).compile()
-    seconds, text = time.perf_counter() - begin, words[0]
+    seconds, text = time.perf_counter() - begin, outputs[0]
     return {
         "kernel": case.name,
         "registers": [int(n) for n in re.findall(r"Used (\d+) registers", text)],
@@ -124,21 +123,21 @@ def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def printed() -> Iterator[list[str]]:
-    """Captures what C++ code writes to stdout and stderr inside the block."""
-    words: list[str] = []
+def captured_output() -> Iterator[list[str]]:
+    """Captures stdout and stderr of C++ code in the block; the list has the text when the block has ended."""
+    outputs: list[str] = []
     with tempfile.TemporaryFile("w+", errors="replace") as file:
-        kept = [os.dup(n) for n in (1, 2)]
+        originals = [os.dup(n) for n in (1, 2)]
         for n in (1, 2):
             os.dup2(file.fileno(), n)
         try:
-            yield words
+            yield outputs
         finally:
-            for n, old in zip((1, 2), kept, strict=True):
-                os.dup2(old, n)
-                os.close(old)
+            for n, original in zip((1, 2), originals, strict=True):
+                os.dup2(original, n)
+                os.close(original)
             file.seek(0)
-            words.append(file.read())
+            outputs.append(file.read())
 
 
 def line(device: str, found: dict[str, Any]) -> str:
@@ -150,10 +149,10 @@ def line(device: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-    jax.config.update("jax_platforms", "cpu")  # which keeps plugins for devices that are not there quiet
+    jax.config.update("jax_platforms", "cpu")  # else plugins warn of missing devices
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=str(__doc__).splitlines()[0])
     parser.add_argument("device", nargs="*", help=f"of {', '.join(KINDS)}; all by default")
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json", help="JSON to put in step")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json", help="JSON to update")
     options = parser.parse_args()
     if unknown := set(options.device) - set(KINDS):
         parser.error(f"{', '.join(sorted(unknown))}: no such device; choose of {', '.join(KINDS)}")

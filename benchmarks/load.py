@@ -1,4 +1,4 @@
-"""Loading a checkpoint into memory, against what the disk and the page cache give."""
+"""The command load: time and memory of loading a checkpoint, against the rates of the disk and the page cache."""
 
 import dataclasses
 import mmap
@@ -15,15 +15,14 @@ from benchmarks.options import Options
 from benchmarks.record import cpus
 from dbrx_jax.config import DbrxConfig
 
-PIECE = 16 << 20  # bytes of a read
+PIECE = 16 << 20  # bytes per read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load(Options):
-    """Seconds from a folder to a model in memory, and the anonymous memory it takes; the page cache is warm.
+    """Seconds and anonymous memory of loading a model from a folder, with a warm page cache.
 
-    Every load has a process of its own, whose imports are not counted. llama.cpp reads its GGUF, without
-    mapping it.
+    Every load has a process of its own; imports are not timed. llama.cpp reads its GGUF without mapping it.
     """
 
     def roofline(self, config: DbrxConfig, machine: Machine, source: Path) -> dict[str, Any]:
@@ -54,12 +53,12 @@ class Load(Options):
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The files of a checkpoint that hold weights; a GGUF is one."""
+    """Returns the files that hold a checkpoint's weights; `source` itself if it is a GGUF file."""
     return sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
 
 
 def read_rate(files: list[Path]) -> float:
-    """Bytes/s of reading the files from the page cache with every CPU, the best of several."""
+    """Returns bytes/s of reading the files from the page cache with all CPUs, the best of three."""
     pieces = [(file, start) for file in files for start in range(0, file.stat().st_size, PIECE)]
 
     def read(part: list[tuple[Path, int]]) -> None:
@@ -75,9 +74,9 @@ def read_rate(files: list[Path]) -> float:
 
 
 def direct_rate(files: list[Path]) -> float | None:
-    """Bytes/s of reading the largest file past the page cache, once; None where its file system cannot."""
+    """Returns bytes/s of one read of the largest file with O_DIRECT; None if the file system has no such reads."""
     file = max(files, key=lambda f: f.stat().st_size)
-    buffer = mmap.mmap(-1, PIECE)  # aligned, as such reads must be
+    buffer = mmap.mmap(-1, PIECE)  # aligned, as O_DIRECT requires
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
     except OSError:

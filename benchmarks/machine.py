@@ -2,7 +2,7 @@
 
     python -m benchmarks.machine
 
-Prints one line of JSON. The harness runs it in a process of its own before the models are loaded.
+Prints a line of JSON. The harness runs this in a process of its own before it loads models.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import numpy as np
 
 from benchmarks.record import ROOT, BenchmarkError, cpus
 
-SIZE = 1 << 30  # bytes read at a time: many times what any cache holds
+SIZE = 1 << 30  # bytes per read: many times the size of any cache
 SIDE = 2048  # of the square matrices
-# On a GPU launches and ramps take a share of such short runs: an H100 showed 2.0 TB/s and 149 TFLOP/s with them.
+# A GPU needs longer runs, or launches count: with the sizes above an H100 showed 2.0 TB/s and 149 TFLOP/s.
 GPU_SIZE, GPU_SIDE = 4 << 30, 8192
 REPEATS = 8
 
@@ -31,11 +31,11 @@ class Machine(TypedDict):
     device: str
     bandwidth: float  # bytes/s, reading
     float32: float  # FLOP/s of a product of float32 matrices
-    bfloat16: float  # of bfloat16 matrices
+    bfloat16: float  # likewise, of bfloat16 matrices
 
 
 def measure() -> Machine:
-    """The best of several repetitions of each: what else runs only slows down."""
+    """Measures the device that JAX uses: the best of several repetitions, as other load only slows it down."""
     import jax
 
     device = jax.devices()[0]
@@ -61,7 +61,7 @@ def measure_apart() -> Machine:
 
 
 def best_seconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """The least time of several runs after one that warms up."""
+    """Returns the least seconds of several runs after a warm-up."""
     run()
     times = []
     for _ in range(repeats):
@@ -72,7 +72,7 @@ def best_seconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
 
 
 def _cpu_bandwidth() -> float:
-    """Every CPU reads its part of an array through BLAS, which waits for nothing but memory."""
+    """Returns bytes/s with every CPU reading its part of an array in a BLAS dot product, which memory limits."""
     data = np.ones(SIZE // 4, np.float32)
     parts = np.array_split(data, cpus())
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -104,6 +104,6 @@ def _matmul_rate(dtype: str) -> float:
 
 
 if __name__ == "__main__":
-    about = str(__doc__).splitlines()[0]
-    argparse.ArgumentParser(prog="python -m benchmarks.machine", description=about).parse_args()
+    description = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.machine", description=description).parse_args()
     print(json.dumps(measure()))

@@ -1,4 +1,4 @@
-"""Shared by all comparisons: options, the order of measurements, and the result file."""
+"""Options: base class of the commands that compare engines. It runs all rounds and writes the result file."""
 
 import contextlib
 import dataclasses
@@ -17,20 +17,20 @@ from benchmarks.show import lines
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.console import print_status
 
-BUSY = 0.3  # load of a CPU from which on a measurement is doubtful
+BUSY = 0.3  # load per CPU above which a warning is printed
 CHECKED_PROMPT = 12  # tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options that the comparisons share."""
+    """Options that all comparisons share."""
 
     model: str = "demo"
     """demo, bench (random weights), another configuration's name, or a Hugging Face folder."""
     dtype: Literal["float32", "bfloat16", "int8", "int4"] = "bfloat16"
     """Dtype of the weights."""
     against: Literal["transformers", "llama.cpp", "bfloat16"] | None = None
-    """Measure this one too, in turn with ours; bfloat16 is ours without quantised weights."""
+    """Peer to measure in turn with dbrx_jax; bfloat16 is dbrx_jax itself without quantised weights."""
     against_python: Path | None = None
     """Python of its virtual environment; by default what DBRX_TRANSFORMERS_PYTHON or DBRX_LLAMA_PYTHON names."""
     rounds: int = 5
@@ -41,7 +41,7 @@ class Options:
     """JSON to write; by default a file in benchmarks/results that is named after the run."""
 
     def run(self) -> None:
-        """Measures, prints and writes."""
+        """Measures all rounds, prints and writes the result."""
         self._check_numbers()
         cache, name = (self.folder or cache_folder()).resolve(), Path(self.model).resolve().name
         source = checkpoint(self.model, cache).resolve()
@@ -56,7 +56,7 @@ class Options:
             subjects.append(peer(self.against, self.against_python, self.dtype, source, gguf))
         load = os.getloadavg()[0] / cpus()
         if load > BUSY:
-            print_status(f"benchmarks: warning: the machine is busy (load {load:.1f} a CPU), and measures wrongly")
+            print_status(f"benchmarks: warning: the machine is busy (load {load:.1f} per CPU); figures will be too low")
         machine = measure_apart()
         result: dict[str, Any] = {
             "benchmark": type(self).__name__.lower(),
@@ -77,7 +77,7 @@ class Options:
         print_status(f"Written to {path}")
 
     def measure(self, config: DbrxConfig, machine: Machine, subjects: list[Subject]) -> dict[str, Any]:
-        """All rounds, and what the engines report of themselves."""
+        """Returns all rounds' figures, the engines' versions and the check that they agree."""
         result: dict[str, Any] = {"engines": {}}
         with contextlib.ExitStack() as stack:
             engines = [stack.enter_context(started(subject)) for subject in subjects]
@@ -90,20 +90,20 @@ class Options:
         return result
 
     def facts(self) -> dict[str, Any]:
-        """The options that are this benchmark's own."""
+        """Returns the options that are the subclass' own."""
         shared = {field.name for field in dataclasses.fields(Options)}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shared}
 
     def positions(self) -> int:
-        """Most positions of a row."""
+        """Returns the number of positions that a row needs."""
         return 1
 
     def roofline(self, config: DbrxConfig, machine: Machine, source: Path) -> dict[str, Any]:
-        """The best that the machine allows, under the names of the figures."""
+        """Returns the machine's bounds by the names of the figures."""
         raise NotImplementedError
 
     def ask(self, engine: Engine, number: int, config: DbrxConfig, machine: Machine) -> Figures:
-        """Figures of a round, numbered from 1; round 0 warms up."""
+        """Measures an engine in one round and returns its figures; round 0 is a warm-up."""
         raise NotImplementedError
 
     def _check_numbers(self) -> None:
@@ -114,12 +114,12 @@ class Options:
 
 
 def random_prompts(config: DbrxConfig, seed: int, rows: int, length: int) -> list[list[int]]:
-    """Token ids (rows, length), the same ones for every engine of a round."""
+    """Returns random token ids (rows, length), the same for every engine of a round."""
     return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).tolist()
 
 
 def file_name(result: dict[str, Any]) -> str:
-    """The name of a result, such as decode-bench-bfloat16-b8-transformers."""
+    """Returns the file name of a result, such as decode-bench-bfloat16-b8-transformers."""
     parts = [result["benchmark"], result["model"], result["dtype"]]
     if "batch" in result:
         parts.append(f"b{result['batch']}")

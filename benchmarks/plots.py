@@ -1,4 +1,4 @@
-"""Plots of the results, as small SVG files that are the same bytes for the same results."""
+"""Draws bar plots of the results as SVG files; the same results give the same bytes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ FIGURE = "tokens_per_second"
 
 
 def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """One plot of each kind that there are comparisons of; the names of the files, which are all in `folder` then.
+    """Draws a plot of each kind of benchmark with comparisons, replaces `folder`'s plots, and returns the file names.
 
     Raises:
       BenchmarkError: matplotlib is missing.
@@ -30,36 +30,36 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[str]:
     settings: Any = {"svg.hashsalt": "dbrx", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         for kind, title in TITLES.items():
-            chosen = [r for r in results if r["benchmark"] == kind and r["against"] in COLOURS]
-            if chosen:
-                _bars(chosen, title, folder / f"{kind}.svg")
+            compared = [r for r in results if r["benchmark"] == kind and r["against"] in COLOURS]
+            if compared:
+                _bars(compared, title, folder / f"{kind}.svg")
                 names.append(f"{kind}.svg")
     return names
 
 
 def label(result: dict[str, Any]) -> str:
-    """The label of a comparison, beside its bars."""
+    """Returns the label of a comparison's bars."""
     batch = f", batch {result['batch']}" if "batch" in result else ""
     return f"{result['model']}, {result['dtype']}{batch}, jax {result['versions']['jax']}"
 
 
 def _bars(results: Sequence[dict[str, Any]], title: str, file: Path) -> None:
-    """Ours and the peer of each comparison as a share of its roofline, with their tokens a second."""
+    """Draws each comparison's two rates as shares of the roofline, annotated with tokens/s."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.9 + 0.55 * len(results)), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
-    named = set()
+    in_legend = set()
     for row, result in enumerate(results):
         for side, engine in ((-0.2, OURS), (0.2, result["against"])):
             value = result["summary"][engine][FIGURE]["median"]
-            part = 100 * value / result["roofline"][FIGURE]
-            key = None if engine in named else engine
-            axes.barh(row + side, part, 0.36, color=COLOURS[engine], label=key)
-            axes.annotate(f"{value:,.1f}", (part, row + side), (3, 0), textcoords="offset points", va="center")
-            named.add(engine)
+            percent = 100 * value / result["roofline"][FIGURE]
+            legend_label = None if engine in in_legend else engine
+            axes.barh(row + side, percent, 0.36, color=COLOURS[engine], label=legend_label)
+            axes.annotate(f"{value:,.1f}", (percent, row + side), (3, 0), textcoords="offset points", va="center")
+            in_legend.add(engine)
     axes.set_yticks(range(len(results)), [label(r) for r in results])
     axes.invert_yaxis()
     axes.set_xlabel("percent of the roofline that was measured in the same run")

@@ -1,10 +1,10 @@
-"""Times small-batch matmuls in XLA for CPUs: as this project writes them, and the plain way.
+"""Times small-batch matmuls on a CPU: dbrx_jax.ops.linear against plain JAX.
 
     python -m benchmarks.products
 
-24 weights of (1792, 1024) one after another, more than the caches hold, with 1 to 64 rows; of floats also with the
-weight on the right and sums in float32. GB/s are of the weights' bytes. Writes results/products-JAX_VERSION.json;
-docs/cpu.md explains what follows from it.
+Multiplies 1 to 64 rows with 24 weights of (1792, 1024), more than the caches hold; weights of floats also by a
+dot_general with float32 sums. GB/s are of the weights' bytes. Writes results/products-JAX_VERSION.json; docs/cpu.md
+discusses it.
 """
 
 import argparse
@@ -34,18 +34,18 @@ def weights(kind: str, contracted: int) -> list[Any]:
     drawn = [rng.standard_normal(SHAPE, dtype=np.float32) for _ in range(WEIGHTS)]
     if kind in ("float32", "bfloat16"):
         return [jnp.asarray(w, kind) for w in drawn]
-    form = Format.parse(kind)
-    return [jax.tree.map(jnp.asarray, quantize(w, form, (contracted - 2,), "bfloat16")) for w in drawn]
+    format = Format.parse(kind)
+    return [jax.tree.map(jnp.asarray, quantize(w, format, (contracted - 2,), "bfloat16")) for w in drawn]
 
 
 def plain(x: Array, weight: Any, contracted: int) -> Array:
-    """The plain matmul."""
+    """Multiplies with the @ operator; dequantises first."""
     w = weight.dequantize(x.dtype) if isinstance(weight, QuantizedArray) else weight
     return x @ w.T if contracted == 1 else x @ w
 
 
 def right(x: Array, weight: Array, contracted: int) -> Array:
-    """Two rows of one: XLA would turn the whole weight into float32."""
+    """Multiplies by a dot_general with float32 sums; one row is doubled, or XLA would cast the whole weight."""
     dimensions = (((1,), (contracted,)), ((), ()))
     rows = jnp.concatenate([x] * 2) if x.shape[0] == 1 else x
     return lax.dot_general(rows, weight, dimensions, preferred_element_type=jnp.float32)
@@ -56,7 +56,8 @@ def ours(x: Array, weight: Any, contracted: int) -> Array:
 
 
 def seconds(product: Callable, x: Array, all_weights: list[Any], contracted: int) -> float:
-    options = None if product is plain else CPU_OPTIONS  # as decoding's program is compiled
+    """Returns the least seconds of multiplying x with all weights."""
+    options = None if product is plain else CPU_OPTIONS  # those of the decode program
     run = jax.jit(lambda x, ws: [product(x, w, contracted) for w in ws], compiler_options=options)
     jax.block_until_ready(run(x, all_weights))
     best = float("inf")
@@ -68,8 +69,8 @@ def seconds(product: Callable, x: Array, all_weights: list[Any], contracted: int
 
 
 def main() -> None:
-    what = str(__doc__).splitlines()[0]
-    argparse.ArgumentParser(prog="python -m benchmarks.products", description=what).parse_args()
+    description = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.products", description=description).parse_args()
     table = []
     for kind in KINDS:
         for contracted in (1, 0):
@@ -78,11 +79,11 @@ def main() -> None:
             for rows in ROWS:
                 dtype = jnp.float32 if kind == "float32" else jnp.bfloat16
                 x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, SHAPE[contracted])), dtype)
-                ways = (ours, right, plain) if isinstance(all_weights[0], Array) else (ours, plain)
-                took = {f.__name__: seconds(f, x, all_weights, contracted) for f in ways}
+                products = (ours, right, plain) if isinstance(all_weights[0], Array) else (ours, plain)
+                times = {f.__name__: seconds(f, x, all_weights, contracted) for f in products}
                 entry = {"weights": kind, "summed_over": "columns" if contracted else "rows", "rows": rows}
-                entry |= {f"{name}_gb_per_second": round(size / s / 1e9, 2) for name, s in took.items()}
-                table.append(entry | {f"{name}_ms": round(s * 1e3, 2) for name, s in took.items()})
+                entry |= {f"{name}_gb_per_second": round(size / s / 1e9, 2) for name, s in times.items()}
+                table.append(entry | {f"{name}_ms": round(s * 1e3, 2) for name, s in times.items()})
                 print(json.dumps(table[-1]), flush=True)
     result = stamp("dbrx-jax", "jax") | {"weight_shape": SHAPE, "weights": WEIGHTS, "products": table}
     write(result, RESULTS / f"products-{jax.__version__}.json")

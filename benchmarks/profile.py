@@ -1,8 +1,8 @@
-"""Profile of decoding on a CPU: milliseconds a step by XLA operation, from XLA's trace.
+"""Profiles decoding on a CPU: milliseconds a step by kind of XLA operation, from a trace.
 
     python -m benchmarks.profile [--model bench] [--dtype bfloat16] [--batch 1]
 
-XLA's parts overlap: a loop or branch holds others, and threads work side by side. They add up to more than a step.
+Operations overlap, as loops contain others and threads run in parallel, so their sum exceeds a step.
 """
 
 import argparse
@@ -23,37 +23,37 @@ from benchmarks.workers.ours import Ours
 from dbrx_jax.generation.generate import BURST, TokenStream
 
 PROMPT, TOKENS = 64, 64
-SHOWN = 12
+SHOWN = 12  # operations
 
 
-def begun(model: Any, prompts: list[list[int]]) -> TokenStream:
-    """A stream whose prompts are through the model."""
+def prefilled_stream(model: Any, prompts: list[list[int]]) -> TokenStream:
+    """Returns a stream after prefill, ready for decode steps."""
     stream = TokenStream(model, prompts, max_new_tokens=TOKENS + 1, eos_token_id=None, burst=BURST)
     next(stream)
     return stream
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """The XLA operations of a trace; names of Python functions begin with $ or contain a colon."""
+    """Returns a trace's XLA operations, without Python functions, whose names begin with $ or contain a colon."""
     (file,) = folder.glob("**/*.trace.json.gz")
-    found = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    return [e for e in found if e.get("ph") == "X" and not re.search(r"[$:(. ]", kind_of(e["name"]))]
+    all_events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    return [e for e in all_events if e.get("ph") == "X" and not re.search(r"[$:(. ]", kind_of(e["name"]))]
 
 
 def kind_of(name: str) -> str:
-    """An instruction's name without its number."""
+    """Returns an instruction's name without its number."""
     return re.sub(r"(\.\d+)*(\.clone)*$", "", name)
 
 
-def by_kind(found: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """Kind, milliseconds and number a step, the longest first."""
-    took: collections.Counter[str] = collections.Counter()
+def by_kind(operations: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Returns kind, milliseconds a step and number a step of operations, the longest first."""
+    microseconds: collections.Counter[str] = collections.Counter()
     number: collections.Counter[str] = collections.Counter()
-    for event in found:
+    for event in operations:
         kind = kind_of(event["name"])
-        took[kind] += event["dur"]
+        microseconds[kind] += event["dur"]
         number[kind] += 1
-    return [(kind, us / 1e3 / TOKENS, number[kind] / TOKENS) for kind, us in took.most_common()]
+    return [(kind, us / 1e3 / TOKENS, number[kind] / TOKENS) for kind, us in microseconds.most_common()]
 
 
 def main() -> None:
@@ -65,21 +65,21 @@ def main() -> None:
     engine = Ours()
     engine.load(str(checkpoint(options.model, cache_folder())), options.dtype)
     prompts = random_prompts(engine.model.config, 0, options.batch, PROMPT)
-    list(begun(engine.model, prompts))  # compiles
+    list(prefilled_stream(engine.model, prompts))  # compiles
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for traced in (False, True):
-            stream = begun(engine.model, prompts)
+            stream = prefilled_stream(engine.model, prompts)
             if traced:
                 jax.profiler.start_trace(folder)
             begin = time.perf_counter()
             list(stream)
             seconds.append(time.perf_counter() - begin)
         jax.profiler.stop_trace()
-        found = by_kind(events(Path(folder)))
+        totals = by_kind(events(Path(folder)))
     print(f"{options.model}, {options.dtype}, batch {options.batch}, jax {jax.__version__}: ms a step", end=" ")
     print(f"{seconds[0] / TOKENS * 1e3:.1f}, while traced {seconds[1] / TOKENS * 1e3:.1f}")
-    for kind, ms, number in found[:SHOWN]:
+    for kind, ms, number in totals[:SHOWN]:
         print(f"  {ms:7.2f} in {number:6.1f} {kind}")
 
 

@@ -1,13 +1,12 @@
-"""Cost of quantising the weights: the demo's predictions on held-out text, and bytes.
+"""Measures the cost of quantised weights: the demo's predictions on held-out text, and bytes.
 
     apt-get download python3.11-doc wordnet-base      # in a folder CORPUS, see examples/demo_corpus.py
     for package in *.deb; do dpkg -x "$package" .; done
     python -m benchmarks.quality --corpus CORPUS [--convert FOLDER]
 
-Half of the tokens are documentation and half chats that the demo was not trained on, in windows of the length
-that it was trained at. Each kind of weight is used with activations in bfloat16, as it is loaded by default, and in
-float32; the reference is the checkpoint in float32. With --convert the memory and the speed of quantising a larger
-checkpoint of random weights are measured too.
+Half of the tokens are documentation and half chats that the demo was not trained on, in windows of its training
+length. Each format is run with activations in bfloat16, the default, and in float32; the reference is the checkpoint
+in float32. --convert also measures time and memory of quantising a larger checkpoint of random weights.
 """
 
 import dataclasses
@@ -38,25 +37,25 @@ from dbrx_jax.quantization import Quantization
 from dbrx_jax.quantization.array import group_count
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
-FORMS = ("int8", "fp8", "int4", "int4-64", "int4-32", "experts=int4")
-WINDOW = 256  # tokens: what the demo was trained at
+FORMATS = ("int8", "fp8", "int4", "int4-64", "int4-32", "experts=int4")
+WINDOW = 256  # tokens, as in training
 HELD_OUT = 0.02  # of the pages and of the chats, as in examples/train_demo.py
 BATCH = 8  # windows
 
-# Runs apart, so that the memory is its own.
+# Runs in a process of its own, whose peak memory is that of the conversion alone.
 CONVERT = """
 import json, os, sys, time
 from benchmarks.workers.serve import Peak
-what, form, source, destination = sys.argv[1:]
-form = None if form == "none" else form
+what, format, source, destination = sys.argv[1:]
+format = None if format == "none" else format
 from dbrx_jax import DbrxForCausalLM
 from dbrx_convert.to_orbax import to_orbax
 with Peak() as peak:
     begin, used = time.perf_counter(), time.process_time()
     if what == "load":
-        model = DbrxForCausalLM.from_pretrained(source, quantization=form)
+        model = DbrxForCausalLM.from_pretrained(source, quantization=format)
     else:
-        to_orbax(source, destination, quantization=form)
+        to_orbax(source, destination, quantization=format)
         os.sync()
     seconds, cpu = time.perf_counter() - begin, time.process_time() - used
 print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "rss_anon_before": peak.before, "rss_anon_most": peak.most}))
@@ -65,19 +64,19 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "rss_anon_before": pea
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quality:
-    """KL, perplexity, agreement and bytes of each kind of weight."""
+    """KL divergence, perplexity, top-1 agreement and bytes of each quantisation."""
 
     corpus: Path
-    """The folder that the packages of the demo's corpus were unpacked into."""
+    """Folder with the unpacked packages of the demo's corpus."""
     tokens: int = 8192
     """Token ids to predict."""
     convert: Path | None = None
-    """A folder on the disk, in which a checkpoint of 1.5 GB is made, quantised and removed."""
+    """Folder in which a checkpoint of 1.5 GB is made, quantised and removed."""
     output: Path = RESULTS / "quality.json"
     """JSON to write."""
 
     def run(self) -> None:
-        """Measures, prints and writes."""
+        """Measures all formats, writes the result and prints a table."""
         if self.tokens < 4 * WINDOW:
             raise BenchmarkError(f"--tokens: expected {4 * WINDOW} at least, got {self.tokens}")
         rows = held_out(self.corpus, self.tokens)
@@ -86,7 +85,7 @@ class Quality:
             **stamp("dbrx-jax", "jax", "flax", "orbax-checkpoint"),
             "text": "half held-out pages of Python 3.11's documentation, half held-out chats made of WordNet 3.0",
             "tokens": rows.size - len(rows),
-            "weights": [measure(form, rows, reference) for form in (None, *FORMS)],
+            "weights": [measure(format, rows, reference) for format in (None, *FORMATS)],
         }
         if self.convert is not None:
             result["conversion"] = conversions(self.convert / "dbrx-quality")
@@ -96,10 +95,10 @@ class Quality:
 
 
 def held_out(corpus: Path, tokens: int) -> np.ndarray:
-    """Windows (N, WINDOW + 1) of the pages and chats that examples/train_demo.py kept apart.
+    """Returns windows (N, WINDOW + 1) of the pages and chats that examples/train_demo.py held out.
 
     Raises:
-      BenchmarkError: the corpus is not there, or another one.
+      BenchmarkError: the corpus is missing, or differs from the demo's.
     """
     sys.path.insert(0, str(ROOT / "examples"))
     from demo_corpus import chats, documents
@@ -129,18 +128,19 @@ def held_out(corpus: Path, tokens: int) -> np.ndarray:
 
 
 def _windows(texts: Any, count: int) -> np.ndarray:
+    """Cuts texts of token ids into `count` windows, of which each begins with the last token of the one before."""
     ids: list[int] = []
     for text in texts:
         if len(ids) > count * WINDOW:
             break
         ids += text
     if len(ids) <= count * WINDOW:
-        raise BenchmarkError(f"the held-out text has but {len(ids)} tokens of a kind; ask for fewer --tokens")
+        raise BenchmarkError(f"--tokens: half of the held-out text has only {len(ids)} tokens; ask for fewer")
     return np.stack([ids[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(count)])
 
 
 def log_probabilities(model: DbrxForCausalLM, rows: np.ndarray) -> np.ndarray:
-    """Log-probabilities of the next token (N, WINDOW, V), in float64 rounded to float32."""
+    """Returns log-probabilities of the next token (N, WINDOW, V), computed in float64, as float32."""
     parts = []
     for start in range(0, len(rows), BATCH):
         x = np.asarray(model(rows[start : start + BATCH, :-1]), np.float64)
@@ -149,10 +149,10 @@ def log_probabilities(model: DbrxForCausalLM, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def measure(form: str | None, rows: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """One kind of weight."""
-    quantization = Quantization.parse(form)
-    entry: dict[str, Any] = {"weights": form or "not quantised"}
+def measure(format: str | None, rows: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+    """Measures one quantisation, or the weights unquantised."""
+    quantization = Quantization.parse(format)
+    entry: dict[str, Any] = {"weights": format or "not quantised"}
     for dtype in ("bfloat16", "float32"):
         model = DbrxForCausalLM.from_pretrained(source_folder(), dtype=dtype, quantization=quantization)
         if dtype == "bfloat16":
@@ -163,29 +163,29 @@ def measure(form: str | None, rows: np.ndarray, reference: np.ndarray) -> dict[s
 
 
 def compare(p: np.ndarray, q: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Figures of log probabilities q beside those of the reference p."""
+    """Returns KL(p || q), perplexity and top-1 agreement of log-probabilities q with the reference p."""
     kl = (np.exp(p, dtype=np.float64) * (p.astype(np.float64) - q)).sum(-1)
-    own = np.take_along_axis(q, targets[..., None], -1)
+    target_log_probs = np.take_along_axis(q, targets[..., None], -1)
     return {
         "kl_nats": float(kl.mean()),
         "kl_nats_99_percent": float(np.quantile(kl, 0.99)),
-        "perplexity": float(np.exp(-own.mean(dtype=np.float64))),
+        "perplexity": float(np.exp(-target_log_probs.mean(dtype=np.float64))),
         "top_1": float((p.argmax(-1) == q.argmax(-1)).mean()),
     }
 
 
 def sizes(quantization: Quantization | None, in_memory: int) -> dict[str, Any]:
-    """Bytes of the weights, with scales in bfloat16: in memory, of an Orbax checkpoint's chunks, and by arithmetic."""
+    """Returns the bytes of the weights in memory, on disk and computed from shapes, with scales in bfloat16."""
     with tempfile.TemporaryDirectory() as temporary:
         to_orbax(source_folder(), Path(temporary) / "out", quantization=quantization)
         files = [f for f in (Path(temporary) / "out" / PARAMS / STATE).rglob("*") if f.is_file()]
         on_disk = sum(f.stat().st_size for f in files if f.name[0].isdigit())
-        described = sum(f.stat().st_size for f in files if not f.name[0].isdigit())
+        metadata = sum(f.stat().st_size for f in files if not f.name[0].isdigit())
     expected = expected_bytes(DbrxConfig.from_file(source_folder()), quantization)
     return {
         "bytes_in_memory": in_memory,
         "bytes_on_disk": on_disk,
-        "bytes_of_array_headers": described,
+        "bytes_of_array_headers": metadata,
         "bytes_expected": expected,
         "memory_ratio": in_memory / expected,
         "disk_ratio": on_disk / expected,
@@ -193,24 +193,24 @@ def sizes(quantization: Quantization | None, in_memory: int) -> dict[str, Any]:
 
 
 def expected_bytes(config: DbrxConfig, quantization: Quantization | None) -> int:
-    """Bytes from the shapes: 2 for a weight that is not quantised; else 1 or 1/2, and 2 for each scale."""
+    """Returns the bytes that follow from the shapes: 2 for a plain weight, 1 or 1/2 for a quantised one, 2 a scale."""
     total = 0
     for name, spec in parameter_specs(config).items():
-        form = None if quantization is None else quantization.format_of(name)
-        if form is None:
+        format = None if quantization is None else quantization.format_of(name)
+        if format is None:
             total += 2 * spec.size
             continue
-        summed = math.prod(spec.shape[d] for d in spec.contracted)
-        scales = spec.size // summed
-        if form.group is not None:
-            along = spec.shape[spec.contracted[-1]]
-            scales = spec.size // along * group_count(along, form.group)
-        total += spec.size // (2 if form.kind == "int4" else 1) + 2 * scales
+        contracted = math.prod(spec.shape[d] for d in spec.contracted)
+        scales = spec.size // contracted
+        if format.group is not None:
+            length = spec.shape[spec.contracted[-1]]
+            scales = spec.size // length * group_count(length, format.group)
+        total += spec.size // (2 if format.kind == "int4" else 1) + 2 * scales
     return total
 
 
 def conversions(work: Path) -> dict[str, Any]:
-    """Seconds and the most anonymous memory of quantising conversions and loads of a random checkpoint."""
+    """Measures seconds and peak anonymous memory of quantising a random checkpoint in conversion and loading."""
     shutil.rmtree(work, ignore_errors=True)
     base = DbrxConfig.from_name("demo")
     config = dataclasses.replace(
@@ -220,14 +220,14 @@ def conversions(work: Path) -> dict[str, Any]:
     rows = []
     try:
         write_random(config, work / "source")
-        for what, form in (("to-orbax", "none"), ("to-orbax", "int4"), ("to-orbax", "int8"), ("load", "int8")):
+        for what, format in (("to-orbax", "none"), ("to-orbax", "int4"), ("to-orbax", "int8"), ("load", "int8")):
             shutil.rmtree(work / "out", ignore_errors=True)
-            command: list[Any] = [sys.executable, "-c", CONVERT, what, form, work / "source", work / "out"]
+            command: list[Any] = [sys.executable, "-c", CONVERT, what, format, work / "source", work / "out"]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
-                raise BenchmarkError(f"{what} {form}: {(done.stderr.splitlines() or ['failed'])[-1]}")
+                raise BenchmarkError(f"{what} {format}: {(done.stderr.splitlines() or ['failed'])[-1]}")
             figures = json.loads(done.stdout.splitlines()[-1])
-            row = {"what": what, "quantization": form, **figures, "gb_per_second": size / figures["seconds"] / 1e9}
+            row = {"what": what, "quantization": format, **figures, "gb_per_second": size / figures["seconds"] / 1e9}
             rows.append(row)
             print(json.dumps(row), flush=True)
     finally:
@@ -237,7 +237,7 @@ def conversions(work: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The table in Markdown, as in docs/quantization.md."""
+    """Returns the Markdown table of docs/quantization.md."""
     lines = [
         "| weights | KL, nats | KL, float32 activations | perplexity | same top token | MB in memory | expected |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Date, machine and versions of every result, and the folder of results."""
+"""Writes results as JSON files with date, machine and versions."""
 
 import datetime
 import importlib.metadata
@@ -15,16 +15,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class BenchmarkError(DbrxError):
-    """A benchmark was asked for what it cannot do, or an engine failed."""
+    """A benchmark's options are invalid, or an engine failed."""
 
 
 def cpus() -> int:
-    """CPUs that this process may use; every engine gets as many threads."""
+    """Returns the number of CPUs that this process may use, which is each engine's number of threads."""
     return len(os.sched_getaffinity(0))
 
 
 def machine() -> str:
-    """The machine in words."""
+    """Returns processor, number of CPUs and memory as a text."""
     info = Path("/proc/cpuinfo").read_text(errors="replace")
     names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -32,12 +32,12 @@ def machine() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of installed packages, by name."""
+    """Returns the versions of installed packages by name."""
     return {name: importlib.metadata.version(name) for name in packages}
 
 
 def stamp(*packages: str) -> dict[str, Any]:
-    """Date, machine, Python and versions: the head of every result."""
+    """Returns the first fields of every result: date, machine, Python and versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
@@ -47,15 +47,15 @@ def stamp(*packages: str) -> dict[str, Any]:
 
 
 def write(result: Any, path: Path) -> None:
-    """Writes a result as JSON that is read well in a diff.
+    """Writes a result as indented JSON; renames the file when it is complete.
 
     Raises:
       BenchmarkError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f"{path.name}.incomplete")
-        whole.write_text(json.dumps(result, indent=2) + "\n")
-        whole.replace(path)  # so that a process killed meanwhile leaves the last result
+        partial = path.with_name(f"{path.name}.incomplete")
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(path)  # a killed process leaves the previous result
     except OSError as error:
         raise BenchmarkError(f"{path}: cannot be written ({error.strerror})") from None

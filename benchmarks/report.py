@@ -1,4 +1,4 @@
-"""The page docs/benchmarks.md and its plots, from the results and nothing else: the same JSON, the same bytes."""
+"""The command report: writes docs/benchmarks.md and its plots from the results; the same JSON gives the same bytes."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ LATENCIES = ("first_token_median_seconds", "first_token_p95_seconds", "total_med
 
 HEAD = """# Benchmarks
 
-This page is made by `python -m benchmarks report` from the JSON files in `benchmarks/results`; every number
-in it was measured by one of the commands below, on the machine and the day that the last table names.
+`python -m benchmarks report` makes this page from the JSON files in `benchmarks/results`. Every number was
+measured by one of the commands below; the last table has the machine and the day.
 
 ```bash
 pip install -e '.[benchmarks]'   # from the repository's root, as all that follows
@@ -29,8 +29,8 @@ python -m benchmarks load --model bench
 python -m benchmarks convert --folder /a/folder/on/the/disk
 ```
 
-`bench` is a DBRX of 0.79 billion parameters (0.26 active) with random weights, `demo` the one that comes
-along. A peer lives in a virtual environment of its own, whose Python is named by `--against-python`, or by
+`bench` is a DBRX of 0.79 billion parameters (0.26 active) with random weights, `demo` the one in the package.
+Each peer needs a virtual environment of its own. Name its Python by `--against-python`, or by
 `DBRX_TRANSFORMERS_PYTHON` and `DBRX_LLAMA_PYTHON`:
 
 ```bash
@@ -40,45 +40,43 @@ pip install --no-binary llama-cpp-python llama-cpp-python gguf   # builds llama.
 
 How it is measured:
 
-- Every engine is a process of its own that keeps its model and takes its own time. After a run that is not
-  counted they are measured in turn, ours, the peer, ours, the peer. The tables give medians. A ratio above 1
-  means that ours is better; it is taken within a round, and stands with the least and the largest.
-- Before that, what both predict behind a prompt is compared. A difference of more than 0.1 % of the largest logit
-  in float32, 10 % in bfloat16, 20 % in int8 and 50 % in int4 ends the run: it would be another computation.
-  (The tests ask for far more.)
-- The roofline is of the same run: bytes over the bandwidth with which all CPUs read a GB, or FLOP over the
-  rate of a product of matrices of 2048 x 2048 in JAX, whichever takes longer. A decode step must read the
-  experts that its rows are expected to choose, attention, the head and the live cache; a prompt's head is
-  computed once. What has better kernels than that product may come out above it: a peer, or on jax 0.10.2, whose
-  bfloat16 product is slower than float32's, we ourselves.
-- The bandwidth of these machines was read as 32 to 41 or as 57 to 66 GB/s, from one process to the next; why was
-  not found. So shares of the roofline are rough; ratios are between engines that ran in turn.
-- All engines get every CPU. Prompts are random token ids, decoding is greedy, nothing ends a row. Ours hands
-  tokens over in bursts of 8, as to somebody who reads along.
-- llama.cpp computes in float32 with a float32 cache and without its flash attention, which is not exact in
-  float32; otherwise with its defaults, a float16 cache among them. Beside our int8 it has Q8_0, beside our int4
-  Q4_0 for the experts and Q8_0 for the rest: groups of 32 where ours are rows, or groups of 128.
-- The demo's weights (10 MB and less) stay in a CPU's cache, so that its share of the roofline says little.
-- "Load before" is how many processes wanted a CPU in the minute before, divided by the CPUs; where it is not
-  near 0 the machine was busy, and the peers, whose threads wait for one another, suffer more from that.
-- Random weights choose their experts nearly uniformly, as the roofline assumes; trained ones do not quite.
+- Every engine is a process of its own that keeps its model and times itself. After a warm-up the engines are
+  measured in turn: ours, the peer, ours, the peer. The tables give medians. A ratio above 1 means that ours is
+  better. It is the median of the rounds' ratios, with the smallest and the largest.
+- Before that, both engines' logits after a prompt are compared. A difference of more than 0.1 % of the largest
+  logit in float32, 10 % in bfloat16, 20 % in int8 and 50 % in int4 ends the run. (The tests are far stricter.)
+- The roofline is measured in the same run: bytes over the bandwidth of all CPUs reading 1 GiB, or FLOP over the
+  rate of a 2048 x 2048 matrix product in JAX, whichever takes longer. A decode step reads the experts that its
+  rows are expected to use, attention, the head and the live cache; a prompt computes the head once. An engine with
+  a faster matrix product can exceed it: a peer, or ours on jax 0.10.2, whose product is slower in bfloat16 than in
+  float32.
+- The measured bandwidth of these machines varied between processes, 32 to 41 or 57 to 66 GB/s, for an unknown
+  reason. So shares of the roofline are rough. Ratios do not depend on it.
+- All engines get every CPU. Prompts are random token ids, decoding is greedy, and no token ends a row. Ours
+  streams tokens in bursts of 8.
+- In float32 llama.cpp has a float32 cache and no flash attention, which is not exact there. Otherwise it has its
+  defaults, such as a float16 cache. Our int8 is compared with Q8_0; our int4 with Q4_0 for the experts and Q8_0 for
+  the rest. Their groups have 32 weights; ours are rows, or groups of 128.
+- The demo's weights (at most 10 MB) fit a CPU's cache, so its share of the roofline says little.
+- "Load before" is the load average of the minute before, per CPU. If it is not near 0, the machine was busy, which
+  slows the peers more, because their threads wait for each other.
+- Random weights route nearly uniformly, as the roofline assumes; trained weights route less evenly.
 """
 
-THROUGHPUT = """The load of DBRX's announcement, a user each second with about 2000 tokens in and 256 out, scaled:
-lengths are divided, and the interval between users is such that to serve them singly at the roofline would
-take 0.71 of the time, as it did there if the node was of eight H100. There is no continuous batching yet, and
-every engine is driven alike: users who wait start together, at most as many as `batch`, and who comes
-meanwhile waits for the last of them. In an open loop that is not overloaded all engines give the same tokens
-a second, and differ in how long a user waits.
+THROUGHPUT = """The load of DBRX's announcement (a user each second, about 2000 tokens in and 256 out), scaled down.
+Lengths are divided. The interval between users is such that serving them one by one at the roofline would take
+0.71 of the time, as on the announcement's node if that had eight H100. There is no continuous batching yet, and
+every engine is driven alike: waiting users start together, at most `batch` of them, and later users wait until
+all of these are done. In an open loop without overload all engines have the same tokens/s, and differ in latency.
 """
 
-LOAD = """From a folder to a model in memory, in a fresh process, with the files in the page cache; the roofline is
-reading the files from there with all CPUs. Rates are of the bytes that are read: 16 bits a weight, or what the
-GGUF has. llama.cpp reads its GGUF into memory rather than mapping it.
+LOAD = """Loads a model from a folder into memory, in a fresh process, with the files in the page cache. The roofline
+is reading the files from the page cache with all CPUs. Rates count the bytes read: 16 bits a weight, or the GGUF's.
+llama.cpp reads its GGUF into memory rather than mapping it.
 """
 
-CONVERT = """At DBRX's true widths with random bits, beside `cp -r` of the same files in the same round, all
-ending in sync.
+CONVERT = """A checkpoint of DBRX's true widths with random bits, relative to `cp -r` of the same files in the same
+round. All end with sync.
 """
 
 
@@ -92,7 +90,7 @@ class Report:
     """Folder to write benchmarks.md and benchmarks/ in."""
 
     def run(self) -> None:
-        """Reads, draws and writes."""
+        """Reads the results, draws the plots and writes the page."""
         from benchmarks.plots import draw
 
         found = read_results(self.results)
@@ -102,7 +100,7 @@ class Report:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The harness' results in a folder, in the order of the tables; other JSON files are left alone.
+    """Returns the harness' results in a folder, in the tables' order; ignores results of other scripts.
 
     Raises:
       BenchmarkError: a file is not JSON.
@@ -131,10 +129,10 @@ def _order(result: dict[str, Any]) -> tuple:
 
 
 def page(results: Sequence[dict[str, Any]], plots: Sequence[str] = ()) -> str:
-    """The page in Markdown.
+    """Returns the page in Markdown.
 
     Args:
-      plots: names of the files in docs/benchmarks that belong to it, such as decode.svg.
+      plots: names of files in docs/benchmarks to show, such as decode.svg.
     """
     runs = _Runs()
     parts = [HEAD]
@@ -145,17 +143,17 @@ def page(results: Sequence[dict[str, Any]], plots: Sequence[str] = ()) -> str:
         ("Loading", "load", LOAD, _load),
         ("Converting", "convert", CONVERT, _convert),
     ):
-        chosen = [result for result in results if result["benchmark"] == kind]
+        of_kind = [result for result in results if result["benchmark"] == kind]
         parts.append(f"## {title}\n")
         parts += [note] if note else []
-        parts.append(table(chosen, runs) if chosen else "Not measured yet.\n")
+        parts.append(table(of_kind, runs) if of_kind else "Not measured yet.\n")
         parts += [f"![{title}](benchmarks/{plot})\n" for plot in plots if plot.startswith(f"{kind}.")]
     parts.append(f"## Runs\n\n{runs.table()}")
     return "\n".join(parts)
 
 
 class _Runs:
-    """The circumstances of results, numbered as they come."""
+    """Numbers the distinct runs (date, machine, versions, rates, load) of results, for the last table."""
 
     def __init__(self) -> None:
         self._known: list[tuple[str, ...]] = []
@@ -198,7 +196,7 @@ def _ratio(result: dict[str, Any], figure: str) -> str:
 
 
 def _cells(result: dict[str, Any], figure: str) -> tuple[str, str, str]:
-    """Ours, the peer's and the ratio, of one figure."""
+    """Returns the cells of one figure: ours, the peer's and the ratio."""
 
     def cell(engine: str) -> str:
         value = result["summary"][engine][figure]["median"]

@@ -1,4 +1,4 @@
-"""The least time that a machine needs for a step: what must be read over its bandwidth, or computed over its rate."""
+"""Roofline bounds of decoding and prefill: bytes over bandwidth or FLOP over FLOP/s, whichever is longer."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from dbrx_jax.config import DbrxConfig
 from dbrx_jax.planning.plan import Setting, decode_roofline, prefill_roofline
 from dbrx_jax.planning.targets import TARGETS, Target
 
-# The announcement's load, in 16 bits: a user each second, on a node that is taken to have been of eight H100.
+# Load of DBRX's announcement: a user each second in 16 bits, on a node that is assumed to have eight H100.
 ANNOUNCED_MODEL, ANNOUNCED_DEVICE, ANNOUNCED_DEVICES = "132b-instruct", "h100", 8
 ANNOUNCED_PROMPT, ANNOUNCED_TOKENS, ANNOUNCED_SECONDS = 2000, 256, 1.0
 
@@ -16,7 +16,7 @@ ANNOUNCED_PROMPT, ANNOUNCED_TOKENS, ANNOUNCED_SECONDS = 2000, 256, 1.0
 class Bound:
     """Lower bound of the time of a step."""
 
-    tokens: int  # that it makes or reads in
+    tokens: int  # generated or prefilled
     read: int  # bytes
     flops: float
     seconds: float
@@ -27,14 +27,14 @@ class Bound:
 
 
 def matmul_rate(machine: Machine, dtype: str) -> float:
-    """FLOP/s for weights of this dtype: float32's own; bfloat16, int8 and int4 compute in bfloat16."""
+    """Returns FLOP/s for weights of a dtype; int8 and int4 are computed in bfloat16."""
     return machine["float32"] if dtype == "float32" else max(machine["bfloat16"], machine["float32"])
 
 
 def decode_bound(config: DbrxConfig, machine: Machine, dtype: str, batch: int, positions: int) -> Bound:
-    """One token more for each of `batch` rows that have `positions` positions.
+    """Returns the bound of a decode step of `batch` rows at `positions` positions.
 
-    Read once: the experts that uniform routing is expected to touch, attention, the head, the live cache.
+    It reads once: the experts that are expected to be active under uniform routing, attention, head and live cache.
     """
     read = decode_roofline(_setting(config, dtype, batch, positions)).read
     flops = batch * (_flops(config) + 2 * config.vocab_size * config.d_model)
@@ -42,7 +42,7 @@ def decode_bound(config: DbrxConfig, machine: Machine, dtype: str, batch: int, p
 
 
 def prefill_bound(config: DbrxConfig, machine: Machine, dtype: str, prompt: int) -> Bound:
-    """A prompt of `prompt` tokens, to the logits behind it: of the head's work one token's."""
+    """Returns the bound of a prompt of `prompt` tokens; the head computes one token's logits."""
     read = prefill_roofline(_setting(config, dtype, 1, prompt), prompt).read
     attention = 2 * prompt * prompt * config.n_layers * config.n_heads * config.head_dim  # half of the square
     head = 2 * config.vocab_size * config.d_model
@@ -50,13 +50,13 @@ def prefill_bound(config: DbrxConfig, machine: Machine, dtype: str, prompt: int)
 
 
 def user_seconds(config: DbrxConfig, machine: Machine, dtype: str, prompt: int, tokens: int) -> float:
-    """Lower bound of the seconds of one user who is alone."""
+    """Returns a lower bound of the seconds of one request that is served alone."""
     decode = decode_bound(config, machine, dtype, 1, prompt + tokens // 2)
     return prefill_bound(config, machine, dtype, prompt).seconds + tokens * decode.seconds
 
 
 def announced_share() -> float:
-    """Least share of the time that the announcement's node needed if it served its users one by one."""
+    """Returns the least share of the time that the announcement's node is busy if it serves users one by one."""
     h100 = TARGETS[ANNOUNCED_DEVICE]
     node = Machine(
         device=f"{ANNOUNCED_DEVICES} x {h100.name}",
@@ -69,17 +69,17 @@ def announced_share() -> float:
 
 
 def interval(config: DbrxConfig, machine: Machine, dtype: str, prompt: int, tokens: int) -> float:
-    """Seconds between two users that load this machine with this model as the announcement's node was loaded."""
+    """Returns the seconds between users that load this machine as the announcement's node was loaded."""
     return user_seconds(config, machine, dtype, prompt, tokens) / announced_share()
 
 
 def _flops(config: DbrxConfig) -> int:
-    """A token's, through all layers: the table is looked up, and the head is counted where it is used."""
+    """Returns the FLOP of one token through all layers, without embedding and head."""
     return 2 * (config.active_parameters - 2 * config.vocab_size * config.d_model)
 
 
 def _setting(config: DbrxConfig, dtype: str, batch: int, positions: int) -> Setting:
-    # Of a plan only what is read is used here, which no figure of the device changes.
+    # Only the plan's bytes are used, which do not depend on the device's figures.
     device = Target("this", "cuda", 0, 1.0, 1.0, None, 1.0)
     return Setting(config, device, {"expert": 1}, dtype, batch, positions)
 

@@ -1,4 +1,4 @@
-"""A result as lines for the terminal."""
+"""Formats a result as lines for the terminal."""
 
 from typing import Any
 
@@ -23,39 +23,39 @@ WORDS = {
 
 
 def number(value: float) -> str:
-    """Three figures that mean something, never an exponent."""
+    """Formats a number with three significant digits, or as a whole number from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def quantity(figure: str, *values: float) -> str:
-    """Figures with their unit: "3 tokens/s", or "3 to 4 tokens/s"."""
+    """Formats values of a figure with their unit: "3 tokens/s", or "3 to 4 tokens/s"."""
     unit, scale = UNITS.get(figure, ("s", 1.0))
     return f"{' to '.join(number(value / scale) for value in values)} {unit}"
 
 
 def words(figure: str) -> str:
-    """The label of a figure: first_token_median_seconds is "first token median"."""
+    """Returns a figure's label, such as "first token median" for first_token_median_seconds."""
     return WORDS.get(figure) or figure.removesuffix("_seconds").replace("_", " ")
 
 
 def share(result: dict[str, Any], engine: str, figure: str) -> float | None:
-    """Share of the roofline that an engine reached, if the figure has a roofline."""
+    """Returns the share of the roofline that an engine reached, or None if the figure has no roofline."""
     if not figure.endswith("_per_second") or not result["roofline"].get(figure) or engine == WIDE:
-        return None  # the roofline is that of the other weights
+        return None  # WIDE has other weights than the roofline
     return result["summary"][engine][figure]["median"] / result["roofline"][figure]
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """Lines of text: the figures against the roofline and the peer."""
+    """Returns the machine, the roofline, and each figure with its range, share of the roofline and ratio."""
     measured, names = result["measured"], [name for name in result["summary"] if name != "ratio"]
-    own = ", ".join(f"{key} {result[key]}" for key in ("batch", "prompt", "tokens", "users") if key in result)
+    options = ", ".join(f"{key} {result[key]}" for key in ("batch", "prompt", "tokens", "users") if key in result)
     roof = ", ".join(
         f"{words(name)} {quantity(name, value)}" if name.endswith("_seconds") else quantity(name, value)
         for name, value in result["roofline"].items()
         if value
     )
     out = [
-        f"{result['benchmark']}: {result['model']}, {result['dtype']}{', ' + own if own else ''}",
+        f"{result['benchmark']}: {result['model']}, {result['dtype']}{', ' + options if options else ''}",
         f"  machine: reads {measured['bandwidth'] / 1e9:.1f} GB/s, multiplies {measured['float32'] / 1e9:.0f} GFLOP/s "
         f"in float32, {measured['bfloat16'] / 1e9:.0f} in bfloat16",
         f"  roofline: {roof}",
@@ -69,10 +69,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         out.append(f"  {words(figure)}")
         for name in names:
             spread = result["summary"][name][figure]
-            number_range = quantity(figure, spread["min"], spread["max"])
-            part = share(result, name, figure)
-            of = "" if part is None else f", {part:.0%} of the roofline"
-            out.append(f"    {name:<13}{quantity(figure, spread['median'])} ({number_range}){of}")
+            value_range = quantity(figure, spread["min"], spread["max"])
+            fraction = share(result, name, figure)
+            of_roofline = "" if fraction is None else f", {fraction:.0%} of the roofline"
+            out.append(f"    {name:<13}{quantity(figure, spread['median'])} ({value_range}){of_roofline}")
         if "ratio" in result["summary"]:
             ratio = result["summary"]["ratio"][figure]
             out.append(f"    {'ratio':<13}{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")

@@ -1,8 +1,8 @@
-"""The smallest slice of each kind of accelerator that holds 132B, on paper, as a table in Markdown.
+"""Computes the smallest slice of each kind of accelerator that holds 132B, as a Markdown table.
 
     python -m benchmarks.slices
 
-Writes results/slices.json. See dbrx_jax.planning.plan for what is counted.
+Writes results/slices.json. dbrx_jax.planning.plan documents the estimate.
 """
 
 import argparse
@@ -19,8 +19,8 @@ PRECISIONS = ("bfloat16", "int8", "int4")
 
 
 def main() -> None:
-    what = str(__doc__).splitlines()[0]
-    argparse.ArgumentParser(prog="python -m benchmarks.slices", description=what).parse_args()
+    description = str(__doc__).splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.slices", description=description).parse_args()
     config = DbrxConfig.from_name("132b-instruct")
     rows = []
     for kind, target in TARGETS.items():
@@ -28,13 +28,13 @@ def main() -> None:
         for precision in PRECISIONS:
             row: dict[str, Any] = {"kind": kind, "precision": precision, "batch": BATCH}
             for context in CONTEXTS:
-                found = smallest(config, target, precision, BATCH, context, sizes)
-                if found is not None:
+                setting = smallest(config, target, precision, BATCH, context, sizes)
+                if setting is not None:
                     row[str(context)] = {
-                        "devices": found.devices,
-                        "axes": dict(found.axes),
-                        "gigabytes": round(memory(found).total / 1e9, 1),
-                        "roofline_tokens_per_second": round(decode_roofline(found).tokens_per_second),
+                        "devices": setting.devices,
+                        "axes": dict(setting.axes),
+                        "gigabytes": round(memory(setting).total / 1e9, 1),
+                        "roofline_tokens_per_second": round(decode_roofline(setting).tokens_per_second),
                     }
             rows.append(row)
     write(rows, RESULTS / "slices.json")

@@ -1,10 +1,10 @@
-"""The fastest tile sizes of the experts' kernels at 132B's shapes, timed on the accelerator that is here.
+"""Finds the fastest tile sizes of the experts' kernels at 132B's shapes on this machine's accelerator.
 
     python -m benchmarks.tiles [--rules]
 
-Times every candidate of every kernel of this device's kind and writes the fastest into
-dbrx_jax/kernels/tiles.json, with device, date and JAX's version; the kernels look there first. `--rules` needs no
-accelerator: it notes what the kernels' own rules choose, where nothing has been timed.
+Times every candidate of every kernel of this backend and writes the fastest to dbrx_jax/kernels/tiles.json, where the
+kernels look first, with device, date and JAX's version. `--rules` needs no accelerator: it writes the choices of the
+kernels' own rules where nothing has been timed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ Tiles = Any  # one of the kernels' tuples
 
 
 class Slot(NamedTuple):
-    """A name in the table, its candidates, and what the rule takes."""
+    """An entry of the table: its name, candidate tiles, and the rule's choice."""
 
     name: str
     candidates: list[Tiles]
@@ -44,15 +44,15 @@ class Slot(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A call of a kernel: what can be chosen, its arguments as shapes, and the call, of tiles by name and arguments."""
+    """A kernel call to time."""
 
     slots: list[Slot]
-    arguments: Any
-    call: Callable[..., Any]
+    arguments: Any  # shapes
+    call: Callable[..., Any]  # takes tiles by name, and the arguments
 
 
 def cases(kind: str, config: DbrxConfig = CONFIG, weights: tuple[str, ...] = WEIGHTS) -> Iterator[Case]:
-    """Kernel calls to time on a kind of device: experts on 16 or 8 TPUs; all on one GPU, or two of 8 GPUs."""
+    """Yields a backend's kernel calls: a device's experts of 16 or 8 TPUs; of one GPU, or of 8 GPUs."""
     F, D, K = config.ffn_hidden_size, config.d_model, config.moe_top_k
     for text, experts in itertools.product(weights, (1, 2) if kind == "tpu" else (2, config.moe_num_experts)):
         w1, w2 = (_weight(text, (experts, F, D), (c,)) for c in (-1, -2))
@@ -62,7 +62,7 @@ def cases(kind: str, config: DbrxConfig = CONFIG, weights: tuple[str, ...] = WEI
             yield _grouped_case(kind, _rows(PREFILL_ROWS, (F, D)[contracted]), weight, contracted)
 
 
-def _tpu_decode_case(rows: int, places: int, w1: Any, w2: Any) -> Case:
+def _tpu_decode_case(rows: int, num_active: int, w1: Any, w2: Any) -> Case:
     from dbrx_jax.kernels.tpu import decode_experts as module
     from dbrx_jax.kernels.tpu.packed_weights import tiles_name
 
@@ -70,12 +70,12 @@ def _tpu_decode_case(rows: int, places: int, w1: Any, w2: Any) -> Case:
     slot = Slot(tiles_name("experts_tpu", w1, x.shape[0]), module.tile_candidates(x, w1), module.rule_tiles(x, w1))
 
     def call(tiles: Mapping[str, Tiles], x, w1, v1, w2):
-        return module.decode_experts(x, *_chosen(x, places), w1, v1, w2, "silu", tiles=tiles[slot.name])
+        return module.decode_experts(x, *_active_experts(x, num_active), w1, v1, w2, "silu", tiles=tiles[slot.name])
 
     return Case([slot], (x, w1, w1, w2), call)
 
 
-def _gpu_decode_case(rows: int, places: int, w1: Any, w2: Any) -> Case:
+def _gpu_decode_case(rows: int, num_active: int, w1: Any, w2: Any) -> Case:
     from dbrx_jax.kernels.gpu import decode_experts as module
     from dbrx_jax.kernels.gpu.packed_weights import pack
 
@@ -83,12 +83,12 @@ def _gpu_decode_case(rows: int, places: int, w1: Any, w2: Any) -> Case:
     up, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
     slots = []
     for weights in ((up, up), (down,)):
-        candidates = module.candidate_tiles(weights, tokens, places)
-        slots.append(Slot(module.tiles_name(weights, tokens, places), candidates, candidates[0]))
+        candidates = module.candidate_tiles(weights, tokens, num_active)
+        slots.append(Slot(module.tiles_name(weights, tokens, num_active), candidates, candidates[0]))
 
     def call(tiles: Mapping[str, Tiles], x, w1, v1, w2):
-        both = tuple(tiles[slot.name] for slot in slots)
-        return module.decode_experts(x, *_chosen(x, places), w1, v1, w2, "silu", tiles=both)
+        gate_up_and_down = tuple(tiles[slot.name] for slot in slots)
+        return module.decode_experts(x, *_active_experts(x, num_active), w1, v1, w2, "silu", tiles=gate_up_and_down)
 
     return Case(slots, (x, w1, w1, w2), call)
 
@@ -127,13 +127,14 @@ def _rows(rows: int, columns: int) -> Any:
     return jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
 
 
-def _chosen(x: Any, places: int) -> tuple[Any, Any, Any]:
-    """The most active experts that the rows can have, each with all rows."""
-    return jnp.arange(places, dtype=jnp.int32), jnp.int32(places), jnp.ones((places, x.shape[0]), jnp.float32)
+def _active_experts(x: Any, num_active: int) -> tuple[Any, Any, Any]:
+    """Returns the arguments for as many active experts as the rows can have, each with all rows."""
+    weights = jnp.ones((num_active, x.shape[0]), jnp.float32)
+    return jnp.arange(num_active, dtype=jnp.int32), jnp.int32(num_active), weights
 
 
-def _drawn(shapes: Any) -> Any:
-    """Random arrays of these shapes, of quantised ones in their own types."""
+def _random_arrays(shapes: Any) -> Any:
+    """Returns random arrays of these shapes and dtypes."""
 
     def leaf(shape: Any) -> jax.Array:
         if jnp.issubdtype(shape.dtype, jnp.floating):
@@ -144,7 +145,7 @@ def _drawn(shapes: Any) -> Any:
 
 
 def search(case: Case, seconds: Callable[[Mapping[str, Tiles]], float]) -> dict[str, Tiles]:
-    """The fastest tiles of each of a call's slots, one slot after the other, the others as they are best so far."""
+    """Returns the fastest tiles of each slot of a call, by coordinate descent: one slot after the other."""
     best = {slot.name: slot.rule for slot in case.slots}
     for slot in case.slots:
         timed = [(seconds(best | {slot.name: tiles}), number) for number, tiles in enumerate(slot.candidates)]
@@ -153,8 +154,8 @@ def search(case: Case, seconds: Callable[[Mapping[str, Tiles]], float]) -> dict[
 
 
 def on_device(case: Case) -> Callable[[Mapping[str, Tiles]], float]:
-    """Times a call on the accelerator, the best of several."""
-    arguments = _drawn(case.arguments)
+    """Returns a function that times a call with given tiles on the accelerator, the best of several runs."""
+    arguments = _random_arrays(case.arguments)
 
     def seconds(tiles: Mapping[str, Tiles]) -> float:
         run = jax.jit(partial(case.call, dict(tiles)))
@@ -169,7 +170,7 @@ def on_device(case: Case) -> Callable[[Mapping[str, Tiles]], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--rules", action="store_true", help="note what the rules choose; needs no accelerator")
+    parser.add_argument("--rules", action="store_true", help="write the rules' choices; needs no accelerator")
     options = parser.parse_args()
     device = jax.devices()[0]
     kind = kernel_backend(device.platform)
@@ -182,14 +183,15 @@ def main() -> None:
     for name in ("tpu", "gpu") if options.rules else (kind,):
         for case in cases(str(name)):
             if options.rules:
-                found, by = {slot.name: slot.rule for slot in case.slots}, "rule, not timed"
+                chosen, by = {slot.name: slot.rule for slot in case.slots}, "rule, not timed"
             else:
-                found, by = search(case, on_device(case)), device.device_kind
-            for slot, tiles in found.items():
-                if options.rules and "rule" not in entries.get(slot, {"by": "rule"})["by"]:
+                chosen, by = search(case, on_device(case)), device.device_kind
+            for slot, tiles in chosen.items():
+                is_timed = "rule" not in entries.get(slot, {"by": "rule"})["by"]
+                if options.rules and is_timed:
                     continue
-                about = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
-                entries[slot] = {"tiles": list(tiles), "by": by, **({} if options.rules else about)}
+                circumstances = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+                entries[slot] = {"tiles": list(tiles), "by": by, **({} if options.rules else circumstances)}
                 print_status(f"{slot}: {list(tiles)}")
             lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items()))
             TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

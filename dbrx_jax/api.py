@@ -53,10 +53,10 @@ class DbrxForCausalLM(CausalLM):
           quantization: quantises the weights while they are read: "int8", "int4" (experts in groups of 128, the
             rest int8; also "int4-32", "int4-64"), "fp8", or parts such as "experts=int4-64,attention=int8". None
             keeps the checkpoint's.
-          all_to_all: in prefill and training, send tokens only to their experts' devices rather than
-            round the ring (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all tokens and selects).
-          attention_implementation: "flash", kernels for TPU and GPU; "xla", blocks in plain XLA; "reference", the
-            definition with all scores at once, for tests. None is "flash" where there are kernels, else "xla".
+          all_to_all: in prefill and training, send tokens only to their experts' devices rather than to all
+            (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all tokens and selects).
+          attention_implementation: "flash", kernels for TPUs and Hopper GPUs; "xla", blocks in plain XLA; "reference",
+            the definition with all scores at once, for tests. None is "flash" where there are kernels, else "xla".
 
         Raises:
           CheckpointError: the folder is not a complete DBRX checkpoint; the message says what is wrong.

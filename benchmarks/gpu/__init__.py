@@ -1,1 +1,1 @@
-"""132B on one Hopper GPU (H100 or H200): checked against float32 references, then timed, within a budget of seconds."""
+"""Checks 132B's kernels on one Hopper GPU (H100 or H200), then measures rates, within a budget of seconds."""

@@ -1,7 +1,7 @@
 """The command: python -m benchmarks.gpu [--seconds 1000] [--toy] [--part NAME]
 
-Runs parts in the order of their worth, each in a process of its own with a limit, until the seconds are used up.
-Checks come first; one that finds a wrong result ends the run. Every figure is written when it is known.
+Runs the parts in the order of PARTS, each in a process with a time limit, until the budget is spent. Checks come
+first; a wrong result ends the run. Every figure is written as soon as it is known.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from dbrx_jax.runtime import set_process_defaults
 
 DESCRIPTION = "132B on one Hopper GPU: checks against float32 references, then rates, within a budget of seconds."
 OUTPUT = RESULTS / "gpu.json"
-MIN_SECONDS = 15  # a part is not begun with less
-WRONG = 3  # exit status of a check that finds a wrong result
+MIN_SECONDS = 15  # least time left to start a part
+WRONG = 3  # exit status of a failed check
 
 
 def peer(size: Size) -> Iterator[dict[str, Any]]:
-    """The layers of "decode bfloat16" in transformers 4.57.6, where DBRX_TRANSFORMERS_PYTHON names it."""
+    """Measures the model of decode-bfloat16 in transformers 4.57.6, if DBRX_TRANSFORMERS_PYTHON names its Python."""
     python = os.environ.get(PEERS["transformers"].variable)
     if not python or size is not FULL:
         yield {"skipped": f"needs a GPU, and {PEERS['transformers'].variable} to name a Python with transformers"}
@@ -51,11 +51,11 @@ def peer(size: Size) -> Iterator[dict[str, Any]]:
 
 
 class Part(NamedTuple):
-    """One process of a run: at most so many seconds, and the function that yields its rows."""
+    """One process of a run: its time limit, and the function that yields its rows."""
 
     seconds: int
-    find: Callable[..., Iterator[dict[str, Any]]]
-    needs_machine: bool = False  # takes the measured limits of the device too
+    measure: Callable[..., Iterator[dict[str, Any]]]
+    needs_machine: bool = False  # `measure` also takes the device's measured rates
 
 
 PARTS = {
@@ -74,10 +74,10 @@ PARTS = {
 
 
 def run_all(seconds: float, toy: bool, output: Path) -> None:
-    """Runs every part while there is time.
+    """Runs the parts until the time is spent.
 
     Raises:
-      BenchmarkError: a part failed; what the others found is written.
+      BenchmarkError: a part failed; the other parts' results are written.
     """
     end = time.monotonic() + seconds
     write({"benchmark": "gpu", "toy": toy, **stamp("dbrx-jax", "jax", "jaxlib", "flax")}, output)
@@ -106,9 +106,9 @@ def run_all(seconds: float, toy: bool, output: Path) -> None:
 
 
 def run_part(name: str, size: Size, output: Path) -> None:
-    """Runs one part here and writes each figure to the file."""
+    """Runs one part in this process and writes each row to the file."""
     if size is FULL:
-        card()  # or raises
+        card()  # raises if the GPU is not Hopper
     if name == "reference-model":
         check.write_reference_model(size, output)
         return
@@ -117,7 +117,7 @@ def run_part(name: str, size: Size, output: Path) -> None:
     try:
         part = PARTS[name]
         arguments = [_machine(output)] if part.needs_machine else []
-        for row in part.find(size, *arguments):
+        for row in part.measure(size, *arguments):
             print_status(json.dumps(row))
             _add(output, name, row)
     except check.WrongResult as error:
@@ -127,7 +127,7 @@ def run_part(name: str, size: Size, output: Path) -> None:
 
 
 def _machine(output: Path) -> Machine:
-    """The device's limits as the part "device" measured them, else measured now."""
+    """Returns the device's rates, from the part "device" if it has run."""
     rows = json.loads(output.read_text()).get("device", [{}])
     return rows[0].get("measured") or measure()
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=DESCRIPTION)
     parser.add_argument("--seconds", type=float, default=1000, help="for the whole run; 1000 by default")
     parser.add_argument("--toy", action="store_true", help="a tiny model on any device, without the peer")
-    parser.add_argument("--part", choices=[*PARTS, "reference-model"], help="only this one, here, without a limit")
+    parser.add_argument("--part", choices=[*PARTS, "reference-model"], help="run only this part, without a limit")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON to write")
     options = parser.parse_args()
     set_process_defaults()

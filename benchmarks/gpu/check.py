@@ -1,4 +1,4 @@
-"""Checks of the kernels on this card against float32 references."""
+"""Checks the kernels on this GPU against float32 references."""
 
 import dataclasses
 import os
@@ -26,8 +26,8 @@ from dbrx_jax.ops.experts import ExpertWeights, reference_experts
 from dbrx_jax.quantization import Format, QuantizedArray, quantize
 from dbrx_jax.sharding.partition import ONE_DEVICE
 
-MAX_ERROR = 2e-2  # of the largest value: in bfloat16 the CPU's own products come to 1.1e-2
-# Of a model of two layers in full width: in bfloat16 on a CPU, without any kernel, the largest error was 3.7e-2.
+MAX_ERROR = 2e-2  # relative to the largest value; matmuls of a CPU in bfloat16 reach 1.1e-2
+# Likewise for two layers in full width, which reach 3.7e-2 in bfloat16 on a CPU without kernels.
 MODEL_ERROR = 6e-2
 MODEL_PRECISION = "int4"
 
@@ -35,30 +35,30 @@ Row = dict[str, Any]
 
 
 class WrongResult(BenchmarkError):
-    """A kernel is further from its reference than rounding explains."""
+    """A kernel differs from its reference by more than rounding explains."""
 
 
 def experts(size: Size) -> Iterator[Row]:
-    """Errors of the experts' kernels, for each form of weights and number of tokens.
+    """Yields errors of the experts' kernels for each weight format and number of tokens.
 
     Raises:
-      WrongResult: one is beyond MAX_ERROR; also from the other checks.
+      WrongResult: an error exceeds MAX_ERROR; the other checks raise it too.
     """
     config = size.config
     shape = (config.moe_num_experts, config.ffn_hidden_size, config.d_model)
     stacked = ONE_DEVICE.expert_arrays(shape[0]) == 1
-    for form in ("bfloat16", "int8", "int4-128"):
-        drawn: list[Any] = [normal(np.arange(shape[0], dtype=np.uint32) + 100 * i, shape) for i in range(3)]
-        if form != "bfloat16":
-            drawn = [_quantized(w, form, c) for w, c in zip(drawn, (-1, -1, -2), strict=True)]
-        weights = ExpertWeights(*(w if stacked else tuple(w[e] for e in range(shape[0])) for w in drawn))
+    for format in ("bfloat16", "int8", "int4-128"):
+        arrays: list[Any] = [normal(np.arange(shape[0], dtype=np.uint32) + 100 * i, shape) for i in range(3)]
+        if format != "bfloat16":
+            arrays = [_quantized(w, format, c) for w, c in zip(arrays, (-1, -1, -2), strict=True)]
+        weights = ExpertWeights(*(w if stacked else tuple(w[e] for e in range(shape[0])) for w in arrays))
         for tokens in size.tokens:
             x = jax.random.normal(jax.random.key(tokens), (tokens, config.d_model), jnp.bfloat16)
             scores = jax.random.uniform(jax.random.key(0), (tokens, shape[0]))
             combine_weights, chosen_experts = jax.lax.top_k(scores, config.moe_top_k)
             out = _apply_experts(x, combine_weights, chosen_experts, weights, config.ffn_act_fn)
-            want = _experts_in_float32(x, combine_weights, chosen_experts, drawn, config.ffn_act_fn)
-            yield _row(f"experts, {form}, {tokens} tokens", out, want)
+            expected = _experts_in_float32(x, combine_weights, chosen_experts, arrays, config.ffn_act_fn)
+            yield _row(f"experts, {format}, {tokens} tokens", out, expected)
 
 
 @partial(jax.jit, static_argnums=4)
@@ -67,12 +67,12 @@ def _apply_experts(x: Any, combine_weights: Any, experts: Any, weights: ExpertWe
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _quantized(weight: Any, form: str, contracted: int) -> QuantizedArray:
-    return quantize(weight, Format.parse(form), (contracted,), jnp.bfloat16)
+def _quantized(weight: Any, format: str, contracted: int) -> QuantizedArray:
+    return quantize(weight, Format.parse(format), (contracted,), jnp.bfloat16)
 
 
 def _experts_in_float32(x: Any, combine_weights: Any, experts: Any, weights: list[Any], activation: str) -> Any:
-    """The definition, an expert at a time to save memory."""
+    """Computes the reference in float32, one expert at a time to save memory."""
     with jax.default_matmul_precision("highest"):
         return sum(
             _one_expert(x.astype(jnp.float32), combine_weights, experts, e, tuple(w[e] for w in weights), activation)
@@ -91,7 +91,7 @@ def _one_expert(x: Any, combine_weights: Any, experts: Any, expert: int, weights
 
 
 def attention(size: Size) -> Iterator[Row]:
-    """Errors of attention through the cache, and of whole sequences with their gradients."""
+    """Yields errors of attention over the cache, and of whole sequences with gradients."""
     yield from _cached_attention(size.config)
     yield from _sequence_attention(size.config)
 
@@ -107,17 +107,16 @@ def _cached_attention(config: DbrxConfig) -> Iterator[Row]:
         q = jax.random.normal(keys[0], (rows, tokens, H, K), jnp.bfloat16)
         k, v = (jax.random.normal(key, (rows, S, G, K), jnp.bfloat16) for key in keys[1:])
         positions = length + jnp.arange(rows)[:, None] * 3 + jnp.arange(tokens)
-        held, scales = [k, v], None
+        cache, scales = [k, v], None
         if int8:
-            (k8, of_keys), (v8, of_values) = quantize_to_int8(k), quantize_to_int8(v)
-            held, scales = [k8, v8], (of_keys.swapaxes(1, 2), of_values.swapaxes(1, 2))
-            k, v = (
-                a.astype(jnp.float32) * s[..., None].astype(jnp.float32) for a, s in ((k8, of_keys), (v8, of_values))
-            )
-        part = jax.jit(attend)(q, *(a.swapaxes(1, 2) for a in held), positions, scales=scales)
-        want = _attention_in_float32(q, k, v, jnp.arange(S) <= positions[:, :, None])
+            (k8, key_scale), (v8, value_scale) = quantize_to_int8(k), quantize_to_int8(v)
+            cache, scales = [k8, v8], (key_scale.swapaxes(1, 2), value_scale.swapaxes(1, 2))
+            k = k8.astype(jnp.float32) * key_scale[..., None].astype(jnp.float32)
+            v = v8.astype(jnp.float32) * value_scale[..., None].astype(jnp.float32)
+        part = jax.jit(attend)(q, *(a.swapaxes(1, 2) for a in cache), positions, scales=scales)
+        expected = _attention_in_float32(q, k, v, jnp.arange(S) <= positions[:, :, None])
         name = f"{implementation} attention, {rows} rows, {tokens} tokens, {'int8' if int8 else 'bfloat16'} cache"
-        yield _row(name, merge_partial_attention(part, jnp.float32, ONE_DEVICE), want)
+        yield _row(name, merge_partial_attention(part, jnp.float32, ONE_DEVICE), expected)
 
 
 def _attention_in_float32(q: Any, k: Any, v: Any, mask: Any) -> Any:
@@ -126,12 +125,12 @@ def _attention_in_float32(q: Any, k: Any, v: Any, mask: Any) -> Any:
 
 
 def _sequence_attention(config: DbrxConfig) -> Iterator[Row]:
-    """Sequences longer than the definition takes in one block, padded left and right, with gradients."""
+    """Yields errors for sequences longer than SHORT_SEQUENCE, padded left and right, with gradients."""
     H, G, K, T = config.n_heads, config.kv_n_heads, config.head_dim, SHORT_SEQUENCE + 256
     shapes = ((2, T, H, K), (2, T, G, K), (2, T, G, K), (2, T, H, K))
     *qkv, d_out = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
-    place = jnp.arange(T)
-    valid = jnp.stack([place >= 70, place < 900])
+    position = jnp.arange(T)
+    valid = jnp.stack([position >= 70, position < 900])
     mask = jnp.tril(jnp.ones((T, T), bool)) & valid[:, None]
     d_out = d_out * valid[:, :, None, None]
 
@@ -148,17 +147,16 @@ def _sequence_attention(config: DbrxConfig) -> Iterator[Row]:
     out, gradients = with_gradients(kernel, qkv, valid, valid, d_out)
     with jax.default_matmul_precision("highest"):
         in_float32 = [a.astype(jnp.float32) for a in qkv]
-        want, true = with_gradients(reference_attention, in_float32, mask, valid, d_out)
-    yield _row(f"{name} attention, whole sequences", out, want)
-    for what, gradient, wanted in zip(("queries", "keys", "values"), gradients, true, strict=True):
-        yield _row(f"{name} attention, gradient of {what}", gradient, wanted)
+        expected, expected_gradients = with_gradients(reference_attention, in_float32, mask, valid, d_out)
+    yield _row(f"{name} attention, whole sequences", out, expected)
+    for what, *pair in zip(("queries", "keys", "values"), gradients, expected_gradients, strict=True):
+        yield _row(f"{name} attention, gradient of {what}", *pair)
 
 
 def model(size: Size) -> Iterator[Row]:
-    """A whole model of two layers in bfloat16 with kernels beside float32 without, in a process of its own.
+    """Yields the error of a model of two layers in bfloat16 against float32 without kernels, in another process.
 
-    All experts are active: with random weights the scores of the last active expert and the first inactive one
-    are so close that rounding swaps them, and then nothing can be compared.
+    All experts are active, because random weights give router scores so close that rounding changes the top k.
     """
     toy = ["--toy"] if size is not FULL else []
     with tempfile.TemporaryDirectory() as folder:
@@ -173,13 +171,13 @@ def model(size: Size) -> Iterator[Row]:
 
 
 def write_reference_model(size: Size, path: Path) -> None:
-    """The float32 results that `model` compares with; the environment has turned kernels off."""
+    """Writes the float32 results that `model` compares with; the environment has turned kernels off."""
     logits, tokens = _run_model(size, jnp.float32)
     np.savez(path, logits=logits, tokens=tokens)
 
 
 def _run_model(size: Size, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of a prompt (T, V) and the greedy tokens of a ragged batch (B, 24)."""
+    """Returns the logits of a prompt (T, V), and greedy tokens of a ragged batch (B, 24)."""
     config = dataclasses.replace(size.config, n_layers=2, moe_top_k=size.config.moe_num_experts)
     model = random_model(config, MODEL_PRECISION, dtype)
     longest = size.lengths[0]
@@ -190,9 +188,9 @@ def _run_model(size: Size, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     return logits, np.stack([np.asarray(row)[-24:] for row in out])
 
 
-def _row(what: str, out: Any, want: Any, largest: float = MAX_ERROR) -> Row:
-    out, want = np.asarray(out, np.float32), np.asarray(want, np.float32)
-    error = float(np.abs(out - want).max() / np.abs(want).max())
-    if not error < largest:
+def _row(what: str, out: Any, expected: Any, max_error: float = MAX_ERROR) -> Row:
+    out, expected = np.asarray(out, np.float32), np.asarray(expected, np.float32)
+    error = float(np.abs(out - expected).max() / np.abs(expected).max())
+    if not error < max_error:
         raise WrongResult(f"{what}: {error:.3g} of the largest value away from the reference; nothing is timed")
     return {"what": what, "error": round(error, 6)}

@@ -1,9 +1,9 @@
-"""transformers 4.57.6 on the same card: random weights in bfloat16, a JSON line for each batch.
+"""Measures transformers 4.57.6 on this GPU with random weights in bfloat16; prints a JSON line for each batch.
 
     python peer.py '{"layers": 4, "prompt": 960, "tokens": 64, "batches": [1, 8]}'
 
-Needs torch with CUDA and transformers, and nothing of dbrx_jax; `python -m benchmarks.gpu` runs it in the Python
-that DBRX_TRANSFORMERS_PYTHON names. Versions of transformers from 5.0 on compute DBRX wrongly.
+Needs torch with CUDA and transformers, not dbrx_jax: `python -m benchmarks.gpu` runs it in the Python that
+DBRX_TRANSFORMERS_PYTHON names. transformers from 5.0 on computes DBRX wrongly.
 """
 
 import json
@@ -16,7 +16,7 @@ import transformers
 
 
 def model(layers: int) -> Any:
-    """DBRX in full width with random weights on the card."""
+    """Returns a DBRX of full width with random weights on the GPU."""
     config = transformers.DbrxConfig(
         d_model=6144,
         n_heads=48,
@@ -40,7 +40,7 @@ def model(layers: int) -> Any:
 
 def main(layers: int, prompt: int, tokens: int, batches: list[int]) -> None:
     if not transformers.__version__.startswith("4."):
-        sys.exit(f"transformers {transformers.__version__} computes DBRX wrongly: take 4.57.6")
+        sys.exit(f"transformers {transformers.__version__} computes DBRX wrongly: install 4.57.6")
     dbrx = model(layers)
 
     def seconds(ids: torch.Tensor, new: int) -> float:

@@ -1,4 +1,4 @@
-"""Sizes of the GPU benchmark, the card that is here, and models with random weights."""
+"""Sizes of the GPU benchmark, figures of this GPU, and models with random weights."""
 
 import dataclasses
 import math
@@ -25,13 +25,13 @@ class Size:
     """The lengths and batches of one run.
 
     Args:
-      config: the model; with fewer layers where a precision does not fit into the card's memory.
-      decode: (batch, positions) of the decode steps that are timed, by precision.
-      steps: decode steps that are timed together.
-      prompt: tokens of the prompt whose prefill is timed.
+      config: the model; has fewer layers where it does not fit the GPU's memory.
+      decode: (batch, positions) of the timed decode steps, by precision.
+      steps: decode steps per timing.
+      prompt: tokens of the timed prefill.
       tokens: numbers of tokens at which the experts are checked.
       lengths: of the prompts on which whole models are compared.
-      users, together: how many users come, and how many are served at once.
+      users, together: number of users, and the most that are served at once.
     """
 
     config: DbrxConfig
@@ -71,15 +71,15 @@ TOY = Size(
     users=2,
     together=2,
 )
-# Layers, in full width, of a model that does not fit as a whole.
+# Number of layers of a model that does not fit with all of them.
 FEWER_LAYERS = {"bfloat16": 4, "int8": 8, "int4": 8}
 
 
 def card() -> Target:
-    """The published figures of the GPU that is here; of an H200 on a CPU, which only rehearses.
+    """Returns the published figures of this GPU; on a CPU, in tests, those of an H200.
 
     Raises:
-      BenchmarkError: it is no Hopper GPU.
+      BenchmarkError: the GPU is neither an H100 nor an H200.
     """
     kind = jax.devices()[0].device_kind
     if jax.default_backend() == "cpu":
@@ -91,32 +91,32 @@ def card() -> Target:
 
 
 def config_that_fits(size: Size, precision: str) -> DbrxConfig:
-    """The whole model, or as many of its layers as FEWER_LAYERS says where the card cannot hold it."""
+    """Returns the model's configuration, with the layers of FEWER_LAYERS if all do not fit the GPU."""
     if fits(Setting(size.config, card(), {"expert": 1}, precision, batch=1, context=1024)):
         return size.config
     return dataclasses.replace(size.config, n_layers=min(FEWER_LAYERS[precision], size.config.n_layers))
 
 
 def random_model(config: DbrxConfig, precision: str, dtype: Any = jnp.bfloat16) -> DbrxForCausalLM:
-    """A model whose random weights are drawn on the device in the form they are stored in.
+    """Returns a model whose random weights are drawn on the device, in their storage format.
 
-    Each parameter's values depend on its name alone, not on how parameters are arranged in arrays. No more
-    memory is taken than the model's and one parameter's.
+    A parameter's values depend on its name alone, not on how parameters are stacked. Takes the memory of the model
+    and one more parameter.
     """
     quantization = None if precision == "bfloat16" else Quantization.parse(precision)
     arrays: dict[str, Any] = {}
-    for name, placed in array_layouts(config, None, quantization, dtype).items():
-        seeds = np.array([zlib.crc32(parameter.encode()) for parameter in placed.parameters], np.uint32)
-        if not isinstance(placed.value, QuantizedArray):
-            is_norm = len(placed.shape) == 1
-            drawn = jnp.ones(placed.shape, jnp.bfloat16) if is_norm else normal(seeds, placed.shape)
-            arrays[name] = drawn.astype(dtype)
+    for name, layout in array_layouts(config, None, quantization, dtype).items():
+        seeds = np.array([zlib.crc32(parameter.encode()) for parameter in layout.parameters], np.uint32)
+        if not isinstance(layout.value, QuantizedArray):
+            is_norm = len(layout.shape) == 1
+            weights = jnp.ones(layout.shape, jnp.bfloat16) if is_norm else normal(seeds, layout.shape)
+            arrays[name] = weights.astype(dtype)
             continue
-        values, scale = placed.value.values, placed.value.scale
-        # Standard deviation of the whole numbers that random bytes, or random halves of bytes, stand for.
+        values, scale = layout.value.values, layout.value.scale
+        # Standard deviation of uniform integers from -128 to 127, or of two in a byte from -8 to 7.
         deviation = 73.9 if values.dtype == jnp.int8 else 4.6
         arrays[name] = dataclasses.replace(
-            placed.value,
+            layout.value,
             values=_bytes(seeds, values.shape, values.dtype),
             scale=jnp.full(scale.shape, config.initializer_range / deviation, jnp.bfloat16).astype(dtype),
         )
@@ -125,26 +125,26 @@ def random_model(config: DbrxConfig, precision: str, dtype: Any = jnp.bfloat16) 
 
 @partial(jax.jit, static_argnums=1)
 def normal(seeds: Array, shape: tuple[int, ...]) -> Array:
-    """Weights in bfloat16 with the published deviation; with several seeds, the first dimension's entry from each."""
+    """Draws bfloat16 weights of the published deviation; several seeds each draw one entry of the first dimension."""
 
     def draw(seed: Array, shape: tuple[int, ...]) -> Array:
         values = jax.random.normal(_key(seed), shape, jnp.float32)
         return (FULL.config.initializer_range * values).astype(jnp.bfloat16)
 
-    return _each(draw, seeds, shape)
+    return _map_seeds(draw, seeds, shape)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _bytes(seeds: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     def draw(seed: Array, shape: tuple[int, ...]) -> Array:
         count = math.prod(shape)
-        words = jax.random.bits(_key(seed), (-(-count // 4),), jnp.uint32)
-        return lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:count].reshape(shape)
+        bits = jax.random.bits(_key(seed), (-(-count // 4),), jnp.uint32)
+        return lax.bitcast_convert_type(bits, jnp.uint8).reshape(-1)[:count].reshape(shape)
 
-    return lax.bitcast_convert_type(_each(draw, seeds, shape), dtype)
+    return lax.bitcast_convert_type(_map_seeds(draw, seeds, shape), dtype)
 
 
-def _each(draw: Any, seeds: Array, shape: tuple[int, ...]) -> Array:
+def _map_seeds(draw: Any, seeds: Array, shape: tuple[int, ...]) -> Array:
     if seeds.shape[0] == 1:
         return draw(seeds[0], shape)
     return lax.map(lambda seed: draw(seed, shape[1:]), seeds)

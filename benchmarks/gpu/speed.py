@@ -1,4 +1,4 @@
-"""Rates of decode steps, prefill and users on this card, beside its measured and published limits."""
+"""Measures decoding, prefill and served users on this GPU, against its measured and published rates."""
 
 import collections
 import gzip
@@ -28,20 +28,20 @@ from dbrx_jax.model.cache import cache_capacity, prefill_chunk_lengths
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.planning.plan import Setting, fits, memory
 
-SHOWN = 14  # kernels of a profile
+SHOWN = 14  # kernels shown of a profile
 
 Row = dict[str, Any]
 
 
 def device() -> Iterator[Row]:
-    """The card and what it reaches: bytes read a second, FLOP/s."""
+    """Yields the GPU and its measured rates: bytes/s read and FLOP/s."""
     yield {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "measured": measure()}
 
 
 def decode(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
-    """Tokens a second of each batch and number of positions that fits, and the kernels of the first."""
-    model, config, about = _made(size, precision)
-    yield about
+    """Yields tokens/s of each batch and number of positions that fits, and a profile of the first."""
+    model, config, facts = _make_model(size, precision)
+    yield facts
     for number, (batch, positions) in enumerate(size.decode[precision]):
         case: Row = {"precision": precision, "layers": config.n_layers, "batch": batch, "context": positions}
         setting = Setting(config, card(), {"expert": 1}, precision, batch, positions)
@@ -60,7 +60,7 @@ def decode(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
             yield case | kernel_times(run, size.steps)
 
 
-def _made(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]:
+def _make_model(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]:
     config = config_that_fits(size, precision)
     begin = time.perf_counter()
     model = random_model(config, precision)
@@ -72,7 +72,7 @@ def _made(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]
 
 
 def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int) -> Callable[[], None]:
-    """Runs `steps` steps that end with all rows at `positions` positions, each row on tokens of its own."""
+    """Returns a function that runs `steps` decode steps, which end with all rows at `positions` positions."""
     config, partition, model_state = model.config, model.partition, split_model(model)
     length = cache_capacity(positions, partition)
     cache, logits = decoding.empty_cache(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
@@ -90,30 +90,30 @@ def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int
     lengths = jnp.full(batch, positions - steps, jnp.int32)
     done = jnp.zeros(batch, bool)
     state = decoding.first_token(config, partition, False, False, settings, cache, logits, prompts, lengths, done)
-    holder = [state]  # the cache in it is given away by each run and comes back
+    latest = [state]  # each run donates the cache's buffers and stores the new state
 
     def run() -> None:
-        after = decoding.decode(model_state, False, False, settings, holder.pop(), steps)
+        after = decoding.decode(model_state, False, False, settings, latest.pop(), steps)
         after.token.block_until_ready()
-        holder.append(after._replace(position=after.position - steps, step=after.step - steps))
+        latest.append(after._replace(position=after.position - steps, step=after.step - steps))
 
     return run
 
 
 def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
-    """Tokens a second of a prompt that begins a row, and the kernels it takes."""
-    model, config, about = _made(size, precision)
-    yield about
+    """Yields tokens/s of a prompt's first chunk, and a profile."""
+    model, config, facts = _make_model(size, precision)
+    yield facts
     model_state, partition = split_model(model), model.partition
     length = prefill_chunk_lengths(partition)[-1]
     count = min(size.prompt, length)
     tokens = np.array(random_prompts(config, 0, 1, length), np.int32)
-    at = np.array([[0, 0, count]], np.int32)
-    holder = [decoding.empty_cache(config, partition, 1, cache_capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
+    spans = np.array([[0, 0, count]], np.int32)
+    latest = [decoding.empty_cache(config, partition, 1, cache_capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
 
     def run() -> None:
-        holder.append(decoding.prefill_chunk(model_state, *holder.pop(), tokens, at))
-        jax.block_until_ready(holder[0])
+        latest.append(decoding.prefill_chunk(model_state, *latest.pop(), tokens, spans))
+        jax.block_until_ready(latest[0])
 
     seconds = best_seconds(run, 3)
     bound = roofline.prefill_bound(config, machine, precision, count)
@@ -123,19 +123,19 @@ def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
 
 
 def load(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
-    """Users who come one after another as in the announcement: 2000 tokens in, 256 out, one a second."""
+    """Yields rates and latencies under the announcement's load: a user each second, 2000 tokens in, 256 out."""
     engine = Ours()
-    engine.model, config, about = _made(size, precision)
-    yield about
+    engine.model, config, facts = _make_model(size, precision)
+    yield facts
     prompt, tokens = roofline.ANNOUNCED_PROMPT, roofline.ANNOUNCED_TOKENS
     if size.prompt < prompt:
         prompt, tokens = size.prompt, size.steps
     prompts = random_prompts(config, 0, size.users, prompt)
-    for rows in range(1, size.together + 1):  # compiled before users come
+    for rows in range(1, size.together + 1):  # compiles every batch size
         engine.generate((prompts * rows)[:rows], tokens)
-    found = serve.users(engine, prompts, tokens, roofline.ANNOUNCED_SECONDS, size.together)
+    latencies = serve.users(engine, prompts, tokens, roofline.ANNOUNCED_SECONDS, size.together)
     alone = roofline.user_seconds(config, machine, precision, prompt, tokens)
-    median = float(np.median(found["total"]))
+    median = float(np.median(latencies["total"]))
     yield {
         "precision": precision,
         "layers": config.n_layers,
@@ -143,15 +143,15 @@ def load(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
         "tokens": tokens,
         "users": size.users,
         "together": size.together,
-        "tokens_per_second": round(size.users * tokens / found["seconds"], 2),
-        "first_token_seconds_median": round(float(np.median(found["first"])), 3),
+        "tokens_per_second": round(size.users * tokens / latencies["seconds"], 2),
+        "first_token_seconds_median": round(float(np.median(latencies["first"])), 3),
         "seconds_median": round(median, 3),
-        "of_measured_roofline": round(alone / median, 4),  # of a user who is alone
+        "of_measured_roofline": round(alone / median, 4),  # bound of a user served alone
     }
 
 
 def kernel_times(run: Callable[[], Any], steps: int) -> Row:
-    """Microseconds a step by kernel, from a profile of one run; empty where the device leaves none."""
+    """Returns microseconds a step by kernel, from a profile of one run; empty if the device records none."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
@@ -159,23 +159,24 @@ def kernel_times(run: Callable[[], Any], steps: int) -> Row:
         events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     gpus = {e["pid"] for e in events if e.get("name") == "process_name" and "GPU" in e["args"]["name"]}
     streams = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name" and "Stream" in e["args"]["name"]}
-    took: collections.Counter[str] = collections.Counter()
+    microseconds: collections.Counter[str] = collections.Counter()
     number: collections.Counter[str] = collections.Counter()
     for event in events:
         if event.get("ph") == "X" and event["pid"] in gpus and (event["pid"], event["tid"]) in streams:
             name = re.sub(r"(\.\d+)+$|_\d+$", "", event["name"])[:60]
-            took[name] += event["dur"]
+            microseconds[name] += event["dur"]
             number[name] += 1
-    shown = [[name, round(us / steps, 2), round(number[name] / steps, 1)] for name, us in took.most_common(SHOWN)]
+    longest = microseconds.most_common(SHOWN)
+    shown = [[name, round(us / steps, 2), round(number[name] / steps, 1)] for name, us in longest]
     return {
-        "microseconds_a_step": round(sum(took.values()) / steps, 1),
+        "microseconds_a_step": round(sum(microseconds.values()) / steps, 1),
         "kernels_a_step": round(sum(number.values()) / steps, 1),
         "kernels": shown,
     }
 
 
 def _rates(rate: float, bound: roofline.Bound) -> Row:
-    """The rate, and its share of what this device was measured to allow, and of what its data sheet says."""
+    """Returns a rate and its shares of two rooflines: by measured and by published figures."""
     sheet = card()
     published = Machine(
         device=sheet.name, bandwidth=sheet.hbm_bandwidth, float32=sheet.bf16_flops, bfloat16=sheet.bf16_flops

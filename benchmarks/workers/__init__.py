@@ -1,1 +1,1 @@
-"""The engines that are measured, each in a process and, but for ours, in a virtual environment of its own."""
+"""Worker processes of the measured engines; each peer runs in a virtual environment of its own."""

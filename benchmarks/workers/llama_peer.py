@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level interface as a worker; the folder it loads is a GGUF file."""
+"""Worker of llama.cpp, through llama-cpp-python's low-level interface; its `folder` is a GGUF file."""
 
 import ctypes
 import os
@@ -11,16 +11,16 @@ import numpy as np
 
 from benchmarks.workers.serve import Engine, Generated, run
 
-_F32, _F16 = 0, 1  # ggml's types of the cache
+_F32, _F16 = 0, 1  # ggml's types, for the cache
 
 
 @llama_cpp.llama_log_callback
 def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """llama.cpp tells much while it loads."""
+    """Discards llama.cpp's log."""
 
 
 def _options(structure: ctypes.Structure, **values: int) -> ctypes.Structure:
-    """Sets fields of a C structure; a name that it lacks, in another version, is an error."""
+    """Sets fields of a C structure; raises AttributeError for a field that this version lacks."""
     known = {field[0] for field in structure._fields_}
     for name, value in values.items():
         if name not in known:
@@ -33,13 +33,12 @@ class LlamaCpp(Engine):
     def load(self, folder: str, dtype: str) -> dict[str, str]:
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        # Not mapped from the file: the others read everything on loading too.
+        # Reads the file rather than mapping it, as the other engines do.
         options = _options(llama_cpp.llama_model_default_params(), load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE)
         self.model = llama_cpp.llama_model_load_from_file(folder.encode(), options)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {folder}")
-        # Its own attention ("flash") is not exact in float32, where logits of the demo move by 2 percent; the
-        # default elsewhere, it is left out there.
+        # Its default, flash attention, is not exact in float32: it changes the demo's logits by 2 percent.
         self.options = {"type_k": _F16, "type_v": _F16}
         if dtype == "float32":
             self.options = {"type_k": _F32, "type_v": _F32, "flash_attn_type": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}
@@ -56,15 +55,15 @@ class LlamaCpp(Engine):
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
         length = len(prompts[0])
         self._reset(len(prompts), length + tokens)
-        chosen = [self._step(prompts, 0).argmax(-1)]
+        sampled = [self._step(prompts, 0).argmax(-1)]
         first = time.perf_counter()
         for step in range(tokens - 1):
-            chosen.append(self._step(chosen[-1][:, None], length + step).argmax(-1))
+            sampled.append(self._step(sampled[-1][:, None], length + step).argmax(-1))
         end = time.perf_counter()
-        return Generated(np.stack(chosen, 1).tolist(), first, end)
+        return Generated(np.stack(sampled, 1).tolist(), first, end)
 
     def _reset(self, rows: int, positions: int) -> None:
-        """An empty cache; a context is made anew only where the last one is too small."""
+        """Clears the cache; makes a new context only for another shape."""
         positions = -(-positions // 256) * 256  # of a row
         if self.shape != (rows, positions):
             if self.context is not None:
@@ -88,7 +87,7 @@ class LlamaCpp(Engine):
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
     def _step(self, tokens: "list[list[int]] | np.ndarray", start: int) -> np.ndarray:
-        """Tokens (B, T) at positions from `start` on; logits (B, V) behind each row, to be read before the next."""
+        """Computes tokens (B, T) at positions from `start` on; returns logits (B, V) after each row."""
         batch, n = self.batch, 0
         last = []
         for row, ids in enumerate(tokens):

@@ -1,4 +1,4 @@
-"""dbrx_jax as a worker."""
+"""Worker of dbrx_jax."""
 
 import importlib.metadata
 import platform
@@ -25,7 +25,7 @@ class Ours(Engine):
         return np.asarray(self.model([prompt]))[0, -1].tolist()
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        # In bursts, as somebody who reads along gets them.
+        # In bursts, as a streaming user receives them.
         stream = TokenStream(self.model, prompts, max_new_tokens=tokens, eos_token_id=None, burst=BURST)
         next(stream)
         first = time.perf_counter()

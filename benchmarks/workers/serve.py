@@ -1,7 +1,6 @@
-"""The protocol of workers: JSON lines on stdin and stdout, with times taken by the worker itself.
+"""Protocol of the workers: JSON lines on stdin and stdout, with times measured in the worker.
 
-An engine says how it loads, predicts and generates; what is measured of it is the same for all. Nothing
-but the standard library is imported here.
+An engine implements loading, logits and generation; the measurements are shared. Imports the standard library only.
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Generated(NamedTuple):
-    """Greedy tokens of a batch, and when they were there (time.perf_counter)."""
+    """Greedy tokens of a batch, and times by time.perf_counter."""
 
     tokens: list[list[int]]  # of each row
     first: float  # when the first token of every row was known
@@ -25,22 +24,22 @@ class Engine:
     """The interface that each worker implements."""
 
     def load(self, folder: str, dtype: str) -> dict[str, str]:
-        """Reads the checkpoint into memory; returns versions by name. Imports were made before."""
+        """Reads the checkpoint into memory; returns versions by name."""
         raise NotImplementedError
 
     def logits(self, prompt: list[int]) -> list[float]:
-        """Logits (V,) of the token after the prompt."""
+        """Returns the logits (V,) of the token after the prompt."""
         raise NotImplementedError
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """`tokens` new tokens of each row; no token ends a row. The prompts are equally long."""
+        """Generates `tokens` tokens for each row, whatever they are; the prompts are equally long."""
         raise NotImplementedError
 
 
 def run(engine: Engine) -> None:
     """Answers requests until stdin ends."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print, from Python or C, goes to stderr
+    os.dup2(2, 1)  # output of libraries, from Python or C, goes to stderr
     sys.stdout = sys.stderr
     for line in sys.stdin:
         request = json.loads(line)
@@ -65,7 +64,7 @@ def _check(engine: Engine, prompt: list[int], tokens: int) -> dict[str, Any]:
 
 
 def _decode(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-    """Steps after the first token, which belongs to the prompt."""
+    """Times the decode steps after the first token."""
     made = engine.generate(prompts, tokens + 1)
     return {"seconds": made.end - made.first}
 
@@ -76,16 +75,16 @@ def _prefill(engine: Engine, prompt: list[int]) -> dict[str, Any]:
 
 
 def _warm(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-    """Every batch size that can come, once."""
+    """Runs every batch size once, to compile it."""
     for rows in range(1, len(prompts) + 1):
         engine.generate(prompts[:rows], tokens)
     return {}
 
 
 def users(engine: Engine, prompts: list[list[int]], tokens: int, interval: float, batch: int) -> dict[str, Any]:
-    """An open loop: user i comes at i * interval, whatever the engine does.
+    """Serves an open loop, in which user i arrives at i * interval; returns latencies in seconds.
 
-    Whoever waits starts together, at most `batch` users; who comes meanwhile waits for their end.
+    Up to `batch` waiting users start together; later ones wait until all of these are done.
     """
     begin, served = time.perf_counter(), 0
     first, total = [], []
@@ -104,7 +103,7 @@ _HANDLERS = {"load": _load, "check": _check, "decode": _decode, "prefill": _pref
 
 
 class Peak:
-    """The most anonymous memory in use meanwhile (RssAnon), in bytes; file pages that are mapped do not count."""
+    """Peak anonymous memory (RssAnon) within the block, in bytes; mapped pages of files do not count."""
 
     def __enter__(self) -> "Peak":
         self.before = self.most = _anonymous()

@@ -1,6 +1,6 @@
-"""transformers 4.57.6 on torch as a worker, in a virtual environment that has both and nothing of ours.
+"""Worker of transformers 4.57.6 on torch, in a virtual environment without dbrx_jax.
 
-Versions from 5.0 on compute DBRX wrongly: the harness' comparison of logits would refuse them.
+transformers from 5.0 on computes DBRX wrongly, which the harness' comparison of logits reports.
 """
 
 import os
@@ -37,16 +37,16 @@ class Transformers(Engine):
         out = self.model(
             torch.tensor(prompts, device=self.device), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        chosen = [out.logits[:, -1].argmax(-1, keepdim=True)]
+        sampled = [out.logits[:, -1].argmax(-1, keepdim=True)]
         first = self._now()
         for _ in range(tokens - 1):
-            out = self.model(chosen[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            chosen.append(out.logits[:, -1].argmax(-1, keepdim=True))
+            out = self.model(sampled[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            sampled.append(out.logits[:, -1].argmax(-1, keepdim=True))
         end = self._now()
-        return Generated(torch.cat(chosen, 1).tolist(), first, end)
+        return Generated(torch.cat(sampled, 1).tolist(), first, end)
 
     def _now(self) -> float:
-        """When all that was asked of the device is done."""
+        """Waits for the device; returns the time."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()

@@ -1,4 +1,4 @@
-"""OrbaxFolder: reads an Orbax checkpoint that to_orbax wrote, array by array."""
+"""OrbaxFolder: reads an Orbax checkpoint that the command dbrx-convert wrote, array by array."""
 
 import dataclasses
 import hashlib
