@@ -1,4 +1,4 @@
-"""The checkpoints that are measured: the demo, and random weights in a configuration's sizes, made once and kept."""
+"""Checkpoints for the benchmarks: the demo, and random weights in a configuration's sizes, written once and cached."""
 
 import json
 import math
@@ -8,28 +8,28 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dbrx_convert.to_hf import SHARD, _write_index, plan_shards
+from dbrx_convert.to_hf import SHARD, plan_shards, write_index
 from dbrx_jax.checkpoint.layouts import FUSED, expand
 from dbrx_jax.config import DbrxConfig, config_names
 from dbrx_jax.demo import source_folder
 from dbrx_jax.runtime import user_cache_folder
 
-BLOCK = 16 << 20  # values made at a time
+BLOCK = 16 << 20  # values generated at a time
 
-Values = Callable[[str, int], Iterator[np.ndarray]]  # of a tensor by its name and size, as bytes in blocks
+Values = Callable[[str, int], Iterator[np.ndarray]]  # from a tensor's name and size to its bytes in blocks
 
 
 def cache_folder() -> Path:
-    """Default folder of the checkpoints that are kept from run to run."""
+    """Returns the default folder of checkpoints that are kept from run to run."""
     return user_cache_folder() / "benchmarks"
 
 
 def checkpoint(model: str, cache: Path) -> Path:
-    """The Hugging Face folder of a model.
+    """Returns the Hugging Face folder of a model.
 
     Args:
       model: "demo", another configuration's name, whose weights are then random, or a folder.
-      cache: where random ones are made, unless they are there.
+      cache: folder of random checkpoints; a missing one is written.
 
     Raises:
       ConfigError: there is neither such a configuration nor such a folder.
@@ -46,7 +46,7 @@ def checkpoint(model: str, cache: Path) -> Path:
 
 
 def write_random(config: DbrxConfig, folder: Path) -> None:
-    """Normal weights at initializer_range and norms of one, the same ones each time, in bfloat16."""
+    """Writes normal weights at initializer_range and norms of one, the same each time, in bfloat16."""
     rng = np.random.default_rng(0)
 
     def values(name: str, size: int) -> Iterator[np.ndarray]:
@@ -61,24 +61,16 @@ def write_random(config: DbrxConfig, folder: Path) -> None:
 
 
 def write_folder(config: DbrxConfig, folder: Path, values: Values) -> None:
-    """A checkpoint in the published layout and file size, in bfloat16; config.json comes last."""
+    """Writes a checkpoint in the published layout and file size, in bfloat16; config.json comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(ml_dtypes.bfloat16)
     shards = plan_shards(expand(FUSED, config), dtype, SHARD)
     for shard in shards:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, tensor in shard.tensors.items():
-            end = offset + math.prod(tensor.shape) * dtype.itemsize
-            header[name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
         with (folder / shard.file).open("wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
+            f.write(shard.header(dtype))
             for name, tensor in shard.tensors.items():
                 for block in values(name, math.prod(tensor.shape)):
                     f.write(block.data)
     if len(shards) > 1:
-        _write_index(folder / "model.safetensors.index.json", shards, config.total_parameters, dtype)
+        write_index(folder / "model.safetensors.index.json", shards, config.total_parameters, dtype)
     (folder / "config.json").write_text(json.dumps({**config.to_dict(), "torch_dtype": dtype.name}, indent=2) + "\n")

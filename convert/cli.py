@@ -16,6 +16,7 @@ from dbrx_jax.errors import CheckpointError, TokenizerError
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
 Destination = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+Conversion = Callable[[Callable[[int], None]], dict[str, int]]  # takes a function that advances the progress
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -23,7 +24,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class ToOrbax:
     """Convert a Hugging Face folder of safetensors to an Orbax checkpoint.
 
-    Killed at any moment, it goes on where it was when run again.
+    Run it again to resume a killed conversion.
     """
 
     source: Source
@@ -31,11 +32,11 @@ class ToOrbax:
     destination: Destination
     """Folder or URL to make; it can be loaded when it is complete."""
     dtype: Dtype | None = None
-    """Cast the weights, or with --quantize the scales; by default they stay as they are."""
+    """Cast the weights, or with --quantize the scales; unchanged by default."""
     compress: bool = False
-    """With zstd: slower, and trained weights hardly get smaller."""
+    """Compress with zstd: slower, and trained weights hardly get smaller."""
     quantize: str | None = None
-    """int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32), fp8, or parts such as
+    """Quantise to int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32), fp8, or parts such as
     experts=int4-64,attention=int8,head=int8."""
     sha256: bool = False
     """Write SHA-256 digests of every file and parameter into the manifest."""
@@ -56,7 +57,7 @@ class ToOrbax:
 class ToHf:
     """Convert a checkpoint to a Hugging Face folder in the published layout.
 
-    Killed at any moment, it goes on where it was when run again.
+    Run it again to resume a killed conversion.
     """
 
     source: Source
@@ -64,9 +65,9 @@ class ToHf:
     destination: Destination
     """Folder or URL to make; it can be loaded when it is complete."""
     dtype: Dtype | None = None
-    """Cast the weights; by default they stay as they are, and quantised ones become what their scales are."""
+    """Cast the weights; unchanged by default, and quantised ones are dequantised to the dtype of their scales."""
     max_shard_size: str = "5GB"
-    """Size of a file, such as 5GB or 500MB."""
+    """Maximum size of a file, such as 5GB or 500MB."""
     workers: int | None = None
     """Threads; by default as many as CPUs, at most 4."""
 
@@ -83,14 +84,14 @@ class ToHf:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Compare two checkpoints of either kind; exit 1 where they differ."""
+    """Compare two checkpoints of either kind; exit 1 if they differ."""
 
     first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
     """Orbax or Hugging Face folder."""
     second: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="B")] = None
     """Orbax or Hugging Face folder; without it A is checked against its own SHA-256 digests."""
     logits: bool = False
-    """Compare what the models predict on --text, in float32, rather than their weights."""
+    """Compare the models' predictions on --text, in float32, instead of their weights."""
     text: Path | None = None
     """A text file, for --logits."""
     json: bool = False
@@ -109,7 +110,7 @@ class Verify:
         from dbrx_jax.checkpoint.open import open_folder
 
         a, b = open_folder(self.first), open_folder(second)
-        with progress("Comparing", a.config.total_parameters) as advance:
+        with progress("Comparing", a.size) as advance:
             differences = list(compare(a, b, advance))
         if self.json:
             print(json.dumps([dataclasses.asdict(d) for d in differences], indent=2))
@@ -124,7 +125,7 @@ class Verify:
         from dbrx_jax.checkpoint.open import open_folder
 
         folder = open_folder(self.first)
-        with progress("Reading", folder.config.total_parameters) as advance:
+        with progress("Reading", folder.size) as advance:
             wrong = check_digests(folder, advance)
         if self.json:
             print(json.dumps(wrong))
@@ -154,7 +155,7 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Say what a checkpoint is, and what is wrong with it; exit 1 where anything is."""
+    """Describe a checkpoint and its problems; exit 1 if it has any."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
     """Orbax or Hugging Face folder."""
@@ -181,12 +182,7 @@ class Inspect:
         sys.exit(1 if facts["problems"] else 0)
 
 
-def _convert(
-    source: str,
-    destination: str,
-    convert: Callable[[Callable[[int], None]], dict[str, int]],
-    quantize: str | None = None,
-) -> None:
+def _convert(source: str, destination: str, convert: Conversion, quantize: str | None = None) -> None:
     """Runs a conversion with its progress; prints sizes, speed and warnings."""
     from dbrx_jax.checkpoint.open import open_folder
     from dbrx_jax.files import location
@@ -201,8 +197,8 @@ def _convert(
         bad = convert(advance)
     seconds, gigabytes = time.perf_counter() - begin, size / 1e9
     for name, count in bad.items():
-        warning = f"{name}: {count} values are not finite; look at where the source comes from"
-        print_status(f"dbrx-convert: warning: {warning}")
+        advice = "look at where the source comes from"
+        print_status(f"dbrx-convert: warning: {name}: {count} values are not finite; {advice}")
     print_status(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
     if quantize is not None:
         files = location(destination).rglob("*")
@@ -221,7 +217,6 @@ def _parse_size(text: str) -> int:
 def main() -> None:
     """Runs the command dbrx-convert."""
     commands: dict[str, Callable[..., Any]] = {"to-orbax": ToOrbax, "to-hf": ToHf, "verify": Verify, "inspect": Inspect}
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="dbrx-convert", description="Convert checkpoints of DBRX."
-    )
+    description = "Convert checkpoints of DBRX."
+    command = tyro.extras.subcommand_cli_from_dict(commands, prog="dbrx-convert", description=description)
     run("dbrx-convert", command.run)

@@ -1,15 +1,17 @@
-"""Copies and checks rows of a checkpoint's parameters."""
+"""Copies and checks rows of a checkpoint's parameters, and counts progress in bytes."""
 
 import hashlib
 import io
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 
 from dbrx_jax.checkpoint.folder import CheckpointFolder, rows_per_block, shape_of
 from dbrx_jax.checkpoint.raw_arrays import copy_range, count_not_finite, read_bytes, write_all
 from dbrx_jax.files import is_remote
+
+Progress: TypeAlias = Callable[[int], None]  # called with the number of bytes done since the last call
 
 CHECK_BLOCK = 1 << 20  # bytes of a copied file that are checked at a time; fits the processor's cache
 
@@ -40,6 +42,17 @@ def append_rows(
             block = (source, first, min(CHECK_BLOCK, offset + length - first))
             count += count_not_finite(read_bytes([block]).view(dtype))
     return count
+
+
+def byte_progress(checkpoint: CheckpointFolder, progress: Progress | None) -> Callable[[int], None]:
+    """Returns a function of a number of weights that calls `progress`, if any, with their average stored bytes."""
+    bytes_per_weight = checkpoint.size / checkpoint.config.total_parameters
+
+    def advance(num_weights: int) -> None:
+        if progress is not None:
+            progress(round(num_weights * bytes_per_weight))
+
+    return advance
 
 
 def not_finite(checkpoint: CheckpointFolder, parameter: str, dtype: np.dtype) -> int:

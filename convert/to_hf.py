@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from dbrx_convert.move import append_rows, not_finite
+from dbrx_convert.move import Progress, append_rows, byte_progress, not_finite
 from dbrx_convert.to_orbax import write_companions
 from dbrx_convert.work import fingerprint, parallel, work_folder
 from dbrx_jax.api import DbrxForCausalLM
@@ -36,7 +36,7 @@ def to_hf(
     dtype: DTypeLike | None = None,
     max_shard_size: int = SHARD,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, int]:
     """Converts a checkpoint of either kind to a Hugging Face folder in the published layout.
 
@@ -52,7 +52,7 @@ def to_hf(
         dtype of their scales.
       max_shard_size: bytes of a file, unless one tensor is larger.
       workers: number of threads; by default the number of CPUs, at most 4.
-      progress: called with the number of bytes written since the last call.
+      progress: called with the number of source bytes converted since the last call.
 
     Raises:
       CheckpointError: the source is incomplete or changed since the killed run, the destination exists, or the
@@ -67,35 +67,49 @@ def to_hf(
     target_dtype = np.dtype(checkpoint.dtype() if dtype is None else dtype)
     options = {"kind": "to-hf", "dtype": target_dtype.name, "max_shard_size": max_shard_size}
     num_bytes = config.total_parameters * target_dtype.itemsize
+    advance = byte_progress(checkpoint, progress)
     bad: Counter[str] = Counter()
     with work_folder(destination, {**options, "source": fingerprint(checkpoint)}, num_bytes) as folder:
         shards = plan_shards(expand(FUSED, config), target_dtype, max_shard_size)
 
         def write(shard: Shard) -> None:
             if not (folder / shard.file).exists():
-                bad.update(_write_shard(checkpoint, folder / shard.file, shard, target_dtype, progress))
+                bad.update(_write_shard(checkpoint, folder / shard.file, shard, target_dtype, advance))
                 return
             for part in (p for tensor in shard.tensors.values() for p in tensor.parts):
                 bad[part.parameter] += not_finite(checkpoint, part.parameter, target_dtype)
-            if progress is not None:
-                progress(shard.size(target_dtype))
+            advance(shard.size(target_dtype) // target_dtype.itemsize)
 
         parallel(write, shards, workers)
         if len(shards) > 1:
-            _write_index(folder / INDEX, shards, config.total_parameters, target_dtype)
+            write_index(folder / INDEX, shards, config.total_parameters, target_dtype)
         write_companions(source, folder, target_dtype, config.to_dict())
     return {name: count for name, count in sorted(bad.items()) if count}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A safetensors file: its name, and its tensors in order."""
+    """Name of a safetensors file, and its tensors in order."""
 
     file: str
     tensors: dict[str, SourceTensor]
 
     def size(self, dtype: np.dtype) -> int:
+        """Returns the bytes of the tensors in `dtype`."""
         return sum(math.prod(t.shape) for t in self.tensors.values()) * dtype.itemsize
+
+    def header(self, dtype: np.dtype) -> bytes:
+        """Returns the bytes before the first tensor in `dtype`: the header's length, and the header."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, tensor in self.tensors.items():
+            end = offset + math.prod(tensor.shape) * dtype.itemsize
+            kind = _SAFETENSORS_DTYPES[dtype.name]
+            header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        return struct.pack("<Q", len(text)) + text
 
 
 def plan_shards(tensors: dict[str, SourceTensor], dtype: np.dtype, largest: int) -> list[Shard]:
@@ -126,36 +140,28 @@ def plan_shards(tensors: dict[str, SourceTensor], dtype: np.dtype, largest: int)
 
 
 def _write_shard(
-    checkpoint: CheckpointFolder, file: Path, shard: Shard, dtype: np.dtype, progress: Callable[[int], None] | None
+    checkpoint: CheckpointFolder, file: Path, shard: Shard, dtype: np.dtype, advance: Callable[[int], None]
 ) -> Counter[str]:
-    """Writes a safetensors file (length of the header, header, tensors); counts infinite or NaN values by parameter."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in shard.tensors.items():
-        end = offset + math.prod(tensor.shape) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype.name], "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    """Writes a safetensors file, advancing by weights; returns the number of infinite or NaN values by parameter."""
     bad: Counter[str] = Counter()
     with writing(file) as f:
-        write_all(f, np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8))
+        write_all(f, np.frombuffer(shard.header(dtype), np.uint8))
         for tensor in shard.tensors.values():
             step = rows_per_block(tensor.shape, dtype.itemsize)
-            row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
+            row_size = math.prod(tensor.shape[1:])
             for part in tensor.parts:
                 num_rows = part.stop - part.start
                 for start in range(0, num_rows, step):
                     stop = min(start + step, num_rows)
                     bad[part.parameter] += append_rows(checkpoint, part.parameter, start, stop, dtype, f)
-                    if progress is not None:
-                        progress((stop - start) * row_bytes)
+                    advance((stop - start) * row_size)
     return bad
 
 
-def _write_index(path: Path, shards: list[Shard], parameters: int, dtype: np.dtype) -> None:
+def write_index(path: Path, shards: list[Shard], num_parameters: int, dtype: np.dtype) -> None:
+    """Writes the index of a checkpoint: each tensor's file, the model's parameters, and their bytes in `dtype`."""
     index = {
-        "metadata": {"total_parameters": parameters, "total_size": sum(s.size(dtype) for s in shards)},
+        "metadata": {"total_parameters": num_parameters, "total_size": sum(s.size(dtype) for s in shards)},
         "weight_map": dict(sorted((name, shard.file) for shard in shards for name in shard.tensors)),
     }
     path.write_text(json.dumps(index, indent=2) + "\n")

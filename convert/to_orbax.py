@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jax.typing import DTypeLike
 
-from dbrx_convert.move import append_rows, digest, not_finite
+from dbrx_convert.move import Progress, append_rows, byte_progress, digest, not_finite
 from dbrx_convert.work import fingerprint, parallel, work_folder
 from dbrx_jax.checkpoint.folder import CheckpointFolder, shape_of
 from dbrx_jax.checkpoint.huggingface import check_link
@@ -44,7 +44,7 @@ def to_orbax(
     compress: bool = False,
     sha256: bool = False,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     quantization: str | Quantization | None = None,
 ) -> dict[str, int]:
     """Converts a Hugging Face folder to a folder that :meth:`DbrxForCausalLM.from_pretrained` loads.
@@ -127,11 +127,11 @@ def _write_parameters(
     compress: bool,
     sha256: bool,
     workers: int | None,
-    progress: Callable[[int], None] | None,
+    progress: Progress | None,
 ) -> tuple[dict[str, str], dict[str, int]]:
     """Writes the parameters that are not there yet; returns digests (if `sha256`) and counts of not finite values."""
     specs = parameter_specs(checkpoint.config)
-    bytes_per_weight = checkpoint.size / checkpoint.config.total_parameters  # of the source, on average
+    advance = byte_progress(checkpoint, progress)
     digests: dict[str, str] = {}
     bad: dict[str, int] = {}
 
@@ -147,8 +147,7 @@ def _write_parameters(
                 bad[name] = count
             if sha256:
                 digests[name] = digest(checkpoint, name, dtype)
-        if progress is not None:
-            progress(round(specs[name].size * bytes_per_weight))
+        advance(specs[name].size)
 
     state.mkdir(parents=True, exist_ok=True)
     parallel(write, specs, workers)
@@ -247,6 +246,7 @@ def _write_orbax_metadata(path: Path, names: Collection[str]) -> None:
 
 
 def _manifest(checkpoint: CheckpointFolder, options: dict, digests: dict[str, str], bad: dict[str, int]) -> dict:
+    """Returns the manifest, with digests of the source's files if there are `digests` of parameters."""
     source_files: dict[str, dict[str, int | str]] = {}
     for file in checkpoint.files:
         entry = source_files[file.relative_to(checkpoint.path).as_posix()] = {"bytes": file.stat().st_size}

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
+from dbrx_convert.move import Progress, byte_progress
 from dbrx_jax.checkpoint.folder import CheckpointFolder, rows_per_block, shape_of
 from dbrx_jax.checkpoint.orbax import OrbaxFolder, digest_of
 from dbrx_jax.checkpoint.parameters import parameter_specs
@@ -26,13 +27,12 @@ class Difference:
     first: tuple[int, ...] | None = None  # where they first differ, in the published shape
 
 
-def compare(
-    a: CheckpointFolder, b: CheckpointFolder, progress: Callable[[int], None] | None = None
-) -> Iterator[Difference]:
+def compare(a: CheckpointFolder, b: CheckpointFolder, progress: Progress | None = None) -> Iterator[Difference]:
     """Yields the parameters that differ, reading a block of rows at a time.
 
     Values of one dtype are compared as bytes, so NaN equals the same NaN and 0 differs from -0.
     """
+    advance = byte_progress(a, progress)
     specs_a, specs_b = parameter_specs(a.config), parameter_specs(b.config)
     for name in {**specs_a, **specs_b}:
         if name not in specs_b or name not in specs_a:
@@ -41,11 +41,12 @@ def compare(
             yield Difference(name, "shape", f"{specs_a[name].shape} against {specs_b[name].shape}")
         elif difference := _compare_parameter(a, b, name):
             yield difference
-        if progress is not None and name in specs_a:
-            progress(specs_a[name].size)
+        if name in specs_a:
+            advance(specs_a[name].size)
 
 
 def _compare_parameter(a: CheckpointFolder, b: CheckpointFolder, name: str) -> Difference | None:
+    """Returns how a parameter's values or, with equal values, dtypes differ; None if neither do."""
     shape = shape_of(a, name)
     dtypes = a.parameter_dtype(name), b.parameter_dtype(name)
     largest = scale = 0.0
@@ -76,7 +77,7 @@ def _compare_parameter(a: CheckpointFolder, b: CheckpointFolder, name: str) -> D
     return None
 
 
-def check_digests(folder: CheckpointFolder, progress: Callable[[int], None] | None = None) -> list[str]:
+def check_digests(folder: CheckpointFolder, progress: Progress | None = None) -> list[str]:
     """Returns the arrays (values and scales, if quantised) whose bytes differ from the manifest's SHA-256 digests.
 
     Raises:
@@ -90,7 +91,7 @@ def check_digests(folder: CheckpointFolder, progress: Callable[[int], None] | No
         if digests.get(name) != digest_of(array):
             wrong.append(name)
         if progress is not None:
-            progress(math.prod(array.shape))
+            progress(math.prod(array.shape) * array.dtype.itemsize)
     return wrong
 
 

@@ -67,6 +67,7 @@ def converse(conversation: Conversation, answer: Callable[[list[dict[str, str]]]
 
 
 def _command(conversation: Conversation, line: str) -> None:
+    """Runs a line that begins with a slash."""
     name, _, rest = line.partition(" ")
     if name == "/reset":
         conversation.reset()

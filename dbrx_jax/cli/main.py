@@ -1,5 +1,6 @@
-"""dbrx-jax: generate, chat, plan and info on the command line."""
+"""The command dbrx-jax: generate, chat, plan and info."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import tyro
 
@@ -21,82 +22,80 @@ if TYPE_CHECKING:
     from dbrx_jax.generation.generate import TokenStream
     from dbrx_jax.text.tokenizer import DbrxTokenizer
 
-# A conversation's cache is made this long at once (or the model's length), not a little longer each turn.
-CHAT_CACHE = 4096  # positions
+# Positions of a conversation's cache, at most the model's. One length for all turns shares the compiled programs.
+CHAT_CACHE_LENGTH = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options that generate and chat share."""
+    """Options of both generate and chat."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Cast the weights on loading; by default they stay as they are."""
+    """Cast the weights on loading; unchanged by default."""
     quantization: str | None = None
     """Quantise the weights on loading: int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32),
     fp8, or parts such as experts=int4-64,attention=int8."""
     mesh: str | None = None
-    """Devices to lay the model over: a recipe such as v5e-64, or axes such as expert=16,tensor=4; by default one."""
+    """Device mesh: a recipe such as v5e-64, or axes such as expert=16,tensor=4; one device by default."""
     ranks_file: Path | None = None
-    """A tiktoken ranks file, for checkpoints that hold no vocabulary."""
+    """A tiktoken ranks file, for checkpoints without a vocabulary."""
     max_new_tokens: int = 256
-    """The most tokens to add to a prompt."""
+    """Maximum number of new tokens per prompt."""
     top_k: int | None = None
-    """Draw among the k most probable tokens."""
+    """Sample from the k most probable tokens."""
     top_p: float | None = None
-    """Draw among the most probable tokens that together reach this probability."""
+    """Sample from the most probable tokens that together reach this probability."""
     min_p: float | None = None
-    """Draw among tokens at least this fraction as probable as the most probable."""
+    """Sample from tokens at least this fraction as probable as the most probable."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that were there before less probable."""
+    """Above 1 makes tokens already in the text less probable."""
     seed: int | None = None
     """Random seed; the same one gives the same text."""
     cache_dtype: Literal["int8"] | None = None
     """int8 halves the memory of a bfloat16 model's key-value cache."""
     batch_invariant: bool = False
-    """Give each prompt the same text and numbers, to the bit, whichever others run beside it; slower, most for few."""
+    """Make each prompt's result bit-identical in batches of any size; slower, most of all for few prompts."""
 
-    def of_generate(self, temperature: float) -> dict[str, Any]:
-        """The keyword arguments of generate; a temperature of 0 takes the most probable token."""
-        names = ("max_new_tokens", "repetition_penalty", "seed", "cache_dtype", "batch_invariant")
-        result = {name: getattr(self, name) for name in names}
-        if temperature == 0:
-            if any(getattr(self, name) is not None for name in ("top_k", "top_p", "min_p")):
-                raise GenerationError(
-                    "--top-k, --top-p and --min-p draw at random; give --temperature above 0 with them"
-                )
-            return result
-        filters = {name: getattr(self, name) for name in ("top_k", "top_p", "min_p")}
-        return {**result, **filters, "do_sample": True, "temperature": temperature}
+    def generate_options(self, temperature: float) -> dict[str, Any]:
+        """Returns the keyword arguments of generate; a temperature of 0 is greedy decoding."""
+        names = ["max_new_tokens", "repetition_penalty", "seed", "cache_dtype", "batch_invariant"]
+        filters = ["top_k", "top_p", "min_p"]
+        if temperature != 0:
+            options = {name: getattr(self, name) for name in names + filters}
+            return options | {"do_sample": True, "temperature": temperature}
+        if any(getattr(self, name) is not None for name in filters):
+            raise GenerationError("--top-k, --top-p and --min-p draw at random; give --temperature above 0 with them")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate(Options):
-    """Continue a prompt, or a file of prompts. Without CHECKPOINT the demo that comes along is used."""
+    """Complete a prompt or a file of prompts. Without CHECKPOINT the included demo is used."""
 
     checkpoint: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Orbax folder made by dbrx-convert, or Hugging Face folder of safetensors."""
     prompt: str | None = None
-    """Text to continue; its continuation streams to stdout."""
+    """Prompt to complete; its completion streams to stdout."""
     file: Path | None = None
     """JSON lines, each a text, {"prompt": …} or {"messages": [{"role": …, "content": …}, …]}."""
     output: Path | None = None
     """File to write the completions of --file to, as JSON lines; stdout by default."""
     chat: bool = False
-    """Put --prompt into the checkpoint's chat template, as a user's message."""
+    """Apply the checkpoint's chat template to --prompt as a user message."""
     temperature: float = 0.0
-    """0 takes the most probable token; above 0 draws, the more at random the higher."""
+    """0 is greedy; above 0 samples, more at random the higher."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion; they are cut off."""
+    """Stop strings: each ends a completion and is cut off."""
     batch_size: int = 8
-    """Prompts of --file that run together."""
+    """Number of prompts of --file in a batch."""
     distributed: bool = False
-    """Run as one of several processes, each started with this command; the first alone prints and writes."""
+    """Run as one of several processes, each started with this command; only the first prints and writes."""
     coordinator: str | None = None
-    """HOST:PORT of the first process; JAX finds it, and the next two, on Cloud TPU, GKE and SLURM."""
+    """HOST:PORT of the first process. Cloud TPU, GKE and SLURM provide this and the next two options."""
     processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
-    """This process' number, from 0."""
+    """Index of this process, from 0."""
 
     def run(self) -> None:
         if (self.prompt is None) == (self.file is None):
@@ -108,84 +107,82 @@ class Generate(Options):
         if not self.distributed:
             if (self.coordinator, self.processes, self.process_id) != (None, None, None):
                 raise GenerationError("--coordinator, --processes and --process-id go with --distributed")
-            self._generate(self._jobs(), self.output)
+            self._generate(self._requests(), self.output)
             return
         if self.mesh is None:
             raise GenerationError("--distributed needs --mesh, to lay the model over the devices of all processes")
         from dbrx_jax.sharding import distributed
 
         with distributed.start(self.coordinator, self.processes, self.process_id) as first:
-            jobs = self._jobs()
-            own: dict[str, Any] = dict.fromkeys(
-                ("process_id", "coordinator", "checkpoint", "ranks_file", "file", "output")
-            )
-            distributed.check_same("options and prompts", repr((dataclasses.replace(self, **own), jobs)))
-            self._generate(jobs, self.output if first else None)
+            requests = self._requests()
+            # These may differ between processes.
+            names = ("process_id", "coordinator", "checkpoint", "ranks_file", "file", "output")
+            unset: dict[str, Any] = dict.fromkeys(names)
+            distributed.check_same("options and prompts", repr((dataclasses.replace(self, **unset), requests)))
+            self._generate(requests, self.output if first else None)
 
-    def _jobs(self) -> list["_Job"]:
-        return _read_jobs(self.file) if self.file else [_Job({"prompt": self.prompt}, self.prompt, None)]
+    def _requests(self) -> list["_Request"]:
+        if self.file is not None:
+            return _read_requests(self.file)
+        if self.chat:
+            return [_Request({}, None, [{"role": "user", "content": self.prompt or ""}])]
+        return [_Request({}, self.prompt, None)]
 
-    def _generate(self, jobs: list["_Job"], output: Path | None) -> None:
+    def _generate(self, requests: list["_Request"], output: Path | None) -> None:
         model, tokenizer = _load(self.checkpoint, self)
-        options = self.of_generate(self.temperature) | {"stop_strings": self.stop, "tokenizer": tokenizer}
-        if self.prompt is not None:
-            ids = (
-                tokenizer.apply_chat_template(_user(self.prompt), True) if self.chat else tokenizer.encode(self.prompt)
-            )
-            rates = _Rates()
-            for text in _stream(model, tokenizer, ids, self.stop, rates, options):
+        options = self.generate_options(self.temperature) | {"stop_strings": self.stop, "tokenizer": tokenizer}
+        rates = _Rates()
+        if self.file is None:
+            for text in _stream(model, tokenizer, requests[0].token_ids(tokenizer), rates, options):
                 print(text, end="", flush=True)
             print()
-            print_status(rates.line())
-            return
-        for number, job in enumerate(jobs, 1):
-            room = model.config.max_seq_len - len(job.ids(tokenizer))
-            if room < self.max_new_tokens:
-                raise GenerationError(
-                    f"{self.file}, prompt {number}: with {self.max_new_tokens} new tokens it is "
-                    f"{self.max_new_tokens - room} over the model's {model.config.max_seq_len}; shorten it"
-                )
-        with _Results(output) as out:
-            rates = _Rates()
-            for start in range(0, len(jobs), self.batch_size):
-                for result in _batch(
-                    model, tokenizer, jobs[start : start + self.batch_size], self.stop, rates, options
-                ):
-                    print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
-                if len(jobs) > self.batch_size:
-                    print_status(f"{min(start + self.batch_size, len(jobs))} of {len(jobs)} prompts")
-            print_status(rates.line())
+        else:
+            max_seq_len = model.config.max_seq_len
+            for number, request in enumerate(requests, 1):
+                excess = len(request.token_ids(tokenizer)) + self.max_new_tokens - max_seq_len
+                if excess > 0:
+                    raise GenerationError(
+                        f"{self.file}, prompt {number}: with {self.max_new_tokens} new tokens it is {excess} over the "
+                        f"model's {max_seq_len}; shorten it"
+                    )
+            with _open_output(output) as file:
+                for start in range(0, len(requests), self.batch_size):
+                    batch = requests[start : start + self.batch_size]
+                    for result in _complete(model, tokenizer, batch, rates, options):
+                        print(json.dumps(result, ensure_ascii=False), file=file, flush=True)
+                    if len(requests) > self.batch_size:
+                        print_status(f"{start + len(batch)} of {len(requests)} prompts")
+        print_status(rates.summary())
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat(Options):
-    """Talk with a checkpoint. Without CHECKPOINT the demo that comes along is used."""
+    """Chat with a model. Without CHECKPOINT the included demo is used."""
 
     checkpoint: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Orbax folder made by dbrx-convert, or Hugging Face folder of safetensors."""
     system: str | None = None
-    """System message to begin with."""
+    """System message of the conversation."""
     temperature: float = 0.6
-    """0 takes the most probable token; above 0 draws, the more at random the higher."""
+    """0 is greedy; above 0 samples, more at random the higher."""
 
     def run(self) -> None:
         from dbrx_jax.cli.chat import Conversation, converse
 
         model, tokenizer = _load(self.checkpoint, self)
-        length = min(CHAT_CACHE, model.config.max_seq_len)
+        max_seq_len = model.config.max_seq_len
 
         def answer(messages: list[dict[str, str]]) -> Iterator[str]:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            options = self.of_generate(self.temperature)
-            room = model.config.max_seq_len - len(ids)
-            if room < 1:
-                raise GenerationError(
-                    f"the conversation fills the model's {model.config.max_seq_len} tokens; /reset begins anew"
-                )
-            options |= {"max_new_tokens": min(self.max_new_tokens, room), "cache_length": length}
+            options = self.generate_options(self.temperature)
+            remaining = max_seq_len - len(ids)
+            if remaining < 1:
+                raise GenerationError(f"the conversation fills the model's {max_seq_len} tokens; /reset begins anew")
+            options["max_new_tokens"] = min(self.max_new_tokens, remaining)
+            options["cache_length"] = min(CHAT_CACHE_LENGTH, max_seq_len)
             rates = _Rates()
-            yield from _stream(model, tokenizer, ids, (), rates, options)
-            print_status(f"\n[{rates.line()}]")
+            yield from _stream(model, tokenizer, ids, rates, options)
+            print_status(f"\n[{rates.summary()}]")
 
         converse(Conversation(self.system), answer)
 
@@ -210,21 +207,21 @@ class Info:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """A line of a prompts file: what it said, and the prompt as text or as messages."""
+class _Request:
+    """A prompt to complete, as text or as messages, with the fields of its line in the prompts file."""
 
-    given: dict[str, Any]
+    fields: dict[str, Any]
     prompt: str | None
     messages: list[dict[str, str]] | None
 
-    def ids(self, tokenizer: "DbrxTokenizer") -> list[int]:
+    def token_ids(self, tokenizer: "DbrxTokenizer") -> list[int]:
         if self.messages is not None:
             return tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
         return tokenizer.encode(self.prompt or "")
 
 
 class _Rates:
-    """Adds up what streams took."""
+    """Totals of tokens and seconds over several streams."""
 
     def __init__(self) -> None:
         self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
@@ -236,7 +233,7 @@ class _Rates:
         self.prefill_tokens += int(stream.prompt_lengths.sum())
         self.decode_tokens += int((stream.lengths - 1).sum())  # a row's first token comes out of its prefill
 
-    def line(self) -> str:
+    def summary(self) -> str:
         prefill = self.prefill_tokens / max(self.seconds["prefill"], 1e-9)
         decode = self.decode_tokens / max(self.seconds["decode"], 1e-9)
         return (
@@ -245,8 +242,10 @@ class _Rates:
         )
 
 
-def _stream(model, tokenizer, ids, stop, rates, options) -> Iterator[str]:
-    """The text that follows one prompt, as it comes."""
+def _stream(
+    model: "DbrxForCausalLM", tokenizer: "DbrxTokenizer", ids: list[int], rates: _Rates, options: dict[str, Any]
+) -> Iterator[str]:
+    """Yields the completion of one prompt in pieces of text."""
     from dbrx_jax.generation.generate import TokenStream
     from dbrx_jax.generation.text_stream import stream_text
 
@@ -254,59 +253,57 @@ def _stream(model, tokenizer, ids, stop, rates, options) -> Iterator[str]:
         raise GenerationError("the prompt is empty; give at least one character")
     stream = TokenStream(model, [ids], **options)
     stream.compile()
-    yield from stream_text(stream, tokenizer, stop)
+    yield from stream_text(stream, tokenizer, options.get("stop_strings", ()))
     rates.add(stream)
 
 
-def _batch(model, tokenizer, jobs, stop, rates, options) -> Iterator[dict[str, Any]]:
-    """Completions of jobs that run together, in their order."""
+def _complete(
+    model: "DbrxForCausalLM", tokenizer: "DbrxTokenizer", batch: list[_Request], rates: _Rates, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yields the results of a batch: fields of the request, completion, number of new tokens, finish reason."""
     from dbrx_jax.generation.generate import TokenStream
     from dbrx_jax.generation.text_stream import completion_text
 
-    padded = tokenizer.pad([job.ids(tokenizer) for job in jobs])
+    padded: dict[str, Any] = tokenizer.pad([request.token_ids(tokenizer) for request in batch])
     stream = TokenStream(model, **padded, burst=None, **options)
     stream.compile()
     for _ in stream:
         pass
     rates.add(stream)
-    new = stream.sequences[:, padded["input_ids"].shape[1] :]
-    for job, row, length, ended in zip(jobs, new, stream.lengths, stream.ended, strict=True):
-        text = completion_text(tokenizer, row[:length], stop)
-        yield job.given | {
-            "completion": text,
+    new_tokens = stream.sequences[:, padded["input_ids"].shape[1] :]
+    for request, row, length, ended in zip(batch, new_tokens, stream.lengths, stream.ended, strict=True):
+        yield request.fields | {
+            "completion": completion_text(tokenizer, row[:length], options["stop_strings"]),
             "new_tokens": int(length),
             "finish_reason": "stop" if ended else "length",
         }
 
 
 def _load(checkpoint: str | None, options: Options) -> tuple["DbrxForCausalLM", "DbrxTokenizer"]:
+    """Loads a checkpoint, or else the demo, and enables the compilation cache."""
     from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
     from dbrx_jax.demo import source_folder
     from dbrx_jax.runtime import enable_compilation_cache
 
     enable_compilation_cache(print_status)
-    folder = checkpoint or source_folder()
+    path = checkpoint or source_folder()
     begin = time.perf_counter()
-    tokenizer = DbrxTokenizer.from_pretrained(folder, options.ranks_file)
-    model = DbrxForCausalLM.from_pretrained(
-        folder, options.mesh, dtype=options.dtype, quantization=options.quantization
-    )
+    tokenizer = DbrxTokenizer.from_pretrained(path, options.ranks_file)
+    model = DbrxForCausalLM.from_pretrained(path, options.mesh, dtype=options.dtype, quantization=options.quantization)
+    seconds = time.perf_counter() - begin
     millions = model.config.total_parameters / 1e6
     stored = str(model.dtype) if model.quantization is None else f"{model.quantization}, {model.dtype}"
-    print_status(f"Loaded {folder} ({millions:,.1f}M parameters, {stored}) in {time.perf_counter() - begin:.1f} s")
+    print_status(f"Loaded {path} ({millions:,.1f}M parameters, {stored}) in {seconds:.1f} s")
     return model, tokenizer
 
 
-def _user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-def _read_jobs(path: Path) -> list[_Job]:
+def _read_requests(path: Path) -> list[_Request]:
+    """Reads JSON lines, see `Generate.file`; empty lines are skipped."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise GenerationError(f"{path}: cannot be read ({error})") from None
-    jobs = []
+    requests = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -319,45 +316,40 @@ def _read_jobs(path: Path) -> list[_Job]:
         prompt, messages = (data.get("prompt"), data.get("messages")) if isinstance(data, dict) else (None, None)
         if not (isinstance(prompt, str) and prompt) and not (isinstance(messages, list) and messages):
             raise GenerationError(f'{path}, line {number}: expected a text, {{"prompt": …}} or {{"messages": […]}}')
-        jobs.append(_Job(data, prompt, messages))
-    if not jobs:
+        requests.append(_Request(data, prompt, messages))
+    if not requests:
         raise GenerationError(f"{path}: holds no prompts")
-    return jobs
+    return requests
 
 
-class _Results:
-    """Writes completions to stdout, or to a file that appears when it is complete."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-
-    def __enter__(self) -> Any:
-        if self.path is None:
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-            return sys.stdout
-        if self.path.is_dir():
-            raise GenerationError(f"{self.path}: is a folder; name a file")
-        self.aside = self.path.with_name(self.path.name + ".incomplete")
-        try:
-            # Half of a surrogate pair, which JSON may hold, is written as JSON escapes it.
-            self.file = self.aside.open("w", encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise GenerationError(f"{self.path}: cannot be written ({error.strerror})") from None
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if self.path is None:
-            return
-        self.file.close()
-        if kind is None:
-            self.aside.replace(self.path)
-        else:
-            self.aside.unlink()
+@contextlib.contextmanager
+def _open_output(path: Path | None) -> Iterator[TextIO]:
+    """Opens stdout, or a file that appears when it is complete, for JSON lines."""
+    # JSON may hold half of a surrogate pair, which is written as an escape.
+    escape = "backslashreplace"
+    if path is None:
+        sys.stdout.reconfigure(errors=escape)  # type: ignore[union-attr]
+        yield sys.stdout
+        return
+    if path.is_dir():
+        raise GenerationError(f"{path}: is a folder; name a file")
+    incomplete = path.with_name(path.name + ".incomplete")
+    try:
+        file = incomplete.open("w", encoding="utf-8", errors=escape)
+    except OSError as error:
+        raise GenerationError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        with file:
+            yield file
+    except BaseException:
+        incomplete.unlink()
+        raise
+    incomplete.replace(path)
 
 
 def main() -> None:
-    """The command dbrx-jax."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on the machine are not the user's concern
+    """Runs the command dbrx-jax."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's log below errors
     set_process_defaults()
     command = tyro.extras.subcommand_cli_from_dict(
         {"generate": Generate, "chat": Chat, "plan": Plan, "info": Info}, prog="dbrx-jax", description="DBRX in JAX."

@@ -16,7 +16,7 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Say what a model takes: memory of each device, whether it fits, how fast it can be at best."""
+    """Estimate a model's memory per device, whether it fits, and its speed at best."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "132b-instruct"
     """Name of a configuration such as 132b-instruct, or a checkpoint's folder."""
@@ -28,13 +28,13 @@ class Plan:
     """Weights: float32, bfloat16, int8, int4 (experts in groups of 128, the rest int8; also int4-64 and
     int4-32), fp8, or parts such as experts=int4-64,attention=int8."""
     batch: int = 1
-    """Rows that are generated together."""
+    """Number of prompts in a batch."""
     context: int = 4096
     """Positions of the cache: prompt and new tokens."""
     cache_dtype: Literal["int8"] | None = None
     """int8 halves a bfloat16 cache."""
     compile: bool = False
-    """Ask the real compiler for these devices, which need not be there (extra [compile])."""
+    """Also compile for these devices, which need not be present (extra [compile])."""
     json: bool = False
     """Print JSON."""
 
@@ -46,7 +46,7 @@ class Plan:
 
             from dbrx_jax.planning.compile import compile_programs
 
-            jax.config.update("jax_platforms", "cpu")  # the plugins look for their devices otherwise, at length
+            jax.config.update("jax_platforms", "cpu")  # else the plugins search for their devices, at length
             print_status(f"Compiling {self.model} for {self.on}; this takes a minute or two for each of two programs")
             facts["compiled"] = [dataclasses.asdict(program) for program in compile_programs(setting)]
         if self.json:
@@ -94,12 +94,13 @@ def _precision(text: str) -> str:
 
 
 def _divides(config: Any, axes: dict[str, int]) -> bool:
-    """Returns whether the axes divide the numbers of experts, key-value heads and FFN units."""
+    """Returns whether a recipe's axes divide the model's sizes; if not, planning with them raises MeshError."""
     divided = (("expert", "moe_num_experts"), ("tensor", "kv_n_heads"), ("tensor", "ffn_hidden_size"))
     return all(getattr(config, field) % axes.get(axis, 1) == 0 for axis, field in divided)
 
 
 def _config_of(path: str) -> Any:
+    """Reads the configuration of a checkpoint's folder or URL; raises PlanError if it has none."""
     from dbrx_jax.config import DbrxConfig, config_names
     from dbrx_jax.files import location
 
@@ -118,10 +119,10 @@ def collect(setting: Any) -> dict[str, Any]:
     decode = {}
     for batch in sorted({*plan.BATCHES, setting.batch}):
         decode[batch] = dataclasses.asdict(plan.decode_roofline(dataclasses.replace(setting, batch=batch)))
-    sent = {
-        "decode": plan.messages(setting, setting.rows, False),
-        "prefill": plan.messages(setting, plan.PREFILL, True),
-    }
+    sent = {}
+    for phase, rows, prefill in (("decode", setting.rows, False), ("prefill", plan.PREFILL, True)):
+        messages = plan.messages(setting, rows, prefill)
+        sent[phase] = {"bytes": round(sum(m.moved for m in messages)), "collectives": len(messages)}
     return {
         "devices": f"{setting.devices} x {setting.target.name}",
         "axes": dict(setting.axes),
@@ -141,9 +142,7 @@ def collect(setting: Any) -> dict[str, Any]:
         "ways_to_fit": [] if plan.fits(setting) else plan.ways_to_fit(setting, sizes),
         "decode": decode,
         "prefill": dataclasses.asdict(plan.prefill_roofline(setting)),
-        "sent": {
-            name: {"bytes": round(sum(m.moved for m in all_)), "collectives": len(all_)} for name, all_ in sent.items()
-        },
+        "sent": sent,
     }
 
 

@@ -1,5 +1,6 @@
 """Tests of checkpoint layouts: equal parameters from each, round trips, quantised sources and verification."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from dbrx_jax.checkpoint.layouts import FUSED, LAYOUTS, expand, recognise
 from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.parameters import parameter_specs
 from dbrx_jax.errors import CheckpointError
+from tests.commands import in_process
 from tests.conftest import CASES, GOLDEN
 
 
@@ -98,6 +100,35 @@ def test_round_trip_restores_every_byte(tmp_path, case):
     np.testing.assert_array_equal(
         DbrxForCausalLM.from_pretrained(tmp_path / "back")(x), DbrxForCausalLM.from_pretrained(GOLDEN / case)(x)
     )
+
+
+def test_commands_show_progress_in_bytes_of_the_source(tmp_path, monkeypatch):
+    """Each command's progress ends at its total, the source's bytes: float32, bfloat16, and int8 with scales."""
+    runs = []
+
+    @contextlib.contextmanager
+    def record(label, num_bytes):
+        counts = []
+        runs.append((num_bytes, counts))
+        yield counts.append
+
+    monkeypatch.setattr("dbrx_convert.cli.progress", record)
+    plain, low, quantised = (GOLDEN / "fused", tmp_path / "low", tmp_path / "int8")
+    for source, *arguments in (
+        (plain, "to-orbax", plain, low, "--dtype", "bfloat16", "--sha256"),
+        (low, "to-orbax", low, quantised, "--quantize", "int8"),
+        (low, "to-hf", low, tmp_path / "float32", "--dtype", "float32"),
+        (quantised, "to-hf", quantised, tmp_path / "dequantised"),
+        (low, "verify", low),
+        (plain, "verify", plain, low),
+        (quantised, "verify", quantised, plain),
+    ):
+        done = in_process("dbrx-convert", *arguments)
+        assert done.returncode in (0, 1), done.stderr
+        num_bytes, counts = runs.pop()
+        assert num_bytes == open_folder(source).size
+        assert abs(sum(counts) - num_bytes) <= len(counts)  # rounded to whole bytes
+    assert not runs
 
 
 def test_shards_match_the_published_order_and_count():
