@@ -1,1 +1,1 @@
-"""Experts and attention by Pallas kernels for TPUs and Hopper GPUs, and by plain XLA everywhere else."""
+"""Expert and attention kernels: Pallas on TPUs and Hopper GPUs, plain XLA elsewhere."""

@@ -1,7 +1,8 @@
-"""Attention of whole sequences and through the key-value cache, by the implementation that suits the platform.
+"""Attention of whole sequences (forward pass, training) and over the key-value cache (prefill and decode in generate).
 
-Each has three implementations: "reference", the definition with all scores at once; "xla", in blocks; and "flash",
-kernels that keep scores on the chip. "flash" uses "xla" for shapes and dtypes that its kernels do not support.
+Each has three implementations: "reference" computes all scores at once; "xla" works in blocks, on every platform;
+"flash" runs kernels that keep scores on the chip, on a TPU or a Hopper GPU. There it is the default, and falls back
+to "xla" for shapes and dtypes that the kernels do not support.
 """
 
 import jax.numpy as jnp
@@ -17,17 +18,15 @@ from dbrx_jax.ops.attention import PartialAttention, reference_attention, refere
 
 IMPLEMENTATIONS = ("reference", "xla", "flash")
 
-# Sequences of up to so many tokens are one block, which the definition computes faster.
-SHORT_SEQUENCE = 1024
-# Queries and keys of a longer one that are computed together.
-SEQUENCE_BLOCK = 512
+SHORT_SEQUENCE = 1024  # keys; up to these the reference is faster than blocks
+SEQUENCE_BLOCK = 512  # queries and keys that are computed together in longer sequences
 
 
 def select_implementation(implementation: str | None, platform: str) -> str:
-    """The implementation's name; None is the platform's best.
+    """Returns the name of the implementation to use; None selects the platform's fastest.
 
     Raises:
-      ConfigError: there is none of that name, or none for the platform.
+      ConfigError: the name is unknown, or the platform has no kernels for "flash".
     """
     if implementation is None:
         return "flash" if kernel_backend(platform) else "xla"
@@ -35,11 +34,9 @@ def select_implementation(implementation: str | None, platform: str) -> str:
         names = ", ".join(IMPLEMENTATIONS)
         raise ConfigError(f"attention_implementation: expected one of {names}, got {implementation!r}")
     if implementation == "flash" and kernel_backend(platform) is None:
-        needs = (
-            f"a Hopper GPU and jax {'.'.join(map(str, MIN_JAX_FOR_GPU_KERNELS))}"
-            if platform in GPU_PLATFORMS
-            else "a TPU or GPU"
-        )
+        needs = "a TPU or a Hopper GPU"
+        if platform in GPU_PLATFORMS:
+            needs = f"a Hopper GPU and jax {'.'.join(map(str, MIN_JAX_FOR_GPU_KERNELS))}"
         raise ConfigError(f'attention_implementation: "flash" needs {needs}; take "xla" or leave it out')
     return implementation
 
@@ -53,13 +50,13 @@ def sequence_attention(
     implementation: str = "xla",
     platform: str = "cpu",
 ) -> Float[Array, "B T H K"]:
-    """Attention among a sequence's own tokens: query t sees the valid ones of keys 0 … first + t. Has gradients.
+    """Computes causal attention of a sequence: query t sees the valid keys among 0 … first + t. Has gradients.
 
-    A query that sees nothing, or is padding, gives some finite number.
+    The result is finite but arbitrary for a query that sees no key, or is padding.
 
     Args:
       valid: False for padding.
-      first: the place of the first query, on a device that has the later part of the tokens.
+      first: position of the first query; not 0 where a device has a later part of the queries.
       implementation: as :func:`select_implementation` returns it.
     """
     T, S = query.shape[1], key.shape[1]
@@ -84,17 +81,17 @@ def cached_attention(
     scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
     implementation: str = "xla",
 ) -> PartialAttention:
-    """Attention of rows first_row … first_row + R of a cache: a query at position p sees positions 0 … p.
+    """Computes attention to cache rows first_row, first_row + 1, …: a query at position p sees positions 0 … p.
 
-    Several queries of one row must follow one another. The cache is read in blocks of `block` positions, and
-    only as far as some query looks (by a single query on a GPU in plain XLA, all at once). Sums are kept as a
-    running maximum, normaliser and output (Milakov and Gimelshein 2018, arXiv:1805.02867): a block that a query
-    does not see changes none of its bits, so the result does not depend on the cache's length nor on how far
-    the other rows have come.
+    The positions of a row must be consecutive. The cache is read in blocks, up to the last position that any query
+    sees (a single query in plain XLA on a GPU reads all at once), with an online softmax (Milakov and Gimelshein
+    2018, arXiv:1805.02867). A block that a query does not see changes none of its bits, so the result depends
+    neither on the cache's length nor on the other rows' positions.
 
     Args:
-      context_shard: (x, X) where the cache holds every X-th position from x on; (0, 1) for all.
-      platform: on a CPU products are of float32, elsewhere of the query's dtype with float32 sums.
+      block: positions that "xla" reads at a time.
+      context_shard: (x, X) if index i of the cache holds position i X + x; (0, 1) if it holds all positions.
+      platform: a CPU multiplies in float32, others in the query's dtype with float32 sums.
       scales: of the keys and the values of an int8 cache.
       implementation: as :func:`select_implementation` returns it.
     """
@@ -102,8 +99,7 @@ def cached_attention(
         return reference_cached_attention(query, key, value, positions, first_row, context_shard, scales)
     kernels = attention_kernels(platform) if implementation == "flash" else None
     if kernels is not None and kernels.cache.supports(query, key, value):
-        starts = positions[:, 0]
-        return PartialAttention(
-            *kernels.cache.cache_attention(query, key, value, starts, first_row, context_shard, scales)
-        )
+        first_positions = positions[:, 0]
+        part = kernels.cache.cache_attention(query, key, value, first_positions, first_row, context_shard, scales)
+        return PartialAttention(*part)
     return xla_cache.cache_attention(query, key, value, positions, first_row, block, context_shard, platform, scales)

@@ -1,6 +1,7 @@
-"""Kernel dispatch: the Pallas kernels of each backend, imported when they are first used.
+"""Kernel dispatch: the one place that maps a platform to the kernels of its backend.
 
-Importing Pallas takes seconds, and a CPU needs none of it.
+Callers (attention.py, experts.py and the model's cache) use plain XLA if a function here returns None, or if the
+kernel's `supports` refuses the shapes and dtypes. A kernel is imported on first use, because Pallas takes seconds.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ from dbrx_jax.backend import kernel_backend
 
 @dataclasses.dataclass(frozen=True)
 class ExpertKernels:
-    """The experts' kernels of one kind of device.
+    """The expert kernels of one backend.
 
     Args:
-      decode: module with decode_experts, for small batches.
-      grouped: module with grouped_matmul.
+      decode: module with decode_experts, for small batches, and supports.
+      grouped: module with grouped_matmul and supports.
       gradient: gradient of grouped_matmul for its weight: (left (P, M), right (P, C), sizes (E,)) to (E, M, C).
-      gradient_supported: whether `gradient` supports its first two arguments.
-      interpret: the argument that makes Pallas interpret the kernels on a CPU.
+      gradient_supported: returns whether `gradient` supports its first two arguments.
+      interpret: argument of the kernels that makes Pallas interpret them on a CPU; false, or None for a GPU, elsewhere.
     """
 
     decode: ModuleType
@@ -38,30 +39,30 @@ class ExpertKernels:
         return self.decode.supports(x, w1, v1, w2, interpret=bool(self.interpret))
 
     def supports_grouped(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
-        """Returns whether the grouped matmul supports every product of a forward pass."""
+        """Returns whether the grouped matmul supports the three matmuls of a forward pass."""
         inner = jax.ShapeDtypeStruct((x.shape[0], w1.shape[1]), x.dtype)
         products = ((x, w1, 1), (x, v1, 1), (inner, w2, 0))
         return all(self.grouped.supports(*product, interpret=bool(self.interpret)) for product in products)
 
     def supports_gradients(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
-        """Returns whether the kernels support every product of a backward pass, for plain weights only."""
+        """Returns whether the kernels support every matmul of a backward pass; only with plain weights."""
         if not all(isinstance(w, Array) for w in (w1, v1, w2)):
             return False
         inner = jax.ShapeDtypeStruct((x.shape[0], w1.shape[1]), x.dtype)
         products = ((x, w2, 1), (inner, w1, 0), (inner, v1, 0))
-        fit = all(self.grouped.supports(*product, interpret=bool(self.interpret)) for product in products)
-        return fit and self.gradient_supported(inner, x, interpret=bool(self.interpret))
+        grouped = all(self.grouped.supports(*product, interpret=bool(self.interpret)) for product in products)
+        return grouped and self.gradient_supported(inner, x, interpret=bool(self.interpret))
 
 
 def expert_kernels(platform: str) -> ExpertKernels | None:
-    """The experts' kernels of a platform, or None; imports Pallas, which takes seconds."""
-    kind = kernel_backend(platform)
-    return None if kind is None else _of_kind(kind, platform == "cpu")
+    """Returns the expert kernels for a platform, or None for plain XLA."""
+    backend = kernel_backend(platform)
+    return None if backend is None else _import_expert_kernels(backend, platform == "cpu")
 
 
 @functools.cache
-def _of_kind(kind: str, interpret: bool) -> ExpertKernels:
-    if kind == "tpu":
+def _import_expert_kernels(backend: str, interpret: bool) -> ExpertKernels:
+    if backend == "tpu":
         from dbrx_jax.kernels.tpu import decode_experts, grouped_matmul
 
         return ExpertKernels(
@@ -73,7 +74,7 @@ def _of_kind(kind: str, interpret: bool) -> ExpertKernels:
     from dbrx_jax.kernels.gpu import grouped_matmul as gpu_grouped
     from dbrx_jax.kernels.gpu.grouped_gradient import gradient_supports, grouped_gradient
 
-    mosaic: Any = mosaic_gpu  # older versions of JAX have no interpreter for it
+    mosaic: Any = mosaic_gpu  # older versions of JAX have no InterpretGPUParams
     interpreter = mosaic.InterpretGPUParams() if interpret else None
     return ExpertKernels(gpu_decode, gpu_grouped, grouped_gradient, gradient_supports, interpreter)
 
@@ -81,20 +82,29 @@ def _of_kind(kind: str, interpret: bool) -> ExpertKernels:
 class AttentionKernels(NamedTuple):
     """The modules of one backend's attention kernels."""
 
-    cache: ModuleType  # has cache_attention and supports
-    sequence: ModuleType  # has sequence_attention and supports
+    cache: ModuleType  # with cache_attention and supports
+    sequence: ModuleType  # with sequence_attention and supports
 
 
 def attention_kernels(platform: str) -> AttentionKernels | None:
-    """The attention kernels of a platform, or None."""
-    kind = kernel_backend(platform)
-    if kind == "tpu":
+    """Returns the attention kernels for a platform, or None for plain XLA."""
+    backend = kernel_backend(platform)
+    if backend == "tpu":
         from dbrx_jax.kernels.tpu import cache_attention, sequence_attention
 
         return AttentionKernels(cache_attention, sequence_attention)
-    if kind == "gpu":
+    if backend == "gpu":
         from dbrx_jax.kernels.gpu import cache_attention as gpu_cache
         from dbrx_jax.kernels.gpu import sequence_attention as gpu_sequence
 
         return AttentionKernels(gpu_cache, gpu_sequence)
     return None
+
+
+def cache_write_kernel(platform: str) -> Callable[..., Array] | None:
+    """Returns the kernel that writes a decode step to the cache in place, or None for XLA's scatter."""
+    if platform != "tpu" or kernel_backend(platform) is None:
+        return None
+    from dbrx_jax.kernels.tpu.cache_write import write_positions
+
+    return write_positions

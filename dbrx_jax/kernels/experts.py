@@ -1,8 +1,7 @@
-"""The experts of one layer, by the implementation that suits the platform, the shapes and the dtypes.
+"""Routed experts of one layer, with the implementation selected by platform, shapes and dtypes.
 
-Dropless: every token is computed by every expert it was routed to, however uneven the routing. A weight is given
-as E arrays (F, D), one per expert, each in a buffer of its own; or as one array (E, F, D), which is indexed the
-same way and which Pallas kernels take.
+Dropless: every token goes through all experts it was routed to, however uneven the routing. Pallas kernels take
+weights as one array (E, F, D). Plain XLA takes that, or E arrays (F, D) in buffers of their own.
 """
 
 from functools import partial
@@ -19,7 +18,7 @@ from dbrx_jax.kernels.dispatch import ExpertKernels, expert_kernels
 from dbrx_jax.kernels.xla import experts as xla
 from dbrx_jax.ops.experts import ExpertWeights
 
-# Most tokens of a small batch, in which each active expert runs on all tokens.
+# Maximum tokens of a small batch, by platform: each active expert runs on all of them.
 SMALL_BATCH = {"cpu": 1}
 SMALL_BATCH_ON_ACCELERATOR = 256
 
@@ -32,63 +31,59 @@ def apply_experts(
     activation: str,
     valid: Bool[Array, "N"] | None = None,
     platform: str = "cpu",
-    tile: int | None = None,
+    row_tile: int | None = None,
 ) -> Float[Array, "N D"]:
-    """Applies the routed experts to each token: the sum of :func:`reference_experts`, without the other experts.
+    """Applies each token's routed experts and returns their weighted sum, as :func:`reference_experts` does.
 
     Args:
       experts: numbers below 0 or from E on are experts of other devices, whose outputs are left out.
-      valid: False for rows whose output does not matter (padding); they cost nothing and give 0.
-      platform: the platform of the devices, which selects the implementation.
-      tile: rows of every matrix product, whatever N is, so that no bit of a row's result depends on N;
-        None leaves that to the platform.
+      valid: False for padding, which goes to no expert and gives 0.
+      row_tile: rows of every matmul in batch-invariant decode, whatever N is; None: the implementation's choice.
     """
     weights = weights.astype(x.dtype)
-    here = (experts >= 0) & (experts < expert_weights.num_experts)
+    is_local = (experts >= 0) & (experts < expert_weights.num_experts)
     if valid is not None:
-        here = here & valid[:, None]
-    # One past the last expert: such rows sort behind all groups and match no expert.
-    experts = jnp.where(here, experts, expert_weights.num_experts)
-    dispatch = _dispatch(x, experts, expert_weights, platform, tile)
+        is_local = is_local & valid[:, None]
+    # E, one past the last expert, sorts behind all local experts and matches none.
+    experts = jnp.where(is_local, experts, expert_weights.num_experts)
+    dispatch = _dispatch(x, experts, expert_weights, platform, row_tile)
     return _apply(x, weights, experts, expert_weights, activation, dispatch)
 
 
 class ExpertDispatch(NamedTuple):
-    """The implementation that applies the experts."""
+    """Selected implementation of the experts."""
 
     platform: str
     small_batch: bool  # each active expert runs on all rows; else rows are sorted by expert
-    tile: int  # rows of a matmul of sorted tokens
+    tile_rows: int  # rows of a matmul of sorted rows in plain XLA
     kernels: ExpertKernels | None  # None: plain XLA
 
 
 def _dispatch(
-    x: Array, experts: Array, expert_weights: ExpertWeights, platform: str, tile: int | None
+    x: Array, experts: Array, expert_weights: ExpertWeights, platform: str, row_tile: int | None
 ) -> ExpertDispatch:
-    """Selects by platform, shapes and dtype. Kernels are not used where `tile` fixes the rows of a matmul."""
-    tokens = x.shape[0]
-    kernels = expert_kernels(platform) if tile is None and expert_weights.stacked else None
+    """Selects the implementation. With `row_tile` no kernels are used, because they choose their own tiles."""
+    kernels = expert_kernels(platform) if row_tile is None and expert_weights.stacked else None
     if kernels is not None and kernels.supports_decode(x, *expert_weights):
         return ExpertDispatch(platform, True, 0, kernels)
-    small_batch = tile is None and tokens <= SMALL_BATCH.get(platform, SMALL_BATCH_ON_ACCELERATOR)
     if kernels is not None and kernels.supports_grouped(x, *expert_weights):
-        return ExpertDispatch(platform, False, xla.TILE_ON_ACCELERATOR, kernels)
-    if tile is None:
-        tile = xla.tile_rows(experts, expert_weights) if platform == "cpu" else xla.TILE_ON_ACCELERATOR
-    return ExpertDispatch(platform, small_batch, tile, None)
+        return ExpertDispatch(platform, False, xla.ACCELERATOR_TILE_ROWS, kernels)
+    if row_tile is not None:
+        return ExpertDispatch(platform, False, row_tile, None)
+    small_batch = x.shape[0] <= SMALL_BATCH.get(platform, SMALL_BATCH_ON_ACCELERATOR)
+    tile_rows = xla.cpu_tile_rows(experts, expert_weights) if platform == "cpu" else xla.ACCELERATOR_TILE_ROWS
+    return ExpertDispatch(platform, small_batch, tile_rows, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _apply(x, weights, experts, expert_weights, activation, dispatch):
     if dispatch.kernels is not None:
-        return (stacked_experts.decode_experts if dispatch.small_batch else stacked_experts.grouped_experts)(
-            x, weights, experts, expert_weights, activation, dispatch.kernels
-        )
+        apply = stacked_experts.decode_experts if dispatch.small_batch else stacked_experts.grouped_experts
+        return apply(x, weights, experts, expert_weights, activation, dispatch.kernels)
+    arguments = x, weights, experts, expert_weights, activation, dispatch.platform
     if not dispatch.small_batch:
-        return xla.grouped_experts(x, weights, experts, expert_weights, activation, dispatch.platform, dispatch.tile)
-    if dispatch.platform == "cpu":
-        return xla.one_token_experts(x, weights, experts, expert_weights, activation, dispatch.platform)
-    return xla.small_batch_experts(x, weights, experts, expert_weights, activation, dispatch.platform)
+        return xla.grouped_experts(*arguments, dispatch.tile_rows)
+    return xla.one_token_experts(*arguments) if dispatch.platform == "cpu" else xla.small_batch_experts(*arguments)
 
 
 def _forward(x, weights, experts, expert_weights, activation, dispatch):
@@ -96,13 +91,13 @@ def _forward(x, weights, experts, expert_weights, activation, dispatch):
     return y, (x, weights, experts, expert_weights)
 
 
-def _backward(activation, dispatch, saved, dy):
-    x, _, experts, expert_weights = saved
+def _backward(activation, dispatch, residuals, dy):
+    x, _, experts, expert_weights = residuals
     if dispatch.kernels is not None and dispatch.kernels.supports_gradients(x, *expert_weights):
-        dx, dweights, by_weight = stacked_experts.grouped_expert_gradients(*saved, dy, activation, dispatch.kernels)
+        dx, dweights, by_weight = stacked_experts.grouped_expert_gradients(*residuals, dy, activation, dispatch.kernels)
     else:
-        tile = dispatch.tile or xla.TILE_ON_ACCELERATOR
-        dx, dweights, by_weight = xla.grouped_expert_gradients(*saved, dy, activation, dispatch.platform, tile)
+        tile_rows = dispatch.tile_rows or xla.ACCELERATOR_TILE_ROWS
+        dx, dweights, by_weight = xla.grouped_expert_gradients(*residuals, dy, activation, dispatch.platform, tile_rows)
     return dx, dweights, np.zeros(experts.shape, jax.dtypes.float0), by_weight
 
 

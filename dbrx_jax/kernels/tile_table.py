@@ -1,4 +1,7 @@
-"""Tile sizes by name of a product, from a table that `python -m benchmarks.tiles` writes; else the kernels' rules."""
+"""Tile sizes of the matmul kernels, which `python -m benchmarks.tiles` times and writes to tiles.json.
+
+A kernel looks its matmul up by :func:`name_of`. Without a valid entry it chooses tile sizes by its own rule.
+"""
 
 import functools
 import json
@@ -9,7 +12,7 @@ TABLE = Path(__file__).with_name("tiles.json")
 
 @functools.cache
 def table() -> dict[str, list[int]]:
-    """Tile sizes by name, in the order of the kernel's tuple of them."""
+    """Returns tile sizes by the matmul's name, in the order of the kernel's NamedTuple of tile sizes."""
     return {name: entry["tiles"] for name, entry in json.loads(TABLE.read_text()).items()}
 
 

@@ -16,9 +16,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int8
 
-from dbrx_jax.backend import kernel_backend
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.kernels.cache_layout import is_stored_by_head
+from dbrx_jax.kernels.dispatch import cache_write_kernel
 from dbrx_jax.sharding.partition import BATCH_AXES, CONTEXT_AXIS, Partition
 
 CACHE_BLOCK = 128  # positions
@@ -147,17 +147,15 @@ def write_cache(
 
     heads = cache.key.shape[1]
     by_head = platform == "tpu" and is_stored_by_head(heads, cache.key.dtype)
-    by_kernel = platform == "tpu" and T == 1 and kernel_backend(platform) is not None
+    kernel = cache_write_kernel(platform) if T == 1 and not by_head else None
 
     def write(stored: Array, new: Array) -> Array:
         if by_head:  # to scatter all heads of a position at once, XLA would transpose the whole cache
             index = (rows[..., None], jnp.arange(heads), indices[..., None])
             return stored.at[index].set(new, unique_indices=True, mode="drop")
-        if by_kernel and stored.ndim == 4:
-            from dbrx_jax.kernels.tpu.cache_write import write_positions  # takes seconds to import
-
+        if kernel is not None and stored.ndim == 4:
             new = new[:, 0].astype(stored.dtype)
-            return write_positions(stored.swapaxes(1, 2), new, rows[:, 0], indices[:, 0]).swapaxes(1, 2)
+            return kernel(stored.swapaxes(1, 2), new, rows[:, 0], indices[:, 0]).swapaxes(1, 2)
         return stored.at[rows, :, indices].set(new, unique_indices=True, mode="drop")
 
     return jax.tree.map(write, cache, new)

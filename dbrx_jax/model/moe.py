@@ -72,12 +72,12 @@ class MoE(nnx.Module):
         routing: Routing,
         partition: Partition,
         valid: Bool[Array, "B T"] | None = None,
-        tile: int | None = None,
+        row_tile: int | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the weighted sum of the routed experts' outputs, for the tokens of this device.
 
         Args:
-          tile: as in :func:`apply_experts`.
+          row_tile: as in :func:`apply_experts`.
         """
         rows, weights = x.reshape(-1, x.shape[-1]), self._local_weights(partition)
         if self.dense:  # softmax over one expert gives the weight 1
@@ -86,7 +86,8 @@ class MoE(nnx.Module):
             first_expert = partition.axis_index("expert") * (self.num_experts // partition.size("expert"))
             experts = routing.experts - first_expert
             valid = None if valid is None else valid.reshape(-1)
-            y = apply_experts(rows, routing.weights, experts, weights, self.activation, valid, partition.platform, tile)
+            platform = partition.platform
+            y = apply_experts(rows, routing.weights, experts, weights, self.activation, valid, platform, row_tile)
         return partition.reduce_tokens(y.reshape(x.shape))
 
     def _all_to_all(

@@ -34,7 +34,7 @@ def reference_attention(
 
 
 class PartialAttention(NamedTuple):
-    """Unnormalised attention to some of the keys; a query that sees none of them has sum_exp and out 0."""
+    """Unnormalised attention of T queries a row to some of the keys; sum_exp and out are 0 if a query sees none."""
 
     max_score: Float[Array, "R T H"]  # float32
     sum_exp: Float[Array, "R T H"]  # sum of exp(score - max_score), float32
@@ -42,13 +42,15 @@ class PartialAttention(NamedTuple):
 
 
 def reference_cached_attention(query, key, value, positions, first_row, context_shard, scales) -> PartialAttention:
-    """Computes :func:`dbrx_jax.kernels.attention.cached_attention`, whose arguments these are, over the whole cache."""
+    """Computes kernels.attention.cached_attention, with its arguments, with the scores of the whole cache at once."""
     R, T, H, K = query.shape
+    shard, num_shards = context_shard
     rows = [lax.dynamic_slice_in_dim(x, first_row, R).astype(jnp.float32) for x in (key, value, *(scales or ()))]
     k, v = (x * scale[..., None] for x, scale in zip(rows[:2], rows[2:], strict=True)) if scales else rows
     q = query.astype(jnp.float32).reshape(R, T, key.shape[1], -1, K)
     scores = jnp.einsum("rtgik,rgsk->rtgis", q, k) / math.sqrt(K)
-    visible = jnp.arange(k.shape[2]) * context_shard[1] + context_shard[0] <= positions[:, :, None]
+    key_positions = jnp.arange(k.shape[2]) * num_shards + shard
+    visible = key_positions <= positions[:, :, None]  # (R, T, S)
     scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
     max_score = jnp.maximum(scores.max(axis=-1), MASKED)
     probs = jnp.exp(scores - max_score[..., None])  # unnormalised
@@ -57,11 +59,11 @@ def reference_cached_attention(query, key, value, positions, first_row, context_
 
 
 def merge_partial_attention(part: PartialAttention, dtype: DTypeLike, partition: Partition) -> Float[Array, "R T H K"]:
-    """Merges the devices' attention to their context shards of the cache to the attention to all keys."""
+    """Merges the partial attention of devices along CONTEXT_AXIS, each to its positions of the cache; normalises."""
     sum_exp, out = part.sum_exp, part.out
     if partition.size(CONTEXT_AXIS) > 1:
         rescale = jnp.exp(part.max_score - partition.pmax(part.max_score, CONTEXT_AXIS))
-        sums = jnp.concatenate([out, sum_exp[..., None]], axis=-1) * rescale[..., None]
+        sums = jnp.concatenate([out, sum_exp[..., None]], axis=-1) * rescale[..., None]  # one psum for both
         sums = partition.psum(sums, CONTEXT_AXIS)
         out, sum_exp = sums[..., :-1], sums[..., -1]
     return (out / sum_exp[..., None]).astype(dtype)

@@ -1,4 +1,4 @@
-"""Weights and reference implementation of a layer's experts, and the sorting of tokens by expert.
+"""Weights and reference implementation of a layer's experts, and sorting of tokens by expert.
 
 Expert e is a gated MLP: (act(x w1_e^T) * (x v1_e^T)) w2_e. A token's output is the weighted sum over its experts.
 """
@@ -31,7 +31,7 @@ class ExpertWeights(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """True if each projection is one array (E, F, D)."""
+        """True if each projection is one array (E, F, D), false if it is a sequence of E arrays."""
         return isinstance(self.w1, Array | QuantizedArray)
 
     @property
@@ -66,40 +66,41 @@ def reference_experts(
 
 
 class Groups(NamedTuple):
-    """(token, expert) pairs sorted by expert. The P rows hold all pairs with local experts, and padding after them."""
+    """Pairs of token n and its k-th expert, sorted by expert: P rows, those of E local experts first, then padding."""
 
-    order: Int[Array, "P"]  # index of each row's pair
-    inverse: Int[Array, "N K"]  # row of each pair
-    is_local: Bool[Array, "N K"]  # true for pairs with one of the E local experts
-    ends: Int[Array, "E"]  # row after each expert's last
-    starts: Int[Array, "E"]
+    order: Int[Array, "P"]  # each row's pair, as n K + k
+    inverse: Int[Array, "N K"]  # the row of each pair
+    is_local: Bool[Array, "N K"]  # whether the pair's expert is local
+    ends: Int[Array, "E"]  # first row after each expert's
+    starts: Int[Array, "E"]  # first row of each expert
     tile_rows: int
 
-    def tiles(self, e: int) -> Array:
+    def num_tiles(self, e: int) -> Array:
+        """Returns the number of tiles of `tile_rows` rows that hold expert e's rows; the last may be partly full."""
         return (self.ends[e] - self.starts[e] + self.tile_rows - 1) // self.tile_rows
 
     def tile(self, e: int, i: Array) -> tuple[Array, Array, Array]:
-        """Returns expert e's tile i of M rows: first row, pairs (M,), and a mask (M, 1) of the expert's rows."""
+        """Returns expert e's tile i: first row, M pairs n K + k, and a mask (M, 1) of the expert's own rows."""
         start = self.starts[e] + i * self.tile_rows
         mask = start + jnp.arange(self.tile_rows) < self.ends[e]
         return start, lax.dynamic_slice(self.order, (start,), (self.tile_rows,)), mask[:, None]
 
     def combine(self, rows: Float[Array, "P D"], weights: Float[Array, "N K"]) -> Float[Array, "N D"]:
-        """Returns each token's weighted sum of its rows, added up over k one at a time to save memory."""
+        """Returns each token's weighted sum of its local experts' outputs `rows`."""
         y = jnp.zeros((weights.shape[0], rows.shape[1]), rows.dtype)
-        for k in range(weights.shape[1]):
+        for k in range(weights.shape[1]):  # one at a time, to save memory
             y = y + jnp.where(self.is_local[:, k, None], rows[self.inverse[:, k]] * weights[:, k, None], 0)
         return y
 
 
 def group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> Groups:
-    """Sorts the (token, expert) pairs by expert, and adds `tile_rows` rows of padding."""
+    """Sorts pairs of token and expert by expert, and adds `tile_rows` rows of padding; experts 0 … E - 1 are local."""
     N, K = experts.shape
     pairs = experts.reshape(-1)
     order = jnp.argsort(pairs, stable=True)
     sizes = jnp.sum(pairs[:, None] == jnp.arange(num_experts), axis=0)
     ends = jnp.cumsum(sizes)
-    # A token goes to each expert at most once. A tile may reach past its expert's rows, so one more tile is padding.
+    # Each token has a local expert at most once, which bounds the rows. The last tile may reach into the padding.
     num_rows = N * min(K, num_experts)
     order_padded = jnp.pad(order, (0, tile_rows))[: num_rows + tile_rows]
     inverse = jnp.minimum(jnp.argsort(order), num_rows).reshape(N, K)

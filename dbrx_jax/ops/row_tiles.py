@@ -1,4 +1,4 @@
-"""Rows of a batch in tiles of one size, so that what is computed for a row does not depend on how many there are."""
+"""Row tiles: a batch computed ROW_TILE rows at a time, so that a row's bits do not depend on the number of rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,31 +14,31 @@ ROW_TILE = 8  # rows
 def map_row_tiles(
     function: Callable[..., tuple[Any, Any]], arrays: Any, carry: Any, count: Int[Array, ""]
 ) -> tuple[Any, Any]:
-    """Calls function(first row, rows of the arrays, carry) for each tile; returns its results for all rows, and carry.
+    """Calls function(first row, rows of the arrays, carry) on each tile; returns the results of all rows and carry.
 
     Args:
-      function: gives arrays of ROW_TILE rows, and the carry for the next tile.
+      function: returns a tree of arrays with ROW_TILE rows, and the carry for the next tile.
       arrays: a tree of arrays (B, …), B a multiple of ROW_TILE.
-      count: B / ROW_TILE as :func:`num_row_tiles` gives it.
+      count: the number of tiles, from :func:`num_row_tiles`.
     """
 
-    def rows(i: Array) -> Any:
+    def tile_rows(i: Array) -> Any:
         return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * ROW_TILE, ROW_TILE), arrays)
 
-    shapes, _ = jax.eval_shape(lambda c: function(jnp.int32(0), rows(jnp.int32(0)), c), carry)
-    total = jax.tree.leaves(arrays)[0].shape[0]
+    shapes, _ = jax.eval_shape(lambda c: function(jnp.int32(0), tile_rows(jnp.int32(0)), c), carry)
+    num_rows = jax.tree.leaves(arrays)[0].shape[0]
 
-    def one(i: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+    def run_tile(i: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
         results, carry = state
-        new, carry = function(i * ROW_TILE, rows(i), carry)
+        new, carry = function(i * ROW_TILE, tile_rows(i), carry)
         put = jax.tree.map(lambda a, n: lax.dynamic_update_slice_in_dim(a, n, i * ROW_TILE, 0), results, new)
         return put, carry
 
-    empty = jax.tree.map(lambda s: jnp.zeros((total, *s.shape[1:]), s.dtype), shapes)
-    return lax.fori_loop(0, count, one, (empty, carry))
+    empty = jax.tree.map(lambda s: jnp.zeros((num_rows, *s.shape[1:]), s.dtype), shapes)
+    return lax.fori_loop(0, count, run_tile, (empty, carry))
 
 
 def num_row_tiles(rows: int, positions: Int[Array, "..."]) -> Int[Array, ""]:
-    """Number of row tiles, as a value unknown to XLA, which would otherwise unroll a single tile,
-    and compile it otherwise than several. Positions are never below 0."""
+    """Returns rows / ROW_TILE as a value that XLA does not know; it would unroll a single tile, and compile it
+    differently from several. Positions are never negative, so their minimum with 0 adds 0."""
     return rows // ROW_TILE + jnp.min(positions, initial=0)

@@ -199,7 +199,7 @@ def test_invalid_implementation_is_rejected():
     ):
         select_implementation("x", "tpu")
     with pytest.raises(
-        ConfigError, match=r'^attention_implementation: "flash" needs a TPU or GPU; take "xla" or leave'
+        ConfigError, match=r'^attention_implementation: "flash" needs a TPU or a Hopper GPU; take "xla" or leave'
     ):
         DbrxForCausalLM.from_pretrained(GOLDEN / "fused", attention_implementation="flash")
 

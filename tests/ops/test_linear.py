@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dbrx_jax.ops import linear as module
 from dbrx_jax.ops.experts import ACTIVATIONS
-from dbrx_jax.ops.linear import MAX_ROWS_BESIDE, dequantized, gated, linear, matrix
+from dbrx_jax.ops.linear import MAX_ROWS_WEIGHT_LEFT, dequantized, gated, linear, matrix
 from dbrx_jax.ops.row_tiles import ROW_TILE
 from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS, MAX_ROWS, small_batch_matmul
 from dbrx_jax.quantization import Format, quantize
@@ -50,7 +50,7 @@ def test_linear_matches_dequantised_matmul(fmt, rows, shape, contracted, platfor
 @settings(max_examples=30)
 @given(
     st.sampled_from([None, "bfloat16", "int8"]),
-    st.integers(MAX_ROWS + 1, MAX_ROWS_BESIDE + 1),
+    st.integers(MAX_ROWS + 1, MAX_ROWS_WEIGHT_LEFT + 1),
     st.integers(1, 9),
     st.integers(1, 70),
     st.sampled_from(sorted(ACTIVATIONS)),

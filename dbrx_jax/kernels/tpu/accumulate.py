@@ -1,8 +1,7 @@
-"""Accumulates a tile of one expert's weights in VMEM into the sums of the TPU decode kernel.
+"""Accumulates matmuls with a tile of one expert's weights in VMEM, for the TPU decode kernel.
 
-Matmuls run on the stored integers, exact in the activations' dtype; scales multiply the float32 results. With group
-scales, rows are repeated once for each group of a chunk with zeros outside the group, so that one matmul gives the
-partial sums of all groups.
+Matmuls run on the stored values, exact in the activations' dtype; scales multiply the float32 results. With groups,
+rows are repeated for each group of a chunk, with zeros elsewhere, so that one matmul gives all groups' partial sums.
 """
 
 import math
@@ -12,96 +11,98 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dbrx_jax.kernels.tpu.packed_weights import CHUNK, LANES, NIBBLE, WeightFormat, even_odd, iota, product
+from dbrx_jax.kernels.tpu.packed_weights import CHUNK, INT4_FACTOR, LANES, WeightFormat, iota, matmul, unpack_even_odd
 
-# Chunks of 256 of D in one turn of int4's loop.
-UNROLL = 4
+UNROLL = 4  # int4 chunks (256 elements of D) per loop iteration
 
 
 def accumulate_gate_up(x, weights, scales, sums, weight_format: WeightFormat) -> None:
-    """Puts x w^T, (N, tile), into the sums, for the rows of w1 and v1 in VMEM."""
+    """Stores x w1^T and x v1^T (N, tile) in `sums`, scaled, for tiles of w1 and v1 (`weights`)."""
     for total in sums:
         total[...] = jnp.zeros_like(total)
     if weight_format.packed:
         unroll = math.gcd(x.shape[0], UNROLL)
         _loop(x.shape[0] // unroll, lambda i: _add_packed(x, weights, scales, sums, i * unroll, unroll, weight_format))
     else:
-        size = _columns(x.shape[1])
+        size = _chunk_size(x.shape[1])
 
-        def add(i):
-            part = _part(i, size)
+        def add_chunk(i):
+            chunk = _slice(i, size)
             for w, total in zip(weights, sums, strict=True):
-                total[...] += product(x[:, part], w[:, part].astype(x.dtype), 1)
+                total[...] += matmul(x[:, chunk], w[:, chunk].astype(x.dtype), 1)
 
-        _loop(x.shape[1] // size, add)
+        _loop(x.shape[1] // size, add_chunk)
     if weight_format.scaled:
         for s, total in zip(scales, sums, strict=True):
             factor = s[...].astype(jnp.float32) if weight_format.group is None else 1
-            total[...] = total[...] * (factor / NIBBLE if weight_format.packed else factor)
+            total[...] = total[...] * (factor / INT4_FACTOR if weight_format.packed else factor)
 
 
 def _add_packed(x, weights, scales, sums, first, count: int, weight_format: WeightFormat) -> None:
-    """Adds `count` chunks of x w^T for int4 w1 and v1, in 16ths."""
-    groups, rows = weight_format.groups(2 * LANES), x.shape[1]
-    for chunk in range(count):
-        own = _by_group(x[first + chunk], lax.rem(iota((rows, 2 * LANES), 1), LANES), LANES // groups, groups)
-        part = pl.ds(pl.multiple_of((first + chunk) * LANES, LANES), LANES)
+    """Adds x w^T over `count` chunks of 256 elements from chunk `first` on, for int4 w1 and v1, times INT4_FACTOR."""
+    num_rows, num_groups = x.shape[1], weight_format.num_groups(2 * LANES)
+    for i in range(count):
+        x_chunk = x[first + i]
+        byte = lax.rem(iota(x_chunk.shape, 1), LANES)  # even elements in the first 128 lanes, odd ones in the others
+        grouped = _repeat_by_group(x_chunk, byte, LANES // num_groups, num_groups)
+        chunk = _slice(first + i, LANES)
         for w, s, total in zip(weights, scales, sums, strict=True):
-            parts = product(own, even_odd(w[:, part], x.dtype), 1)
-            total[...] += _scaled_sum(parts, rows, s, (first + chunk) * groups, slice(None), weight_format)
+            partial_sums = matmul(grouped, unpack_even_odd(w[:, chunk], x.dtype), 1)
+            total[...] += _scaled_sum(partial_sums, num_rows, s, (first + i) * num_groups, slice(None), weight_format)
 
 
-def _by_group(x: Array, lane: Array, size: int, groups: int) -> Array:
-    """Rows under each other once for each group of `size` lanes, and 0 in other groups: (groups * N, lanes)."""
-    if groups == 1:
+def _repeat_by_group(x: Array, position: Array, group_size: int, num_groups: int) -> Array:
+    """Repeats rows for each group of positions, with zeros outside the group: (N, M) to (num_groups * N, M)."""
+    if num_groups == 1:
         return x
-    group = lax.div(lane, size)
-    return jnp.concatenate([jnp.where(group == g, x, jnp.zeros_like(x)) for g in range(groups)])
+    group = lax.div(position, group_size)
+    return jnp.concatenate([jnp.where(group == g, x, jnp.zeros_like(x)) for g in range(num_groups)])
 
 
-def _scaled_sum(parts: Array, rows: int, s, first, columns, weight_format: WeightFormat) -> Array:
-    """The sum over groups of (groups * N, M) times their scales, which are rows of s from `first` on."""
+def _scaled_sum(partial_sums: Array, num_rows: int, s, first, columns, weight_format: WeightFormat) -> Array:
+    """Sums the groups' partial sums (num_groups * N, M) times their scales, rows of s from `first` on."""
     if weight_format.group is None:
-        return parts
-    pieces = [parts[g : g + rows] for g in range(0, parts.shape[0], rows)]
-    return sum(piece * s[pl.ds(first + g, 1), columns] for g, piece in enumerate(pieces))
+        return partial_sums
+    by_group = [partial_sums[start : start + num_rows] for start in range(0, partial_sums.shape[0], num_rows)]
+    return sum(p * s[pl.ds(first + g, 1), columns] for g, p in enumerate(by_group))
 
 
-def accumulate_down(y, inner: Array, w2, s2, t, weight_format: WeightFormat) -> None:
-    """Adds inner w2 to y, a few columns at a time; in groups, chunks of F that fill the matrix unit."""
-    rows, tile = inner.shape
+def accumulate_down(y, inner: Array, w2, s2, tile_index, weight_format: WeightFormat) -> None:
+    """Adds inner w2 to y (N, D), a chunk of columns at a time; with groups, 256 elements of F per matmul."""
+    num_rows, tile = inner.shape
     depth = tile if weight_format.group is None else math.gcd(tile, 2 * LANES)
-    groups, size = weight_format.groups(depth), _columns(y.shape[1])
-    owns = [inner[:, f : f + depth] for f in range(0, tile, depth)]
-    owns = [_by_group(own, iota((rows, depth), 1), depth // groups, groups) for own in owns]
+    stored_depth = depth // 2 if weight_format.packed else depth
+    num_groups, size = weight_format.num_groups(depth), _chunk_size(y.shape[1])
+    chunks = [inner[:, start : start + depth] for start in range(0, tile, depth)]
+    chunks = [_repeat_by_group(x, iota(x.shape, 1), depth // num_groups, num_groups) for x in chunks]
 
-    def add(i):
-        columns = _part(i, size)
-        for chunk, own in enumerate(owns):
-            stored = depth // 2 if weight_format.packed else depth
-            w = w2[chunk * stored : (chunk + 1) * stored, columns]
+    def add_columns(i):
+        columns = _slice(i, size)
+        for c, chunk in enumerate(chunks):
+            w = w2[c * stored_depth : (c + 1) * stored_depth, columns]
             w = (pltpu.bitcast(w, jnp.int4) if weight_format.packed else w).astype(inner.dtype)
-            first = (t * (tile // depth) + chunk) * groups
-            out = _scaled_sum(product(own, w, 0), rows, s2, first, columns, weight_format)
+            first_group = (tile_index * len(chunks) + c) * num_groups
+            out = _scaled_sum(matmul(chunk, w, 0), num_rows, s2, first_group, columns, weight_format)
             if weight_format.scaled and weight_format.group is None:
                 out = out * s2[:, columns].astype(jnp.float32)
             y[:, columns] += out
 
-    _loop(y.shape[1] // size, add)
+    _loop(y.shape[1] // size, add_columns)
 
 
 def _loop(count: int, body) -> None:
-    """A loop in the kernel: written out, these steps take the compiler half a minute a layer."""
+    """Runs a loop in the kernel: Mosaic takes half a minute per layer to compile these steps unrolled."""
     if count == 1:
         body(0)
     else:
         lax.fori_loop(0, count, lambda i, carry: body(i), None)
 
 
-def _columns(d: int) -> int:
-    """Number of columns of D that are computed at a time."""
-    return next(n for n in range(min(CHUNK, d), 0, -LANES) if d % n == 0)
+def _chunk_size(size: int) -> int:
+    """Returns the largest divisor of a size up to CHUNK in steps of LANES."""
+    return next(n for n in range(min(CHUNK, size), 0, -LANES) if size % n == 0)
 
 
-def _part(i, size: int):
+def _slice(i, size: int):
+    """Returns the i-th slice of a size; the hint tells Mosaic that its start is aligned."""
     return pl.ds(pl.multiple_of(i * size, size), size)

@@ -1,8 +1,8 @@
-"""Attention to the key-value cache on a TPU: scores stay on the chip, and only positions in use are read.
+"""Attention to the key-value cache on TPUs: scores stay in VMEM, and only positions in use are read.
 
-One kernel serves chunks of a prompt and decode steps. A grid step reads one block of positions of all heads for a tile
-of queries of one row. Blocks that no query of the tile sees repeat the index of the last visible one, so that nothing
-is copied for them.
+One kernel serves chunked prefill and decode steps. A grid step reads one block of positions of all heads for a tile of
+queries of one row. Blocks that no query of the tile sees repeat the index of the last visible one, so that nothing is
+copied for them.
 """
 
 import functools
@@ -58,12 +58,29 @@ def _last_block(last_query: Array, offset: Array, stride: int, block: int) -> Ar
     return lax.div(jnp.maximum(last_query - offset, 0), jnp.int32(block * stride))
 
 
-def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_head: bool, scaled: bool):
-    """Adds a block of positions (1, block, G, K) to the softmax of a tile of queries (1, 1, G, H/G tile, K).
+def _add_head(q_ref, out_ref, largest_ref, total_ref, g, visible, arrays) -> None:
+    """Adds a head's keys and values (block, K), and their scales (1, block) if they are int8, to its online softmax."""
+    k, v, key_scales, value_scales = arrays if len(arrays) == 4 else (*arrays, 1, 1)
+    q = q_ref[0, 0, g]
+    scores = lax.dot_general(q, k.astype(q.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores * key_scales, -jnp.inf)
+    old_largest = largest_ref[g]
+    largest = jnp.maximum(old_largest, scores.max(axis=1, keepdims=True))
+    rescale = jnp.exp(old_largest - largest)
+    probs = jnp.exp(scores - largest[:, :1])
+    largest_ref[g] = largest
+    total_ref[g] = total_ref[g] * rescale + probs.sum(axis=1, keepdims=True)
+    probs = (probs * value_scales).astype(q.dtype)
+    out = lax.dot_general(probs, v.astype(q.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    out_ref[0, 0, g] = out_ref[0, 0, g] * rescale[:, :1] + out
 
-    Queries are ordered by head, then position. Many queries process the heads in a loop, since unrolled matmuls take
-    the compiler ten seconds a layer. A loop cannot index a head of the stored block, so the block is first copied by
-    head, which takes little time beside the matmuls. A single query only reads and needs no copy.
+
+def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_head: bool, scaled: bool):
+    """Adds a block of positions, in the cache's memory layout, to the softmax of queries (1, 1, G, H/G tile, K).
+
+    Queries are ordered by head, then position. A tile of many queries loops over the heads: unrolled, Mosaic takes ten
+    seconds a layer to compile. A loop's index is dynamic, and Mosaic indexes the heads of a stored block only
+    statically, so the block is first copied by head; that takes little time beside the matmuls. A single query unrolls.
     """
     num_cache = 4 if scaled else 2
     cache_refs = refs[:num_cache]  # keys, values and their scales
@@ -72,25 +89,7 @@ def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_hea
     r, i, j = (pl.program_id(axis) for axis in range(3))
     first_query = starts[r] + i * tile
     first_key = j * (block * stride) + row_and_offset[1]
-
-    def load_head(g: int) -> list[Array]:
-        """Returns keys and values (block, K), and their scales (1, block) in float32."""
-        key_value = [ref[0, g] if by_head else ref[0, :, g, :] for ref in cache_refs[:2]]
-        return key_value + [ref[0, g : g + 1].astype(jnp.float32) for ref in cache_refs[2:]]
-
-    def add_head(g: Any, visible: Array, k: Array, v: Array, key_scales: Any = 1, value_scales: Any = 1) -> None:
-        q = q_ref[0, 0, g]
-        scores = lax.dot_general(q, k.astype(q.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        scores = jnp.where(visible, scores * key_scales, -jnp.inf)
-        old_largest = largest_ref[g]
-        largest = jnp.maximum(old_largest, scores.max(axis=1, keepdims=True))
-        rescale = jnp.exp(old_largest - largest)
-        probs = jnp.exp(scores - largest[:, :1])
-        largest_ref[g] = largest
-        total_ref[g] = total_ref[g] * rescale + probs.sum(axis=1, keepdims=True)
-        probs = (probs * value_scales).astype(q.dtype)
-        out = lax.dot_general(probs, v.astype(q.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        out_ref[0, 0, g] = out_ref[0, 0, g] * rescale[:, :1] + out
+    add_head = functools.partial(_add_head, q_ref, out_ref, largest_ref, total_ref)
 
     @pl.when(j == 0)
     def _():
@@ -103,13 +102,14 @@ def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_hea
         shape = (q_ref.shape[3], block)
         visible = first_key + iota(shape, 1) * stride <= first_query + (iota(shape, 0) & (tile - 1))
         for g in range(heads):
-            arrays = load_head(g)
+            arrays = [ref[0, g] if by_head else ref[0, :, g, :] for ref in cache_refs[:2]]
+            arrays += [ref[0, g : g + 1].astype(jnp.float32) for ref in cache_refs[2:]]
             if not copy_refs:
-                add_head(g, visible, *arrays)
+                add_head(g, visible, arrays)
             for ref, x in zip(copy_refs, arrays, strict=False):
                 ref[g] = x
         if copy_refs:
-            lax.fori_loop(0, heads, lambda g, _: add_head(g, visible, *(ref[g] for ref in copy_refs)), None)
+            lax.fori_loop(0, heads, lambda g, _: add_head(g, visible, [ref[g] for ref in copy_refs]), None)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
@@ -136,15 +136,35 @@ def cache_attention(
     """
     R, T, H, K = query.shape
     G, (tile, block), stride = key.shape[1], _tile_sizes(query, key), context_shard[1]
-    tiles, rows = T // tile, H // G * tile
+    num_tiles = T // tile
     q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
-    q = q.reshape(R, tiles, tile, H, K).swapaxes(2, 3).reshape(R, tiles, G, rows, K)
+    q = q.reshape(R, num_tiles, tile, H, K).swapaxes(2, 3).reshape(R, num_tiles, G, H // G * tile, K)
     starts = starts.astype(jnp.int32)
     row_and_offset = jnp.stack([jnp.asarray(first_row, jnp.int32), jnp.asarray(context_shard[0], jnp.int32)])
     num_blocks = _last_block(jnp.max(starts) + T - 1, row_and_offset[1], stride, block) + 1
+    by_head = is_stored_by_head(G, key.dtype)
+    if not by_head:  # its memory layout: the transpose is free, and without it XLA copies the cache
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    out, stats = pl.pallas_call(
+        functools.partial(_kernel, tile=tile, stride=stride, by_head=by_head, scaled=scales is not None),
+        grid_spec=_grid_spec(q, key.dtype, tile, block, stride, num_blocks, scales is not None),
+        out_shape=[jax.ShapeDtypeStruct((*q.shape[:4], n), jnp.float32) for n in (K, LANES)],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MAX_VMEM),
+        name="cache_attention",
+    )(starts, row_and_offset, q, in_hbm(key), in_hbm(value), *(scales or ()))
 
-    def query_index(r, i, j, starts, row_and_offset):
-        return r, i, 0, 0, 0
+    def by_token(x: Array) -> Array:
+        rest = x.shape[4:]
+        return x.reshape(R, num_tiles, H, tile, *rest).swapaxes(2, 3).reshape(R, T, H, *rest)
+
+    return by_token(stats[..., 0]), by_token(stats[..., 1]), by_token(out)
+
+
+def _grid_spec(
+    q: Array, key_dtype: jnp.dtype, tile: int, block: int, stride: int, num_blocks: Array, scaled: bool
+) -> pltpu.PrefetchScalarGridSpec:
+    """Returns the grid (rows, tiles of queries, blocks of positions), for q (R, T / tile, G, H/G tile, K)."""
+    R, num_tiles, G, q_rows, K = q.shape
 
     def row_and_block(r, i, j, starts, row_and_offset):
         last = _last_block(starts[r] + (i + 1) * tile - 1, row_and_offset[1], stride, block)
@@ -154,36 +174,20 @@ def cache_attention(
         row, position_block = row_and_block(*step)
         return row, 0, position_block, 0
 
-    def by_position_index(*step):
-        return *row_and_block(*step), 0, 0
-
-    by_head = is_stored_by_head(G, key.dtype)  # the cache is read in its memory layout: transposing would copy it
-    if by_head:
+    if is_stored_by_head(G, key_dtype):
         cache_spec = pl.BlockSpec((1, G, block, K), by_head_index)
     else:
-        cache_spec = pl.BlockSpec((1, block, G, K), by_position_index)
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scale_specs = [pl.BlockSpec((1, G, block), lambda *step: by_head_index(*step)[:3])] * (2 if scales else 0)
-    scratch = [pltpu.VMEM((G, rows, LANES), jnp.float32)] * 2
+        cache_spec = pl.BlockSpec((1, block, G, K), lambda *step: (*row_and_block(*step), 0, 0))
+    scale_specs = [pl.BlockSpec((1, G, block), lambda *step: by_head_index(*step)[:3])] * (2 if scaled else 0)
+    query_specs = [pl.BlockSpec((1, 1, G, q_rows, n), lambda r, i, *_: (r, i, 0, 0, 0)) for n in (K, LANES)]
+    scratch = [pltpu.VMEM((G, q_rows, LANES), jnp.float32)] * 2
     if tile > 1:
-        scratch += [pltpu.VMEM((G, block, K), key.dtype)] * 2
+        scratch += [pltpu.VMEM((G, block, K), key_dtype)] * 2
         scratch += [pltpu.VMEM((G, 1, block), jnp.float32)] * len(scale_specs)
-    out, stats = pl.pallas_call(
-        functools.partial(_kernel, tile=tile, stride=stride, by_head=by_head, scaled=scales is not None),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(R, tiles, num_blocks),
-            in_specs=[pl.BlockSpec((1, 1, G, rows, K), query_index), cache_spec, cache_spec, *scale_specs],
-            out_specs=[pl.BlockSpec((1, 1, G, rows, n), query_index) for n in (K, LANES)],
-            scratch_shapes=scratch,
-        ),
-        out_shape=[jax.ShapeDtypeStruct((R, tiles, G, rows, n), jnp.float32) for n in (K, LANES)],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MAX_VMEM),
-        name="cache_attention",
-    )(starts, row_and_offset, q, in_hbm(key), in_hbm(value), *(scales or ()))
-
-    def by_token(x: Array) -> Array:
-        rest = x.shape[4:]
-        return x.reshape(R, tiles, H, tile, *rest).swapaxes(2, 3).reshape(R, T, H, *rest)
-
-    return by_token(stats[..., 0]), by_token(stats[..., 1]), by_token(out)
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(R, num_tiles, num_blocks),
+        in_specs=[query_specs[0], cache_spec, cache_spec, *scale_specs],
+        out_specs=query_specs,
+        scratch_shapes=scratch,
+    )

@@ -1,6 +1,6 @@
 """Writes a decode step's keys or values to the cache in place on a TPU: one copy from HBM to HBM for each row.
 
-XLA's scatter copies a whole layer's cache to VMEM and back if it fits there.
+XLA's scatter copies a whole layer's cache to VMEM and back if it fits.
 """
 
 import jax.numpy as jnp
@@ -19,16 +19,16 @@ def write_positions(
     num_rows, num_positions = new.shape[0], cache.shape[1]
 
     def body(rows, positions, new, _, cache, semaphore):
-        def for_each_row(act):
-            def copy_row(r, carry):
+        def for_each_copy(start_or_wait):
+            def process_row(r, carry):
                 copy = pltpu.make_async_copy(new.at[r], cache.at[rows[r], positions[r]], semaphore)
-                pl.when(positions[r] < num_positions)(lambda: act(copy))
+                pl.when(positions[r] < num_positions)(lambda: start_or_wait(copy))
                 return carry
 
-            lax.fori_loop(0, num_rows, copy_row, 0)
+            lax.fori_loop(0, num_rows, process_row, 0)
 
-        for_each_row(lambda copy: copy.start())
-        for_each_row(lambda copy: copy.wait())
+        for_each_copy(lambda copy: copy.start())
+        for_each_copy(lambda copy: copy.wait())
 
     hbm_spec = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(

@@ -1,8 +1,7 @@
 """Decode experts on TPUs: one kernel for small batches, which reads each active expert's weights once.
 
-The grid goes over active experts and tiles of F. A step computes act(x w1^T) * (x v1^T) for its tile (N, tile) and adds
-its product with the same rows of w2 to the sums (N, D) in VMEM. Expert numbers are prefetched as scalars, so the next
-tile is copied during a step.
+The grid goes over active experts and tiles of F. A step adds (act(x w1^T) * (x v1^T)) w2, for its tile of the three
+weights, to the sums (N, D) in VMEM. Expert ids are prefetched as scalars, so the next tile is copied during a step.
 """
 
 from functools import partial
@@ -22,20 +21,20 @@ from dbrx_jax.kernels.tpu.packed_weights import (
     LANES,
     MAX_VMEM,
     WeightFormat,
+    has_kernel,
     in_hbm,
     iota,
     scale_bytes,
-    stored,
+    stored_values,
     tiles_name,
 )
 from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
-ROWS = 16  # of a packed bfloat16 register: x is padded to a multiple
+ROWS = 16  # rows of a bfloat16 register, (16, 128): x is padded to a multiple
 MAX_ROWS = 256
-# Bytes of the three weight tiles of a step: reading them takes some µs, ten times a step's overhead.
-STEP_BYTES = 5 << 20
+STEP_BYTES = 5 << 20  # of a step's three weight tiles: reading them takes some µs, ten times a step's overhead
 
 
 class DecodeTiles(NamedTuple):
@@ -47,16 +46,16 @@ class DecodeTiles(NamedTuple):
 def supports(x: Float[Array, "N D"], w1: Weight, v1: Weight, w2: Weight, interpret: bool = False) -> bool:
     """Returns whether :func:`decode_experts` supports these arrays (or shapes): up to 256 rows, whole tiles of D and F.
 
-    All three weights (E, F, D) must have the same storage format.
+    All three weights (E, F, D) must have the same storage format, one that the kernel can dequantise.
     """
     weight_format, d = WeightFormat.of(w1), x.shape[1]
-    if any(WeightFormat.of(w) != weight_format or w.shape != w1.shape for w in (v1, w2)) or x.shape[0] > MAX_ROWS:
+    if any(not has_kernel(w) or WeightFormat.of(w) != weight_format or w.shape != w1.shape for w in (w1, v1, w2)):
         return False
     if x.dtype not in (jnp.bfloat16, jnp.float32) or d % (2 * LANES if weight_format.packed else LANES):
         return False
     if weight_format.group is not None and (LANES % weight_format.group or w1.shape[1] % weight_format.group):
         return False
-    return bool(tile_candidates(x, w1))
+    return x.shape[0] <= MAX_ROWS and bool(tile_candidates(x, w1))
 
 
 def tile_candidates(x: Float[Array, "N D"], w1: Weight) -> list[DecodeTiles]:
@@ -64,9 +63,10 @@ def tile_candidates(x: Float[Array, "N D"], w1: Weight) -> list[DecodeTiles]:
     weight_format, width = WeightFormat.of(w1), w1.shape[1]
     if width % 64:
         return []
-    # Whole registers of w2: 16 rows of bfloat16, 32 of bytes, each with two int4. Group scales of w1: whole lanes.
-    step = LANES if weight_format.group else 32 // stored(w1).dtype.itemsize * (2 if weight_format.packed else 1)
-    tiles = [DecodeTiles(rows) for rows in [*range(step, width, step), width] if width % rows == 0]
+    # Mosaic's blocks are whole registers: of w2, 16 rows of bfloat16, 32 of bytes or 64 of int4; of scales, lanes.
+    register_rows = 32 // stored_values(w1).dtype.itemsize * (2 if weight_format.packed else 1)
+    multiple = LANES if weight_format.group else register_rows
+    tiles = [DecodeTiles(rows) for rows in [*range(multiple, width, multiple), width] if width % rows == 0]
     return [t for t in tiles if vmem_bytes(x, w1, t) <= MAX_VMEM]
 
 
@@ -99,7 +99,7 @@ def decode_experts(
 
     Args:
       x: bfloat16 or float32, up to 256 rows.
-      active: different experts; no weight of those from `num_active` on is read.
+      active: ids of different experts, of which the first `num_active` are active; weights of the others are not read.
       combine_weights: float32; 0 leaves the expert's output out, even if it is infinite or NaN.
       w1, v1, w2: (E, F, D), arrays of x's dtype or quantised, as :func:`supports` accepts them.
       activation: a name of ACTIVATIONS.
@@ -133,9 +133,9 @@ def decode_operands(
     """
     weight_format = WeightFormat.of(w1)
     if weight_format.packed:
-        # In each chunk of 256, elements with an even index first: the order in which even_odd unpacks 128 bytes.
+        # In each chunk of 256, elements with an even index first: the order in which unpack_even_odd unpacks 128 bytes.
         x = x.reshape(x.shape[0], -1, LANES, 2).transpose(1, 0, 3, 2).reshape(-1, x.shape[0], 2 * LANES)
-    operands = [x, combine_weights.T, stored(w1), stored(v1), stored(w2)]
+    operands = [x, combine_weights.T, stored_values(w1), stored_values(v1), stored_values(w2)]
     scales = [w.scale for w in (w1, v1, w2) if isinstance(w, QuantizedArray)]
     if not scales:
         return operands
@@ -164,16 +164,9 @@ def decode_grid(
         expert, tile = expert_and_tile(*step)
         return expert, 0, tile
 
-    def whole_expert(*step):
-        return expert_and_tile(*step)[0], 0, 0
-
-    def whole_array(array):
-        return pl.BlockSpec(array.shape, lambda *step: (0,) * array.ndim)
-
     values_per_byte = 2 if weight_format.packed else 1
     specs = [
-        whole_array(x),
-        whole_array(combine_weights),
+        *[pl.BlockSpec(a.shape, lambda *step, ndim=a.ndim: (0,) * ndim) for a in (x, combine_weights)],
         *[pl.BlockSpec((None, tiles.rows, d // values_per_byte), row_tile)] * 2,
         pl.BlockSpec((None, tiles.rows // values_per_byte, d), row_tile),
     ]
@@ -185,7 +178,8 @@ def decode_grid(
             gate_up_scales = pl.BlockSpec((None, d // weight_format.group, tiles.rows), column_tile)
             scratch += [pltpu.VMEM((d // weight_format.group, tiles.rows), jnp.float32)] * 2
             scratch += [pltpu.VMEM((width // weight_format.group, d), jnp.float32)]
-        specs += [gate_up_scales, gate_up_scales, pl.BlockSpec((None, *scales[2].shape[1:]), whole_expert)]
+        down_scales = pl.BlockSpec((None, *scales[2].shape[1:]), lambda *step: (expert_and_tile(*step)[0], 0, 0))
+        specs += [gate_up_scales, gate_up_scales, down_scales]
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=(jnp.maximum(num_active[0], 1), width // tiles.rows),  # at least one step, which sets the sums to 0
@@ -204,42 +198,43 @@ def _kernel(active, num_active, x, combine_weights, w1, v1, w2, *refs, activatio
     def _():
         y[...] = jnp.zeros_like(y)
 
-    def copy_scales(i):
+    def cast_scales(i):
         float32_scales[i][...] = scales[i][...].astype(jnp.float32)
 
     @pl.when(c < num_active[0])
     def _():
-        if float32_scales:  # single rows of scales are read, which takes 32-bit elements
-            copy_scales(0)
-            copy_scales(1)
-            pl.when(t == 0)(lambda: copy_scales(2))  # w2's are those of all tiles
-        s1, t1, s2 = float32_scales or scales
-        accumulate_gate_up(x, (w1, v1), (s1, t1), (gate, up), weight_format)
+        if float32_scales:  # Mosaic loads a single row at a dynamic index only of 32-bit elements
+            cast_scales(0)
+            cast_scales(1)
+            pl.when(t == 0)(lambda: cast_scales(2))  # w2's block has the scales of all tiles
+        *gate_up_scales, down_scales = float32_scales or scales
+        accumulate_gate_up(x, (w1, v1), gate_up_scales, (gate, up), weight_format)
         inner = ACTIVATIONS[activation](gate[...]) * up[...]
+        # Mosaic slices lanes only at multiples of 128, so a masked sum takes column c.
         is_column = iota(combine_weights.shape, 1) == c
         factors = jnp.sum(jnp.where(is_column, combine_weights[...], 0), axis=1, keepdims=True)
         inner = jnp.where(factors != 0, inner * factors, 0).astype(x.dtype)
-        accumulate_down(y, inner, w2, s2, t, weight_format)
+        accumulate_down(y, inner, w2, down_scales, t, weight_format)
 
 
 def _tile_bytes(w1: Weight, tiles: DecodeTiles) -> int:
     """Returns the bytes of the stored values of one tile of a weight."""
-    values = stored(w1)
+    values = stored_values(w1)
     return tiles.rows * values.shape[2] * values.dtype.itemsize
 
 
 def vmem_bytes(x: Float[Array, "N D"], w1: Weight, tiles: DecodeTiles) -> int:
     """Returns the bytes of VMEM that the kernel needs: two buffers of each block, and a step's intermediates."""
     weight_format, (_, width, d) = WeightFormat.of(w1), w1.shape
-    rows, groups = x.shape[0] + -x.shape[0] % ROWS, weight_format.groups(2 * LANES)
-    item = x.dtype.itemsize
-    buffers = 2 * (3 * _tile_bytes(w1, tiles) + rows * d * (4 + item))
+    num_rows, itemsize = x.shape[0] + -x.shape[0] % ROWS, x.dtype.itemsize
+    num_groups = weight_format.num_groups(2 * LANES)
+    buffers = 2 * (3 * _tile_bytes(w1, tiles) + num_rows * d * (4 + itemsize))
     scales = 0
     if weight_format.group is not None:
         scales = (width + 2 * tiles.rows) * d // weight_format.group * (4 + 2 * scale_bytes(w1))
-    # Both factors of one matmul, and its partial sums.
-    chunk = tiles.rows * CHUNK * (item + 4) + groups * rows * (CHUNK * 8 + tiles.rows * (8 + item))
-    return buffers + scales + chunk + 2 * rows * tiles.rows * 4
+    weight_chunk = tiles.rows * CHUNK * (itemsize + 4)
+    partial_sums = num_groups * num_rows * (CHUNK * 8 + tiles.rows * (8 + itemsize))  # and the repeated rows
+    return buffers + scales + weight_chunk + partial_sums + 2 * num_rows * tiles.rows * 4
 
 
 def decode_bytes(
@@ -247,15 +242,15 @@ def decode_bytes(
 ) -> int:
     """Returns the HBM bytes that :func:`decode_experts` reads and writes for `num_active` of C = `capacity` experts.
 
-    The three weights of each active expert are read once; without any, the first tiles of one. x and w1 are arrays or
-    shapes.
+    Weights of active experts are read once; if none is active, the first tiles of expert 0. x and w1 may be shapes.
     """
     tiles, weight_format = tiles or default_tiles(x, w1), WeightFormat.of(w1)
-    (_, width, d), rows = w1.shape, x.shape[0] + -x.shape[0] % ROWS
-    activations = rows * (d * x.dtype.itemsize + 4 * capacity + 4 * d)
+    (_, width, d), num_rows = w1.shape, x.shape[0] + -x.shape[0] % ROWS
+    activations = num_rows * (d * x.dtype.itemsize + 4 * capacity + 4 * d)  # x, combine weights and y
     scales_per_channel = 1 if weight_format.group is None else width // weight_format.group
     scales_per_row = 1 if weight_format.group is None else d // weight_format.group
     down_scales = scale_bytes(w1) * d * scales_per_channel  # not tiled
     tiled = 3 * width // tiles.rows * _tile_bytes(w1, tiles) + 2 * scale_bytes(w1) * width * scales_per_row
-    experts = num_active * (tiled + down_scales) if num_active else tiled * tiles.rows // width + down_scales
-    return activations + experts
+    if num_active == 0:
+        return activations + tiled * tiles.rows // width + down_scales
+    return activations + num_active * (tiled + down_scales)

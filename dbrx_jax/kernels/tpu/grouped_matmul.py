@@ -22,23 +22,24 @@ from jaxtyping import Float, Int
 from dbrx_jax.kernels.tile_table import table
 from dbrx_jax.kernels.tpu.packed_weights import (
     CHUNK,
+    INT4_FACTOR,
     LANES,
     MAX_VMEM,
-    NIBBLE,
     WeightFormat,
-    even_odd,
+    has_kernel,
     iota,
-    product,
+    matmul,
     scale_bytes,
-    stored,
+    stored_values,
     tiles_name,
+    unpack_even_odd,
 )
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
 ROW_TILES = (128, 256, 512)
 MAX_RULE_COLUMNS = 512  # wider tiles delay the first matmul, which waits for the first tile of the weight
-GRADIENT_TILE = 512  # blocks of tgmm must fit the compiler's default VMEM limit
+GRADIENT_TILE = 512  # tgmm's blocks must fit Mosaic's default VMEM limit, 16 MiB
 
 
 class GroupedTiles(NamedTuple):
@@ -54,7 +55,7 @@ def supports(rows: Float[Array, "P C"], weight: Weight, contracted: int, interpr
     A quantised weight must be quantised along its contracted dimension; the size of its groups must divide 128.
     """
     weight_format, depth = WeightFormat.of(weight), weight.shape[2 if contracted else 1]
-    if rows.dtype not in (jnp.bfloat16, jnp.float32) or rows.shape[1] != depth or depth % 64:
+    if rows.dtype not in (jnp.bfloat16, jnp.float32) or rows.shape[1] != depth or depth % 64 or not has_kernel(weight):
         return False
     if isinstance(weight, QuantizedArray) and weight.contracted != ((-1,) if contracted else (-2,)):
         return False
@@ -149,8 +150,7 @@ class GroupedSteps(NamedTuple):
     Args:
       group: the group, or E for rows in no group.
       tile: the row tile of the result.
-      expert: the weight to read; for rows in no group that of the previous step, so nothing is copied.
-      source: the row tile to read; the same holds.
+      expert, source: weight and row tile to read; for rows in no group the previous step's, so nothing is copied.
       starts, ends: range of rows of each group, and of those in no group.
       number: number of steps.
     """
@@ -188,7 +188,7 @@ def grouped_operands(rows: Array, weight: Weight, contracted: int, tiles: Groupe
         return [rows, weight]
     weight_format, scale = WeightFormat.of(weight), weight.scale
     if contracted and weight_format.packed:
-        # In each chunk of 256, elements with an even index first: the order in which even_odd unpacks 128 bytes.
+        # In each chunk of 256, elements with an even index first: the order in which unpack_even_odd unpacks 128 bytes.
         rows = rows.reshape(rows.shape[0], -1, LANES, 2).swapaxes(2, 3).reshape(rows.shape)
     if weight_format.group is None:
         scale = scale.reshape(scale.shape[0], -1, 1, tiles.columns)
@@ -240,7 +240,7 @@ def _kernel(groups, tile, expert, source, starts, ends, rows, w, *refs, contract
 
     @pl.when(group < starts.shape[0] - 1)
     def _():
-        if float32_scales:  # single rows of scales are read, which takes 32-bit elements
+        if float32_scales:  # Mosaic loads a single row at a dynamic index only of 32-bit elements
             float32_scales[0][...] = scales[...].astype(jnp.float32)
         _matmul(sums, rows, w, float32_scales[0] if float32_scales else scales, contracted, weight_format)
         total = sums[...]
@@ -262,14 +262,14 @@ def _matmul(sums, rows, w, scales, contracted: int, weight_format: WeightFormat)
         x = rows[:, pl.ds(pl.multiple_of(k * size, size), size)]
         chunk = pl.ds(pl.multiple_of(k * stored_size, stored_size), stored_size)
         if contracted:
-            values = even_odd(w[:, chunk], x.dtype) if weight_format.packed else w[:, chunk].astype(x.dtype)
+            values = unpack_even_odd(w[:, chunk], x.dtype) if weight_format.packed else w[:, chunk].astype(x.dtype)
             if weight_format.group is not None:
                 values = (values * _expand_scales(scales, k, size, weight_format.group)).astype(x.dtype)
         else:
             values = (pltpu.bitcast(w[chunk], jnp.int4) if weight_format.packed else w[chunk]).astype(x.dtype)
             if weight_format.group is not None:
                 values = _scale_rows(values, scales, k, weight_format.group)
-        sums[...] += product(x, values, contracted)
+        sums[...] += matmul(x, values, contracted)
         return carry
 
     if size == depth:
@@ -277,7 +277,7 @@ def _matmul(sums, rows, w, scales, contracted: int, weight_format: WeightFormat)
     else:
         lax.fori_loop(0, depth // size, add_chunk, 0)
     if weight_format.packed and contracted and weight_format.group is None:
-        sums[...] = sums[...] / NIBBLE
+        sums[...] = sums[...] / INT4_FACTOR
 
 
 def chunk_size(depth: int, contracted: int, weight_format: WeightFormat) -> int:
@@ -288,37 +288,37 @@ def chunk_size(depth: int, contracted: int, weight_format: WeightFormat) -> int:
 
 
 def _expand_scales(scales, k, size: int, group: int) -> Array:
-    """Repeats scales (groups, tile) to (tile, size) for chunk k of a weight (M, C) unpacked by even_odd.
+    """Repeats scales (groups, tile) to (tile, size) for chunk k of a weight (M, C) unpacked by unpack_even_odd.
 
     Computed by a matmul with a selection matrix, which is exact: all but one of the products are 0.
     """
     shape = scales.shape[0], size
     group_of_column = k * (size // group) + lax.div(lax.rem(iota(shape, 1), LANES), group // 2)
     selection = (iota(shape, 0) == group_of_column).astype(scales.dtype)
-    return product(scales[...], selection, 0, 0) / NIBBLE
+    return matmul(scales[...], selection, 0, 0) / INT4_FACTOR
 
 
 def _scale_rows(w: Array, scales, k, group: int) -> Array:
     """Multiplies chunk k (size, tile) of a weight (C, M) by its scales, rows of (groups, tile)."""
     num_groups = w.shape[0] // group
-    parts = []
+    scaled = []
     for g in range(num_groups):
-        part = w[g * group : (g + 1) * group].astype(jnp.float32)
-        parts.append(part * scales[pl.ds(k * num_groups + g, 1)])
-    return jnp.concatenate(parts).astype(w.dtype)
+        rows = w[g * group : (g + 1) * group].astype(jnp.float32)
+        scaled.append(rows * scales[pl.ds(k * num_groups + g, 1)])
+    return jnp.concatenate(scaled).astype(w.dtype)
 
 
 def vmem_bytes(rows: Float[Array, "P C"], weight: Weight, contracted: int, tiles: GroupedTiles) -> int:
     """Returns the bytes of VMEM that the kernel needs: two buffers of each block, and a step's intermediates."""
-    weight_format, depth, item = WeightFormat.of(weight), rows.shape[1], rows.dtype.itemsize
-    values, num_results = stored(weight), tiles.rows * tiles.columns
+    weight_format, depth, itemsize = WeightFormat.of(weight), rows.shape[1], rows.dtype.itemsize
+    values, num_results = stored_values(weight), tiles.rows * tiles.columns
     weight_bytes = tiles.columns * values.shape[2 if contracted else 1] * values.dtype.itemsize
-    blocks = tiles.rows * depth * item + weight_bytes + num_results * item
+    blocks = tiles.rows * depth * itemsize + weight_bytes + num_results * itemsize
     scales = 0
     if weight_format.group is not None:
         scales = (depth // weight_format.group) * tiles.columns * (4 + 2 * scale_bytes(weight))
     # The weight's chunk in float32 and in the rows' dtype; the sums, and the product that is added to them.
-    chunk = chunk_size(depth, contracted, weight_format) * (tiles.columns * (4 + item) + tiles.rows * item)
+    chunk = chunk_size(depth, contracted, weight_format) * (tiles.columns * (4 + itemsize) + tiles.rows * itemsize)
     return 2 * blocks + scales + chunk + 2 * num_results * 4
 
 

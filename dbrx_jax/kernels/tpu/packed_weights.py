@@ -1,4 +1,4 @@
-"""Reading plain and quantised weights in TPU kernels, and dequantising them in VMEM."""
+"""Storage formats of plain and quantised weights in TPU kernels, and unpacking int4 in VMEM."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,11 @@ from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
 LANES = 128
-# Of the 128 MiB of a v5e or v6e, and the 64 MiB of a v5p core. The compiler's own limit, 16 MiB, would be spent on the
-# two buffers of the tiles.
+# Of 128 MiB (v5e, v6e) or 64 MiB (a v5p core). Mosaic's default of 16 MiB has no room for two buffers of each tile.
 MAX_VMEM = 48 << 20
-# Of a contraction or of a result's columns, in one product.
-CHUNK = 1024
-# Nibbles are left in the upper half of a byte, as 16 times their value.
-NIBBLE = 16
+CHUNK = 1024  # most elements of a contraction, or columns of a result, in one matmul
+INT4_FACTOR = 16  # unpacked int4 values are 16 times too large: they stay in the upper half of a byte
+KINDS = ("int8", "fp8", "int4")  # quantisation formats that the kernels support
 
 
 class WeightFormat(NamedTuple):
@@ -39,46 +37,51 @@ class WeightFormat(NamedTuple):
             return cls(weight.kind == "int4", True, weight.group)
         return cls(False, False, None)
 
-    def groups(self, chunk: int) -> int:
-        """Number of scale groups in a chunk of the contraction."""
-        return 1 if self.group is None else chunk // self.group
+    def num_groups(self, depth: int) -> int:
+        """Returns the number of scale groups in `depth` elements of the contraction."""
+        return 1 if self.group is None else depth // self.group
 
 
-def stored(weight: Weight) -> Array:
-    """A plain weight, or a quantised one's values."""
+def has_kernel(weight: Weight) -> bool:
+    """Returns whether kernels exist for a weight's format: plain, or one of KINDS."""
+    return not isinstance(weight, QuantizedArray) or weight.kind in KINDS
+
+
+def stored_values(weight: Weight) -> Array:
+    """Returns a quantised weight's values, or a plain weight itself."""
     return weight.values if isinstance(weight, QuantizedArray) else weight
 
 
 def in_hbm(x: Array) -> Array:
-    """An operand of a kernel that reads parts of it: else XLA may first bring all of it to the chip's memory."""
+    """Constrains a kernel's operand to HBM: else XLA may first copy all of it to VMEM."""
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def tiles_name(kernel: str, weight: Weight, rows: int) -> str:
-    """Name of a matmul in the table of tile sizes."""
+    """Returns the key of a matmul in the table of tile sizes."""
     kind, group = (weight.kind, weight.group) if isinstance(weight, QuantizedArray) else (str(weight.dtype), None)
     return name_of(kernel, kind, group, tuple(weight.shape[1:]), rows)
 
 
 def scale_bytes(weight: Weight) -> int:
-    """Bytes of one scale; 0 for a plain weight."""
+    """Returns the bytes of one scale, 0 for a plain weight."""
     return weight.scale.dtype.itemsize if isinstance(weight, QuantizedArray) else 0
 
 
-def even_odd(w: Array, dtype) -> Array:
-    """Bytes (tile, 128) to 16 times the even values beside 16 times the odd ones, (tile, 256).
+def unpack_even_odd(w: Array, dtype) -> Array:
+    """Unpacks int4 bytes (tile, 128) to (tile, 256), times INT4_FACTOR: even elements first, then odd ones.
 
-    Taken apart four bytes at a time: a shift of bytes is not to be had.
+    Mosaic has no shift of 8-bit integers, so four bytes are shifted as one int32.
     """
-    words = pltpu.bitcast(w, jnp.int32)
-    upper = jnp.int32(-0x0F0F0F10)  # 0xF0F0F0F0
-    halves = (words << 4) & upper, words & upper
-    return jnp.concatenate([pltpu.bitcast(h, jnp.int8).astype(dtype) for h in halves], axis=1)
+    packed = pltpu.bitcast(w, jnp.int32)
+    upper_halves = jnp.int32(-0x0F0F0F10)  # 0xF0F0F0F0
+    even, odd = (packed << 4) & upper_halves, packed & upper_halves
+    return jnp.concatenate([pltpu.bitcast(n, jnp.int8).astype(dtype) for n in (even, odd)], axis=1)
 
 
-def product(x: Array, w: Array, contracted: int, contracted_x: int = 1) -> Array:
-    """x w^T (1) or x w (0) in float32, or with x^T (0); float32 factors are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+def matmul(x: Array, w: Array, contracted: int, contracted_x: int = 1) -> Array:
+    """Computes x w^T (contracted 1) or x w (0) in float32; contracted_x 0 transposes x."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # by default float32 is rounded to bfloat16
     dims = (((contracted_x,), (contracted,)), ((), ()))
     return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
 

@@ -1,1 +1,1 @@
-"""Plain XLA implementations, for CPUs and for shapes without a kernel."""
+"""Plain XLA implementations, for platforms, shapes and dtypes without a kernel."""

@@ -1,4 +1,7 @@
-"""The experts of one layer in plain XLA: one token, small batches, and tiles of tokens sorted by expert."""
+"""Experts of one layer in plain XLA: for one token, small batches, and tiles of tokens sorted by expert.
+
+Arguments are those of :func:`dbrx_jax.kernels.experts.apply_experts`; experts that are not local have the number E.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,16 +14,13 @@ from dbrx_jax.ops.experts import ExpertWeights, expert_mlp, group
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
-# Rows of one matmul of sorted tokens. On a CPU, where padding costs, about as many as an expert has, up to where
-# more are hardly faster, which is later with quantised weights; elsewhere so many that the matmul takes longer than
-# reading the weights.
+# Limits of the rows of a matmul on a CPU. More than the maximum are hardly faster, and need more padding.
 MIN_TILE, MAX_TILE, MAX_TILE_QUANTIZED = 4, 32, 64
-TILE_ON_ACCELERATOR = 512
-# Up to so many tokens inactive experts are likely, and are skipped.
-SKIP_TOKENS = 16
+ACCELERATOR_TILE_ROWS = 512  # elsewhere: a matmul then takes longer than reading its weight
+SKIP_TOKENS = 16  # with more tokens, inactive experts are too unlikely to test for
 
 
-def tile_rows(experts: Array, expert_weights: ExpertWeights) -> int:
+def cpu_tile_rows(experts: Array, expert_weights: ExpertWeights) -> int:
     """Returns the rows of a matmul on a CPU: 1.5 times the average rows per expert, rounded up to a power of two."""
     most = MAX_TILE_QUANTIZED if isinstance(expert_weights.w1[0], QuantizedArray) else MAX_TILE
     rows_per_expert = experts.size / expert_weights.num_experts
@@ -43,13 +43,13 @@ def one_token_experts(x, weights, experts, expert_weights, activation, platform)
 
 
 def small_batch_experts(x, weights, experts, expert_weights, activation, platform):
-    """Applies each active expert to all rows; for up to SKIP_TOKENS rows the others' weights are not read."""
+    """Applies each expert to all rows. Up to SKIP_TOKENS rows, weights of inactive experts are not read."""
     y = jnp.zeros_like(x)
     for e in range(expert_weights.num_experts):
 
         def add(y, e=e):
             is_routed = experts == e  # (N, K)
-            # Other rows are zeroed before: 0 times an infinite output would be NaN.
+            # Zeroes other rows before the expert: 0 times an infinite output would be NaN.
             rows = jnp.where(is_routed.any(axis=1, keepdims=True), x, 0)
             weight = jnp.sum(jnp.where(is_routed, weights, 0), axis=1, keepdims=True)
             return y + weight * expert_mlp(rows, *expert_weights.expert(e), activation, platform)
@@ -69,22 +69,22 @@ def grouped_experts(x, weights, experts, expert_weights, activation, platform, t
             rows = lax.dynamic_slice(y, (start, 0), (tile_rows, y.shape[1]))
             return _write(y, start, in_group, expert_mlp(rows, *expert_weights.expert(e), activation, platform))
 
-        y = lax.fori_loop(0, groups.tiles(e), add, y)
+        y = lax.fori_loop(0, groups.num_tiles(e), add, y)
     return groups.combine(y, weights)
 
 
 def _write(y: Array, start: Array, in_group: Array, rows: Array) -> Array:
-    """Writes the rows of a tile that belong to its expert to y from `start` on."""
+    """Writes a tile's rows to y from `start` on, but only those that belong to its expert."""
     old = lax.dynamic_slice(y, (start, 0), rows.shape)
     return lax.dynamic_update_slice(y, jnp.where(in_group, rows, old), (start, 0))
 
 
 def grouped_expert_gradients(x, weights, experts, expert_weights, dy, activation, platform, tile_rows):
-    """Recomputes each expert's tiles and sums the gradients of its weights in float32."""
+    """Returns the gradients of x, weights and expert_weights; recomputes each tile, and sums gradients in float32."""
     groups = group(experts, expert_weights.num_experts, tile_rows)
     top_k = experts.shape[1]
-    dx, dweights = jnp.zeros((groups.order.size, x.shape[1]), x.dtype), jnp.zeros((groups.order.size, 1), weights.dtype)
-    gradients = []
+    num_rows, gradients = groups.order.size, []
+    dx, dweights = jnp.zeros((num_rows, x.shape[1]), x.dtype), jnp.zeros((num_rows, 1), weights.dtype)
     for e in range(expert_weights.num_experts):
         expert_weights_e = expert_weights.expert(e)
 
@@ -101,7 +101,7 @@ def grouped_expert_gradients(x, weights, experts, expert_weights, dy, activation
             return _write(dx, start, in_group, dx_rows), _write(dweights, start, in_group, dweight_rows), sums
 
         zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in expert_weights_e)
-        dx, dweights, sums = lax.fori_loop(0, groups.tiles(e), add, (dx, dweights, zeros))
+        dx, dweights, sums = lax.fori_loop(0, groups.num_tiles(e), add, (dx, dweights, zeros))
         gradients.append(tuple(s.astype(w.dtype) for s, w in zip(sums, expert_weights_e, strict=True)))
     dx = groups.combine(dx, jnp.ones_like(weights))
     dweights = jnp.where(groups.is_local, dweights[groups.inverse, 0], 0)
