@@ -199,7 +199,7 @@ def _convert(source: str, destination: str, convert: Conversion, quantize: str |
     for name, count in bad.items():
         advice = "look at where the source comes from"
         print_status(f"dbrx-convert: warning: {name}: {count} values are not finite; {advice}")
-    print_status(f"{destination}: {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
+    print_status(f"{destination}: converted {gigabytes:.3g} GB in {seconds:.1f} s ({gigabytes / seconds:.2g} GB/s)")
     if quantize is not None:
         files = location(destination).rglob("*")
         num_bytes = sum(file.stat().st_size for file in files if file.is_file())

@@ -126,14 +126,14 @@ _prefill_chunk = _jit_variants(_run_prefill_chunk, donate_argnums=(1, 2))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
-def first_token(config, partition, filtered, tiled, settings, cache, logits, prompts, lengths, done):
+def first_token(config, partition, filtered, batch_invariant, settings, cache, logits, prompts, lengths, done):
     """Samples each row's first new token, after prompts (B, T) of `lengths` (B,) tokens with last logits (B, V).
 
     Rows that are `done` (B,) from the start are padding of the batch.
 
     Args:
       filtered: whether top-k, top-p or min-p is in use.
-      tiled: whether rows are computed in tiles, so that results are batch-invariant bit for bit.
+      batch_invariant: compute rows in row tiles, so that no bit of a row's result depends on the batch.
     """
     specs = program_specs(config, partition, _is_int8(cache), settings.keys is not None)
 
@@ -151,23 +151,25 @@ def first_token(config, partition, filtered, tiled, settings, cache, logits, pro
             logprobs=jnp.zeros((rows, positions), jnp.float32),
             seen=_mark_seen(jnp.zeros(logits.shape, bool), prompts, in_prompt, partition),
         )
-        return _append_token(logits, filtered, tiled, settings, state, partition)
+        return _append_token(logits, filtered, batch_invariant, settings, state, partition)
 
     in_specs = (specs.settings, specs.cache, specs.logits, specs.matrix, specs.vector, specs.vector)
     return partition.shard_map(run, in_specs, specs.state)(settings, cache, logits, prompts, lengths, done)
 
 
-def decode(model_state, filtered, tiled, settings, state, steps):
-    """Adds up to `steps` tokens to every row that is not done; `filtered` and `tiled` as in :func:`first_token`."""
-    return _decode[_may_reorder_sums(model_state, tiled)](model_state, filtered, tiled, settings, state, steps)
+def decode(model_state, filtered, batch_invariant, settings, state, steps):
+    """Adds up to `steps` tokens to every row that is not done; other arguments as in :func:`first_token`."""
+    return _decode[_may_reorder_sums(model_state, batch_invariant)](
+        model_state, filtered, batch_invariant, settings, state, steps
+    )
 
 
-def _may_reorder_sums(model_state: ModelState, tiled: bool) -> bool:
+def _may_reorder_sums(model_state: ModelState, batch_invariant: bool) -> bool:
     """Returns whether XLA may reorder sums; not in batch-invariant programs, which need one order."""
-    return model_state.platform == "cpu" and not tiled
+    return model_state.platform == "cpu" and not batch_invariant
 
 
-def _run_decode(model_state, filtered, tiled, settings, state, steps):
+def _run_decode(model_state, filtered, batch_invariant, settings, state, steps):
     model = model_state.merge()
     partition = model.partition
 
@@ -180,13 +182,13 @@ def _run_decode(model_state, filtered, tiled, settings, state, steps):
 
         def step(state: DecodeState) -> DecodeState:
             inputs = (state.token, ~state.done, state.position)
-            if tiled:
+            if batch_invariant:
                 x, cache = model.decode_in_row_tiles(*inputs, state.cache)
             else:
                 x, cache = model.forward_with_cache(*(a[:, None] for a in inputs), state.cache)
                 x = x[:, 0]
             state = state._replace(cache=cache)
-            return _append_token(x, filtered, tiled, settings, state, partition, head)
+            return _append_token(x, filtered, batch_invariant, settings, state, partition, head)
 
         return lax.while_loop(lambda state: (state.step < stop) & state.running, step, state)
 
@@ -202,7 +204,7 @@ def lower(
     model_state: ModelState,
     settings: Settings,
     filtered: bool,
-    tiled: bool,
+    batch_invariant: bool,
     rows: int,
     positions: int,
     cache_dtype: np.dtype,
@@ -228,22 +230,27 @@ def lower(
     cache, logits = jax.eval_shape(partial(empty_cache, config, partition, rows, positions, cache_dtype))
     cache, logits = partition.abstract(cache, specs.cache), partition.abstract(logits, specs.logits)
     prompts = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
-    state = jax.eval_shape(partial(first_token, config, partition, filtered, tiled), settings, cache, logits, *prompts)
+    state = jax.eval_shape(
+        partial(first_token, config, partition, filtered, batch_invariant), settings, cache, logits, *prompts
+    )
     state = partition.abstract(state, specs.state)
-    decode_program = _decode[_may_reorder_sums(model_state, tiled)]
-    yield "decode", decode_program.lower(model_state, filtered, tiled, settings, state, int32())
+    decode_program = _decode[_may_reorder_sums(model_state, batch_invariant)]
+    yield "decode", decode_program.lower(model_state, filtered, batch_invariant, settings, state, int32())
     prefill_program, groups = _prefill_chunk[model_state.platform == "cpu"], partition.size(*BATCH_AXES)
     for length in prefill_chunk_lengths(partition)[-1:] if lengths is None else lengths:
         chunk = int32(groups, length), int32(groups, 3)
         yield f"prefill {length}", prefill_program.lower(model_state, cache, logits, *chunk)
-    yield "first_token", first_token.lower(config, partition, filtered, tiled, settings, cache, logits, *prompts)
+    yield (
+        "first_token",
+        first_token.lower(config, partition, filtered, batch_invariant, settings, cache, logits, *prompts),
+    )
     yield "empty_cache", empty_cache.lower(config, partition, rows, positions, cache_dtype)
 
 
 def _append_token(
     x: Float[Array, "B W"],
     filtered: bool,
-    tiled: bool,
+    batch_invariant: bool,
     settings: Settings,
     state: DecodeState,
     partition: Partition,
@@ -263,7 +270,7 @@ def _append_token(
 
     position = jnp.where(state.done, state.position, state.position + 1)
     rows = (x, state.seen, settings.keys, position)
-    if tiled:
+    if batch_invariant:
         num_tiles = num_row_tiles(x.shape[0], state.position)
         (token, logprob), _ = map_row_tiles(lambda _, rows, carry: (sample(rows), carry), rows, None, num_tiles)
     else:

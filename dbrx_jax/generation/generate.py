@@ -181,7 +181,7 @@ class TokenStream(Iterator[np.ndarray]):
         if cache_dtype not in (None, "int8"):
             raise GenerationError(f"cache_dtype: expected int8 or None, got {cache_dtype!r:.40}")
         self._cache_dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
-        self._tiled = batch_invariant
+        self._batch_invariant = batch_invariant
         self._padding_rows = -num_rows % (self._num_groups * (ROW_TILE if batch_invariant else 1))
         seeds, row_numbers = _seeds(seed, num_rows, self._partition)
         keys: Any = None
@@ -203,7 +203,7 @@ class TokenStream(Iterator[np.ndarray]):
             self._model_state,
             self._settings,
             self._filtered,
-            self._tiled,
+            self._batch_invariant,
             len(self._rows) + self._padding_rows,
             self._positions,
             self._cache_dtype,
@@ -231,7 +231,9 @@ class TokenStream(Iterator[np.ndarray]):
             self.timings.prefill += time.perf_counter() - begin
         else:
             steps = np.int32(min(self._burst, self._max_new_tokens - self._steps))
-            self._state = decode(self._model_state, self._filtered, self._tiled, self._settings, self._state, steps)
+            self._state = decode(
+                self._model_state, self._filtered, self._batch_invariant, self._settings, self._state, steps
+            )
             tokens = self._collect(self._state)
             self.timings.decode += time.perf_counter() - begin
         return tokens
@@ -258,7 +260,7 @@ class TokenStream(Iterator[np.ndarray]):
         prompts = np.stack([np.pad(ids, (0, self._positions - len(ids))) for ids in rows])
         lengths = np.array([max(1, len(ids)) for ids in rows], np.int32)
         done = np.array([not len(ids) for ids in rows])
-        options = (self._config, self._partition, self._filtered, self._tiled, self._settings)
+        options = (self._config, self._partition, self._filtered, self._batch_invariant, self._settings)
         return first_token(*options, cache, logits, prompts, lengths, done)
 
     def _collect(self, state: DecodeState) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The experts of one layer by Pallas kernels, which index one array (E, F, D) of weights.
+"""Applies the experts of one layer with Pallas kernels, which index one array (E, F, D) of weights.
 
 Arguments are those of :func:`dbrx_jax.kernels.experts.apply_experts`; dy (N, D) is the gradient of its result.
 """
@@ -17,11 +17,11 @@ from dbrx_jax.quantization import QuantizedArray
 
 
 def decode_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:
-    """Applies each active expert to all rows of a small batch; expert numbers from E on are ignored."""
-    chosen, count, combine_weights = active_experts(weights, experts, expert_weights.num_experts)
-    with jax.named_scope("few_tokens"):
+    """Applies each active expert to all rows of a small batch; ignores expert indices from E on."""
+    active, num_active, combine_weights = active_experts(weights, experts, expert_weights.num_experts)
+    with jax.named_scope("decode_experts"):
         out = kernels.decode.decode_experts(
-            x, chosen, count, combine_weights, *expert_weights, activation=activation, interpret=kernels.interpret
+            x, active, num_active, combine_weights, *expert_weights, activation=activation, interpret=kernels.interpret
         )
     return out.astype(x.dtype)
 
@@ -29,14 +29,14 @@ def decode_experts(x, weights, experts, expert_weights, activation: str, kernels
 def active_experts(
     weights: Float[Array, "N K"], experts: Int[Array, "N K"], num_experts: int
 ) -> tuple[Int[Array, "C"], Int[Array, ""], Float[Array, "C N"]]:
-    """The up to C active experts, their number, and each one's combine weight for each token.
+    """Returns the active experts, their number, and the combine weight of each for each token.
 
-    The remaining entries are inactive experts with weights of 0.
+    Entries after the active experts are inactive experts, with weights of 0.
     """
-    touched = jnp.any(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0)
-    chosen = jnp.argsort(~touched, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
-    combine_weights = jnp.where(experts == chosen[:, None, None], weights, 0).astype(jnp.float32).sum(axis=-1)
-    return chosen, touched.sum(dtype=jnp.int32), combine_weights
+    is_active = jnp.any(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0)
+    active = jnp.argsort(~is_active, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
+    combine_weights = jnp.where(experts == active[:, None, None], weights, 0).astype(jnp.float32).sum(axis=-1)
+    return active, is_active.sum(dtype=jnp.int32), combine_weights
 
 
 def grouped_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:
@@ -51,7 +51,7 @@ def grouped_experts(x, weights, experts, expert_weights, activation: str, kernel
 def grouped_expert_gradients(
     x, weights, experts, expert_weights, dy, activation: str, kernels: ExpertKernels
 ) -> tuple[Array, Array, ExpertWeights]:
-    """Gradients of :func:`grouped_experts` for x, weights and plain expert weights; recomputes intermediates."""
+    """Returns the gradients of :func:`grouped_experts` for x, weights and plain expert weights; recomputes the rest."""
     w1, v1, w2 = expert_weights
     assert isinstance(w1, Array)
     groups = group(experts, expert_weights.num_experts, 0)
@@ -81,7 +81,7 @@ def _product(kernels: ExpertKernels, sizes: Int[Array, "E"]) -> Callable[[Array,
     """Returns a grouped matmul of rows (P, C), sorted by expert, with each expert's weight."""
 
     def product(rows: Array, weight: Array | QuantizedArray, contracted: int) -> Array:
-        with jax.named_scope("many_tokens"):
+        with jax.named_scope("grouped_matmul"):
             return kernels.grouped.grouped_matmul(rows, weight, contracted, sizes, interpret=kernels.interpret)
 
     return product

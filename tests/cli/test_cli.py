@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory):
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert lines[0] == f"{source}: DBRX of 123,072 parameters, fused layout"
-    assert lines[1].startswith(f"{destination}: 0.000492 GB in ")
+    assert lines[1].startswith(f"{destination}: converted 0.000492 GB in ")
     assert len(lines) == 2
     return destination
 

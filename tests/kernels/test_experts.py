@@ -28,7 +28,7 @@ def random_case(tokens, num_experts, top_k, skew, seed, dtype=np.float32):
 
 apply = jax.jit(apply_experts, static_argnums=4)
 reference = jax.jit(reference_experts, static_argnums=4)
-tiled = jax.jit(apply_experts, static_argnums=4, static_argnames="row_tile")
+batch_invariant = jax.jit(apply_experts, static_argnums=4, static_argnames="row_tile")
 
 
 @st.composite
@@ -143,11 +143,11 @@ def test_quantised_weights_match_reference(case, kind):
 
 @settings(max_examples=8)
 @given(st.integers(0, 99), st.sampled_from([3, 8, 29]), st.floats(0, 3))
-def test_tiled_row_bits_do_not_depend_on_number_of_rows(seed, tokens, skew):
+def test_batch_invariant_row_bits_do_not_depend_on_number_of_rows(seed, tokens, skew):
     x, weights, chosen, expert_weights = random_case(ROW_TILE, 6, 3, 0.0, 7)
     more, more_weights, more_chosen, _ = random_case(ROW_TILE * tokens, 6, 3, skew, seed)
     row = seed % (ROW_TILE * tokens)
     more[row], more_weights[row], more_chosen[row] = x[2], weights[2], chosen[2]
-    few = tiled(x, weights, chosen, expert_weights, "silu", row_tile=ROW_TILE)
-    many = tiled(more, more_weights, more_chosen, expert_weights, "silu", row_tile=ROW_TILE)
+    few = batch_invariant(x, weights, chosen, expert_weights, "silu", row_tile=ROW_TILE)
+    many = batch_invariant(more, more_weights, more_chosen, expert_weights, "silu", row_tile=ROW_TILE)
     np.testing.assert_array_equal(few[2], many[row])

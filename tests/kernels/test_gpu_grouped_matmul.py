@@ -1,5 +1,7 @@
 """Tests of the grouped matmul for Hopper GPUs, interpreted on the CPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,7 @@ def test_supports_rejects_unsupported_operands():
     rows = random_rows(8, C)
     assert grouped.supports(rows, w, 1)
     assert not grouped.supports(rows.astype(jnp.float32), w, 1)
+    assert not grouped.supports(rows, dataclasses.replace(w, kind="nvfp4"), 1)  # a format without a kernel
     assert not grouped.supports(rows, weight_of((2, 100, 128), "int8", 1), 1)
     assert not grouped.supports(rows, weight_of((2, 100, 128), "plain", 1), 1)
     assert not gradient.gradient_supports(random_rows(8, 100), rows)

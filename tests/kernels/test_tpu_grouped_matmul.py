@@ -1,5 +1,7 @@
 """Tests of the TPU grouped matmul, interpreted on the CPU, against one matmul per group in float32."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +149,8 @@ def test_supports_rejects_unsupported_operands():
         assert supports(rows, weight, contracted)
         assert not supports(random_rows(64, 256), weight, contracted)
         assert not supports(rows.astype(jnp.float16), weight, contracted)
+    unknown = dataclasses.replace(weights("int8", jnp.float32, 1, 2), kind="nvfp4")
+    assert not supports(rows, unknown, 1)  # a format without a kernel
     square = weights("int8", jnp.float32, 1, 2, 512, 512)
     assert not supports(rows, square, 0)
     assert not supports(random_rows(64, 384), weights("int4", jnp.float32, 1, 2, 384), 1)

@@ -90,10 +90,10 @@ def pack(weight: Weight, contracted: int) -> PackedWeights:
 
 
 def fits(weight: Weight, contracted: int) -> bool:
-    """Returns whether :func:`pack` supports a weight: even sizes, and groups of a size the matrix unit takes."""
+    """Returns whether :func:`pack` supports a weight: its format, even sizes, and groups that suit the matrix unit."""
     if not isinstance(weight, QuantizedArray):
         return weight.dtype in (jnp.bfloat16, jnp.float32)
-    if weight.scale.dtype != jnp.bfloat16 or weight.values.shape[-1] % 2:
+    if weight.kind not in FACTORS or weight.scale.dtype != jnp.bfloat16 or weight.values.shape[-1] % 2:
         return False
     if weight.group is None:
         return True

@@ -79,7 +79,7 @@ def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_hea
     """Adds a block of positions, in the cache's memory layout, to the softmax of queries (1, 1, G, H/G tile, K).
 
     Queries are ordered by head, then position. A tile of many queries loops over the heads: unrolled, Mosaic takes ten
-    seconds a layer to compile. A loop's index is dynamic, and Mosaic indexes the heads of a stored block only
+    seconds a layer to compile. A loop's index is dynamic, and the heads of a stored block can only be indexed
     statically, so the block is first copied by head; that takes little time beside the matmuls. A single query unrolls.
     """
     num_cache = 4 if scaled else 2

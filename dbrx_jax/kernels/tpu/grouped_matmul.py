@@ -325,7 +325,7 @@ def vmem_bytes(rows: Float[Array, "P C"], weight: Weight, contracted: int, tiles
 def grouped_bytes(
     rows: Float[Array, "P C"], weight: Weight, contracted: int, sizes: Sequence[int], tiles: GroupedTiles | None = None
 ) -> int:
-    """Returns the HBM bytes that :func:`grouped_matmul` reads and writes (arrays or shapes).
+    """Returns the HBM bytes that :func:`grouped_matmul` reads and writes.
 
     Weights of groups with rows are read once, rows once per column tile, and the result is written once.
     """
