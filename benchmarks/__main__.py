@@ -20,11 +20,12 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": Convert,
     "report": Report,
 }
-DESCRIPTION = (
-    "Speed of dbrx_jax against its roofline and its peers.\n"
-    "Others run as python -m benchmarks.NAME: gpu, tiles, kernels, compiled,\n"
-    "slices, quality, profile, products, invariance, first_token, machine."
-)
+DESCRIPTION = """Speed of dbrx_jax against its roofline and its peers.
+
+Others run as python -m benchmarks.NAME:
+
+- gpu, tiles, kernels, compiled, slices, quality
+- profile, products, invariance, first_token, machine"""
 
 
 def main() -> None:
