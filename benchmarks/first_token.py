@@ -29,7 +29,7 @@ def done(name):
     begin = time.perf_counter()
 import jax
 done("import jax")
-import dbrx_jax.cli.main, dbrx_jax.generation.generate, dbrx_jax.checkpoint.load
+import dbrx_jax.cli.main, dbrx_jax.generation.stream, dbrx_jax.checkpoint.load
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
 from dbrx_jax.runtime import enable_compilation_cache
 from dbrx_jax.demo import source_folder
@@ -40,7 +40,7 @@ tokenizer = DbrxTokenizer.from_pretrained(folder)
 done("tokenizer")
 model = DbrxForCausalLM.from_pretrained(folder)
 done("weights")
-stream = dbrx_jax.generation.generate.TokenStream(model, [tokenizer.encode(sys.argv[1])], max_new_tokens=128)
+stream = dbrx_jax.generation.stream.TokenStream(model, [tokenizer.encode(sys.argv[1])], max_new_tokens=128)
 stream.compile()
 done("trace the programs and read them compiled")
 next(stream)

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.checkpoints import cache_folder, checkpoint
 from benchmarks.record import RESULTS, stamp, write
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.generation.generate import TokenStream
+from dbrx_jax.generation.stream import TokenStream
 
 DTYPES = ("float32", "bfloat16", "int8")
 BATCHES = (1, 8, 64)

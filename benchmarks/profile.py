@@ -20,7 +20,7 @@ import jax
 from benchmarks.checkpoints import cache_folder, checkpoint
 from benchmarks.options import random_prompts
 from benchmarks.workers.ours import Ours
-from dbrx_jax.generation.generate import BURST, TokenStream
+from dbrx_jax.generation.stream import BURST, TokenStream
 
 PROMPT, TOKENS = 64, 64
 SHOWN = 12  # operations

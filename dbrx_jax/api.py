@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from dbrx_jax.checkpoint.parameters import model_from_parameters
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation.generate import generate
-from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.generation_config import FILE, GenerationConfig
 from dbrx_jax.hub import checkpoint_folder
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.forward import CausalLMOutput, forward
 from dbrx_jax.model.graph import split_model
-from dbrx_jax.model.inputs import check_ids, same_shape
+from dbrx_jax.model.inputs import check_ids, pad_rows, same_shape
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding.partition import BATCH_AXES
 from dbrx_jax.text.tokenizer import stop_tokens
@@ -100,7 +100,7 @@ class DbrxForCausalLM(CausalLM):
         """Computes the logits (B, T, V), float32, of every position.
 
         Args:
-          input_ids: token ids.
+          input_ids: token ids; lists of unequal length are padded on the right.
           attention_mask: 1 for tokens, 0 for padding on the left or right, where logits are undefined.
           position_ids: by default the number of tokens before, without padding.
           output_hidden_states: return a :class:`CausalLMOutput` with hidden states.
@@ -109,6 +109,8 @@ class DbrxForCausalLM(CausalLM):
         Raises:
           GenerationError: the arrays' shapes do not fit each other, or an id is outside the vocabulary.
         """
+        if attention_mask is None:
+            input_ids, attention_mask = pad_rows(input_ids, 0, left=False)
         ids = check_ids(input_ids, self.config.vocab_size)
         mask: Any = np.ones(ids.shape, bool)
         if attention_mask is not None:
@@ -143,9 +145,12 @@ def _numpy_of(array: Any) -> Any:
     return np if isinstance(array, np.ndarray) else jnp
 
 
-def _generation_config(path: Path) -> GenerationConfig:
-    """Reads generation_config.json, and ids that it lacks from the tokenizer's files."""
-    file = path / "generation_config.json"
-    config = GenerationConfig.from_file(file) if file.exists() else GenerationConfig()
-    eos, pad = stop_tokens(path)
-    return GenerationConfig(config.eos_token_ids or eos, pad if config.pad_token_id is None else config.pad_token_id)
+def _generation_config(folder: Path) -> GenerationConfig:
+    """Reads generation_config.json, or without one config.json's token ids; ids that it lacks are the tokenizer's."""
+    if (folder / FILE).exists():
+        config = GenerationConfig.from_file(folder)
+    else:
+        config = GenerationConfig.from_model_config(folder / "config.json")
+    eos, pad = stop_tokens(folder)
+    ids = {"eos_token_id": config.eos_token_id or eos, "pad_token_id": config.pad_token_id}
+    return config.replace({**ids, "pad_token_id": pad} if ids["pad_token_id"] is None else ids)

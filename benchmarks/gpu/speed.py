@@ -23,7 +23,7 @@ from benchmarks.workers.ours import Ours
 from dbrx_jax.api import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation import decode as decoding
-from dbrx_jax.generation.sampling import Sampling
+from dbrx_jax.generation.settings import padded_ids
 from dbrx_jax.model.cache import cache_capacity, prefill_chunk_lengths
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.planning.plan import Setting, fits, memory
@@ -75,25 +75,19 @@ def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int
     """Returns a function that runs `steps` decode steps, which end with all rows at `positions` positions."""
     config, partition, model_state = model.config, model.partition, split_model(model)
     length = cache_capacity(positions, partition)
-    cache, logits = decoding.empty_cache(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
+    cache = decoding.empty_cache(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
     # Rows with the same tokens would all read the same experts.
+    logits = decoding.empty_logits(config, partition, batch)
     logits = logits + jax.random.normal(jax.random.key(3), logits.shape)
-    sampling = Sampling(
-        temperature=np.float32(1),
-        top_k=np.int32(config.vocab_size),
-        top_p=np.float32(1),
-        min_p=np.float32(0),
-        repetition_penalty=np.float32(1),
-    )
-    settings = decoding.Settings(sampling, None, np.full(decoding.MAX_EOS, -1, np.int32))
+    settings, options = decoding.Settings(padded_ids(())), decoding.Options()
     prompts = jnp.zeros((batch, length), jnp.int32)
     lengths = jnp.full(batch, positions - steps, jnp.int32)
     done = jnp.zeros(batch, bool)
-    state = decoding.first_token(config, partition, False, False, settings, cache, logits, prompts, lengths, done)
+    state = decoding.first_token(config, partition, options, settings, cache, logits, prompts, lengths, done)
     latest = [state]  # each run donates the cache's buffers and stores the new state
 
     def run() -> None:
-        after = decoding.decode(model_state, False, False, settings, latest.pop(), steps)
+        after = decoding.decode(model_state, options, settings, latest.pop(), steps)
         after.token.block_until_ready()
         latest.append(after._replace(position=after.position - steps, step=after.step - steps))
 
@@ -108,12 +102,13 @@ def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     length = prefill_chunk_lengths(partition)[-1]
     count = min(size.prompt, length)
     tokens = np.array(random_prompts(config, 0, 1, length), np.int32)
-    spans = np.array([[0, 0, count]], np.int32)
+    spans = np.array([[0, count]], np.int32)
     latest = [decoding.empty_cache(config, partition, 1, cache_capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
 
     def run() -> None:
-        latest.append(decoding.prefill_chunk(model_state, *latest.pop(), tokens, spans))
-        jax.block_until_ready(latest[0])
+        cache, logits = decoding.prefill_chunk(model_state, latest.pop(), tokens, spans)
+        latest.append(cache)
+        jax.block_until_ready((cache, logits))
 
     seconds = best_seconds(run, 3)
     bound = roofline.prefill_bound(config, machine, precision, count)

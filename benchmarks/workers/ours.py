@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.workers.serve import Engine, Generated, run
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.generation.generate import BURST, TokenStream
+from dbrx_jax.generation.stream import BURST, TokenStream
 
 
 class Ours(Engine):

@@ -19,7 +19,7 @@ from dbrx_jax.runtime import set_process_defaults
 
 if TYPE_CHECKING:
     from dbrx_jax.api import DbrxForCausalLM
-    from dbrx_jax.generation.generate import TokenStream
+    from dbrx_jax.generation.stream import TokenStream
     from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 # Positions of a conversation's cache, at most the model's. One length for all turns shares the compiled programs.
@@ -246,7 +246,7 @@ def _stream(
     model: "DbrxForCausalLM", tokenizer: "DbrxTokenizer", ids: list[int], rates: _Rates, options: dict[str, Any]
 ) -> Iterator[str]:
     """Yields the completion of one prompt in pieces of text."""
-    from dbrx_jax.generation.generate import TokenStream
+    from dbrx_jax.generation.stream import TokenStream
     from dbrx_jax.generation.text_stream import stream_text
 
     if not ids:
@@ -261,7 +261,7 @@ def _complete(
     model: "DbrxForCausalLM", tokenizer: "DbrxTokenizer", batch: list[_Request], rates: _Rates, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yields the results of a batch: fields of the request, completion, number of new tokens, finish reason."""
-    from dbrx_jax.generation.generate import TokenStream
+    from dbrx_jax.generation.stream import TokenStream
     from dbrx_jax.generation.text_stream import completion_text
 
     padded: dict[str, Any] = tokenizer.pad([request.token_ids(tokenizer) for request in batch])

@@ -12,21 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int, UInt32
+from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.generation.sampling import Sampling, sample_tokens
-from dbrx_jax.model.cache import Cache, cache_specs, create_cache, prefill_chunk_lengths
+from dbrx_jax.generation.filters import log_softmax
+from dbrx_jax.generation.processors import (
+    LogitsFunction,
+    Processors,
+    Rows,
+    apply_functions,
+    local_ids,
+    process_logits,
+    processor_specs,
+)
+from dbrx_jax.generation.sampling import Sampling, argmax, sample_tokens, scale_and_filter
+from dbrx_jax.model.cache import Cache, cache_specs, copy_positions, create_cache, prefill_chunk_lengths
 from dbrx_jax.model.graph import ModelState
 from dbrx_jax.ops.log_probability import log_probability
 from dbrx_jax.ops.row_tiles import map_row_tiles, num_row_tiles
 from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS
 from dbrx_jax.sharding.partition import BATCH_AXES, VOCAB_AXES, Partition
 
-MAX_EOS = 8  # limit of end-of-sequence ids, and the fixed size of their array
-
 
 class DecodeState(NamedTuple):
-    """A batch of B rows between two decode steps; S is the cache's length."""
+    """A batch of B rows between two decode steps; S is the cache's length. None where no option needs it."""
 
     cache: Cache
     token: Int[Array, "B"]  # the last token, not yet in the cache
@@ -34,17 +42,30 @@ class DecodeState(NamedTuple):
     done: Bool[Array, "B"]
     running: Bool[Array, ""]  # whether any row is not done
     step: Int[Array, ""]  # number of new tokens so far
-    tokens: Int[Array, "B S"]  # the new tokens
-    logprobs: Float[Array, "B S"]
-    seen: Bool[Array, "B V"]
+    tokens: Int[Array, "B S"]  # of the prompt and new ones, by position
+    logprobs: Float[Array, "B S"]  # of the new tokens, by step
+    seen: Bool[Array, "B V"] | None  # tokens in the row
+    counts: Int[Array, "B V"] | None  # number of each among the new tokens
+    saved_logits: Float[Array, "N B V"] | None  # of the last call's steps, as the model gives them
+    saved_scores: Float[Array, "N B V"] | None  # the same after all processing
 
 
 class Settings(NamedTuple):
     """Settings of the decode loop, as arrays."""
 
-    sampling: Sampling
-    keys: UInt32[Array, "B 2"] | None  # None: greedy
-    eos: Int[ArrayLike, "8"]
+    eos: Int[ArrayLike, "E"]  # end-of-sequence ids, -1 for padding
+    processors: Processors = Processors()
+    sampling: Sampling | None = None  # None: greedy
+    renormalize: ArrayLike | None = None  # any number: saved scores are log-probabilities
+
+
+class Options(NamedTuple):
+    """Static options of the programs: another value compiles them anew."""
+
+    batch_invariant: bool = False  # compute in row tiles, so that no bit of a row's result depends on the batch
+    functions: tuple[LogitsFunction, ...] = ()  # the caller's logits processors
+    saved_logits: int = 0  # steps of which logits are saved, at least those of one call
+    saved_scores: int = 0
 
 
 class ProgramSpecs(NamedTuple):
@@ -59,15 +80,36 @@ class ProgramSpecs(NamedTuple):
     replicated: jax.sharding.PartitionSpec
 
 
-def program_specs(config, partition: Partition, int8: bool, sampled: bool = False) -> ProgramSpecs:
-    """Returns the partition specs for an int8 or other cache, and for sampling or greedy decoding."""
+def program_specs(
+    config, partition: Partition, int8: bool, settings: Settings | None = None, options: Options | None = None
+) -> ProgramSpecs:
+    """Returns the partition specs for an int8 or other cache; without settings, those of greedy decoding."""
+    settings, options = settings or Settings(()), options or Options()
     cache, logits = cache_specs(config, partition, int8), partition.array_spec(BATCH_AXES, VOCAB_AXES)
     vector, matrix = partition.array_spec(BATCH_AXES), partition.array_spec(BATCH_AXES, None)
-    replicated = partition.array_spec()
-    state = DecodeState._make((cache, vector, vector, vector, replicated, replicated, matrix, matrix, logits))
-    sampling = Sampling._make([replicated] * len(Sampling._fields))
-    settings = Settings._make((sampling, matrix if sampled else None, replicated))
-    return ProgramSpecs(cache, logits, state, settings, vector, matrix, replicated)
+    replicated, saved = partition.array_spec(), partition.array_spec(None, BATCH_AXES, VOCAB_AXES)
+    state = DecodeState(
+        cache=cache,
+        token=vector,
+        position=vector,
+        done=vector,
+        running=replicated,
+        step=replicated,
+        tokens=matrix,
+        logprobs=matrix,
+        seen=None if settings.processors.repetition_penalty is None else logits,
+        counts=None if settings.processors.frequency_penalty is None else logits,
+        saved_logits=saved if options.saved_logits else None,
+        saved_scores=saved if options.saved_scores else None,
+    )
+    sampling = jax.tree.map(lambda _: replicated, settings.sampling)
+    specs = Settings(
+        eos=replicated,
+        processors=processor_specs(settings.processors, partition),
+        sampling=sampling and sampling._replace(keys=matrix),
+        renormalize=None if settings.renormalize is None else replicated,
+    )
+    return ProgramSpecs(cache, logits, state, specs, vector, matrix, replicated)
 
 
 def _is_int8(cache: Cache) -> bool:
@@ -82,64 +124,97 @@ def _jit_variants(function: Callable[..., Any], **options: Any) -> dict[bool, An
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty_cache(config, partition, rows, positions, dtype):
-    """Creates an empty cache, and the array for the logits of each row's last prompt token."""
-    specs = program_specs(config, partition, dtype == jnp.int8)
-
-    def run():
-        vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCAB_AXES)
-        logits = jnp.zeros((rows // partition.size(*BATCH_AXES), vocabulary), jnp.float32)
-        return create_cache(config, rows, positions, dtype, partition), logits
-
-    return partition.shard_map(run, (), (specs.cache, specs.logits))()
+    """Creates an empty cache."""
+    specs = cache_specs(config, partition, dtype == jnp.int8)
+    return partition.shard_map(lambda: create_cache(config, rows, positions, dtype, partition), (), specs)()
 
 
-def prefill_chunk(model_state, cache, logits, tokens, spans):
-    """Runs the model on one chunk of one row of each group of rows: tokens (groups, C).
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def empty_logits(config, partition, rows):
+    """Creates the array for the logits of each row's last prompt token, (B, V)."""
+    vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCAB_AXES)
+    shape = (rows // partition.size(*BATCH_AXES), vocabulary)
+    return partition.shard_map(
+        lambda: jnp.zeros(shape, jnp.float32), (), partition.array_spec(BATCH_AXES, VOCAB_AXES)
+    )()
 
-    A row of `spans` (groups, 3) holds the row's index within its group, the chunk's first position and its number of
-    tokens: 0 if the group has none. There are as many groups as devices along `data` and `fsdp`.
+
+def prefill_chunk(model_state, cache, tokens, spans):
+    """Runs the model on one chunk of one prompt in each group of rows: tokens (groups, C).
+
+    There are as many groups as devices along `data` and `fsdp`. Returns the cache, and the logits (groups, V) of the
+    chunks' last tokens.
+
+    Args:
+      cache: of one row for each group.
+      spans: (groups, 2), the chunk's first position and its number of tokens: 0 if the group has none.
     """
-    return _prefill_chunk[model_state.platform == "cpu"](model_state, cache, logits, tokens, spans)
+    return _prefill_chunk[model_state.platform == "cpu"](model_state, cache, tokens, spans)
 
 
-def _run_prefill_chunk(model_state, cache, logits, tokens, spans):
+def _run_prefill_chunk(model_state, cache, tokens, spans):
     model = model_state.merge()
     partition, specs = model.partition, program_specs(model.config, model.partition, _is_int8(cache))
 
-    def run(model_state, cache, logits, tokens, spans):
+    def run(model_state, cache, tokens, spans):
         model = model_state.merge()
-        row, start, num_tokens = spans[0]
+        start, num_tokens = spans[0]
         offsets = jnp.arange(tokens.shape[1])[None]
-        x, cache = model.forward_with_cache(tokens, offsets < num_tokens, start + offsets, cache, row)
+        x, cache = model.forward_with_cache(tokens, offsets < num_tokens, start + offsets, cache)
         last = lax.dynamic_slice_in_dim(x, jnp.maximum(num_tokens - 1, 0), 1, axis=1)[:, 0]
-        new = model.logits(model.norm_f(last))
-        if partition.size(*BATCH_AXES) > 1:
-            new = jnp.where(num_tokens > 0, new, lax.dynamic_slice(logits, (row, 0), new.shape))
-        return cache, lax.dynamic_update_slice(logits, new, (row, 0))
+        return cache, model.logits(model.norm_f(last))
 
-    in_specs = (model_state.specs(), specs.cache, specs.logits, specs.matrix, specs.matrix)
-    out_specs = (specs.cache, specs.logits)
-    return partition.shard_map(run, in_specs, out_specs)(model_state, cache, logits, tokens, spans)
+    in_specs = (model_state.specs(), specs.cache, specs.matrix, specs.matrix)
+    return partition.shard_map(run, in_specs, (specs.cache, specs.logits))(model_state, cache, tokens, spans)
 
 
-_prefill_chunk = _jit_variants(_run_prefill_chunk, donate_argnums=(1, 2))
+_prefill_chunk = _jit_variants(_run_prefill_chunk, donate_argnums=1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
-def first_token(config, partition, filtered, batch_invariant, settings, cache, logits, prompts, lengths, done):
-    """Samples each row's first new token, after prompts (B, T) of `lengths` (B,) tokens with last logits (B, V).
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def insert_chunk(config, partition, length, cache, logits, row_cache, row_logits, targets):
+    """Copies a prefilled chunk of `length` positions and its logits from the cache of one row to a row of the batch.
 
-    Rows that are `done` (B,) from the start are padding of the batch.
+    A program of its own, because on a CPU XLA copies a cache that one program both reads and writes: in this one the
+    cost does not depend on the number of rows.
 
     Args:
-      filtered: whether top-k, top-p or min-p is in use.
-      batch_invariant: compute rows in row tiles, so that no bit of a row's result depends on the batch.
+      targets: (groups, 3), the row in the batch's group, the chunk's first position, and 1, or 0 to copy nothing.
     """
-    specs = program_specs(config, partition, _is_int8(cache), settings.keys is not None)
+    specs = program_specs(config, partition, _is_int8(cache))
+
+    def run(cache, logits, row_cache, row_logits, targets):
+        row, start, is_used = targets[0]
+        cache = copy_positions(row_cache, cache, row, start, length, is_used > 0, partition)
+        if partition.size(*BATCH_AXES) > 1:
+            row_logits = jnp.where(is_used > 0, row_logits, lax.dynamic_slice(logits, (row, 0), row_logits.shape))
+        return cache, lax.dynamic_update_slice(logits, row_logits, (row, 0))
+
+    in_specs = (specs.cache, specs.logits, specs.cache, specs.logits, specs.matrix)
+    arrays = (cache, logits, row_cache, row_logits, targets)
+    return partition.shard_map(run, in_specs, (specs.cache, specs.logits))(*arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def first_token(config, partition, options, settings, cache, logits, prompts, lengths, done):
+    """Samples each row's first new token, after prompts (B, S) of `lengths` (B,) tokens with last logits (B, V).
+
+    Rows that are `done` (B,) from the start are padding of the batch.
+    """
+    specs = program_specs(config, partition, _is_int8(cache), settings, options)
 
     def run(settings, cache, logits, prompts, lengths, done):
         rows, positions = prompts.shape
-        in_prompt = jnp.arange(positions) < lengths[:, None]
+
+        def saved(steps: int) -> Array | None:
+            return jnp.zeros((steps, *logits.shape), jnp.float32) if steps else None
+
+        seen = counts = None
+        if settings.processors.repetition_penalty is not None:
+            in_prompt = jnp.arange(positions) < lengths[:, None]
+            seen = _mark_seen(jnp.zeros(logits.shape, bool), prompts, in_prompt, partition)
+        if settings.processors.frequency_penalty is not None:
+            counts = jnp.zeros(logits.shape, jnp.int32)
         state = DecodeState(
             cache=cache,
             token=jnp.zeros(rows, jnp.int32),
@@ -147,64 +222,64 @@ def first_token(config, partition, filtered, batch_invariant, settings, cache, l
             done=done,
             running=jnp.array(True),
             step=jnp.int32(0),
-            tokens=jnp.zeros((rows, positions), jnp.int32),
+            tokens=prompts,
             logprobs=jnp.zeros((rows, positions), jnp.float32),
-            seen=_mark_seen(jnp.zeros(logits.shape, bool), prompts, in_prompt, partition),
+            seen=seen,
+            counts=counts,
+            saved_logits=saved(options.saved_logits),
+            saved_scores=saved(options.saved_scores),
         )
-        return _append_token(logits, filtered, batch_invariant, settings, state, partition)
+        return _append_token(logits, 0, options, settings, state, config.vocab_size, partition)
 
     in_specs = (specs.settings, specs.cache, specs.logits, specs.matrix, specs.vector, specs.vector)
     return partition.shard_map(run, in_specs, specs.state)(settings, cache, logits, prompts, lengths, done)
 
 
-def decode(model_state, filtered, batch_invariant, settings, state, steps):
+def decode(model_state, options, settings, state, steps):
     """Adds up to `steps` tokens to every row that is not done; other arguments as in :func:`first_token`."""
-    return _decode[_may_reorder_sums(model_state, batch_invariant)](
-        model_state, filtered, batch_invariant, settings, state, steps
-    )
+    return _decode[_may_reorder_sums(model_state, options)](model_state, options, settings, state, steps)
 
 
-def _may_reorder_sums(model_state: ModelState, batch_invariant: bool) -> bool:
+def _may_reorder_sums(model_state: ModelState, options: Options) -> bool:
     """Returns whether XLA may reorder sums; not in batch-invariant programs, which need one order."""
-    return model_state.platform == "cpu" and not batch_invariant
+    return model_state.platform == "cpu" and not options.batch_invariant
 
 
-def _run_decode(model_state, filtered, batch_invariant, settings, state, steps):
+def _run_decode(model_state, options, settings, state, steps):
     model = model_state.merge()
     partition = model.partition
 
     def run(model_state, settings, state, steps):
         model = model_state.merge()
-        stop = state.step + steps
+        start, stop = state.step, state.step + steps
 
         def head(x: Array) -> Array:
             return model.logits(model.norm_f(x))
 
         def step(state: DecodeState) -> DecodeState:
             inputs = (state.token, ~state.done, state.position)
-            if batch_invariant:
+            if options.batch_invariant:
                 x, cache = model.decode_in_row_tiles(*inputs, state.cache)
             else:
                 x, cache = model.forward_with_cache(*(a[:, None] for a in inputs), state.cache)
                 x = x[:, 0]
             state = state._replace(cache=cache)
-            return _append_token(x, filtered, batch_invariant, settings, state, partition, head)
+            return _append_token(x, start, options, settings, state, model.config.vocab_size, partition, head)
 
         return lax.while_loop(lambda state: (state.step < stop) & state.running, step, state)
 
-    specs = program_specs(model.config, partition, _is_int8(state.cache), settings.keys is not None)
+    specs = program_specs(model.config, partition, _is_int8(state.cache), settings, options)
     in_specs = (model_state.specs(), specs.settings, specs.state, specs.replicated)
     return partition.shard_map(run, in_specs, specs.state)(model_state, settings, state, steps)
 
 
-_decode = _jit_variants(_run_decode, static_argnums=(1, 2), donate_argnums=4)
+_decode = _jit_variants(_run_decode, static_argnums=1, donate_argnums=3)
 
 
 def lower(
     model_state: ModelState,
     settings: Settings,
-    filtered: bool,
-    batch_invariant: bool,
+    options: Options,
     rows: int,
     positions: int,
     cache_dtype: np.dtype,
@@ -221,70 +296,99 @@ def lower(
     """
     model = model_state.merge()
     config, partition = model.config, model.partition
-    specs = program_specs(config, partition, cache_dtype == np.int8, settings.keys is not None)
+    specs = program_specs(config, partition, cache_dtype == np.int8, settings, options)
+    groups = partition.size(*BATCH_AXES)
 
     def int32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
+    def abstract_cache(num_rows: int) -> tuple[Any, Any]:
+        cache = jax.eval_shape(partial(empty_cache, config, partition, num_rows, positions, cache_dtype))
+        logits = jax.eval_shape(partial(empty_logits, config, partition, num_rows))
+        return partition.abstract(cache, specs.cache), partition.abstract(logits, specs.logits)
+
     model_state = partition.abstract(model_state, model_state.specs()) if partition.mesh else model_state
-    cache, logits = jax.eval_shape(partial(empty_cache, config, partition, rows, positions, cache_dtype))
-    cache, logits = partition.abstract(cache, specs.cache), partition.abstract(logits, specs.logits)
+    cache, logits = abstract_cache(rows)
+    row_cache, row_logits = abstract_cache(groups)
     prompts = (int32(rows, positions), int32(rows), jax.ShapeDtypeStruct((rows,), jnp.bool))
-    state = jax.eval_shape(
-        partial(first_token, config, partition, filtered, batch_invariant), settings, cache, logits, *prompts
-    )
+    state = jax.eval_shape(partial(first_token, config, partition, options), settings, cache, logits, *prompts)
     state = partition.abstract(state, specs.state)
-    decode_program = _decode[_may_reorder_sums(model_state, batch_invariant)]
-    yield "decode", decode_program.lower(model_state, filtered, batch_invariant, settings, state, int32())
-    prefill_program, groups = _prefill_chunk[model_state.platform == "cpu"], partition.size(*BATCH_AXES)
-    for length in prefill_chunk_lengths(partition)[-1:] if lengths is None else lengths:
-        chunk = int32(groups, length), int32(groups, 3)
-        yield f"prefill {length}", prefill_program.lower(model_state, cache, logits, *chunk)
-    yield (
-        "first_token",
-        first_token.lower(config, partition, filtered, batch_invariant, settings, cache, logits, *prompts),
-    )
-    yield "empty_cache", empty_cache.lower(config, partition, rows, positions, cache_dtype)
+    decode_program = _decode[_may_reorder_sums(model_state, options)]
+    yield "decode", decode_program.lower(model_state, options, settings, state, int32())
+    lengths = prefill_chunk_lengths(partition)[-1:] if lengths is None else lengths
+    for length in lengths:
+        chunk = int32(groups, length), int32(groups, 2)
+        yield f"prefill {length}", _prefill_chunk[model_state.platform == "cpu"].lower(model_state, row_cache, *chunk)
+    yield "first_token", first_token.lower(config, partition, options, settings, cache, logits, *prompts)
+    for length in lengths:
+        arrays = (cache, logits, row_cache, row_logits, int32(groups, 3))
+        yield f"insert {length}", insert_chunk.lower(config, partition, length, *arrays)
+    for num_rows in (rows, groups):
+        yield "empty_cache", empty_cache.lower(config, partition, num_rows, positions, cache_dtype)
+    yield "empty_logits", empty_logits.lower(config, partition, rows)
 
 
 def _append_token(
     x: Float[Array, "B W"],
-    filtered: bool,
-    batch_invariant: bool,
+    first_step: Int[Array, ""] | int,
+    options: Options,
     settings: Settings,
     state: DecodeState,
+    vocab_size: int,
     partition: Partition,
     head: Callable[[Array], Array] = lambda x: x,
 ) -> DecodeState:
     """Samples each row's next token and appends it to the state; that of a row that is done is never read.
 
+    A row whose logits are not finite is done: its log-probability, which is not finite either, tells the host.
+
     Args:
       x: logits (B, V), or hidden states (B, D) that `head` maps to logits.
+      first_step: of this call, whose logits are saved from index 0 on.
     """
 
-    def sample(rows: tuple) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        x, seen, keys, position = rows
+    def sample(rows: tuple) -> tuple:
+        x, keys, row_state = rows
         logits = head(x)
-        token = sample_tokens(logits, seen, keys, position, settings.sampling, filtered, partition)
-        return token, log_probability(logits, token, partition)
+        scores = process_logits(logits, settings.processors, row_state, settings.eos, state.step, partition)
+        scores = apply_functions(scores, options.functions, row_state, vocab_size, partition)
+        if settings.sampling is None:
+            token = argmax(scores, partition)
+        else:
+            scores = scale_and_filter(scores, settings.sampling, partition)
+            token = sample_tokens(scores, keys, row_state.lengths, partition)
+        if options.saved_scores and settings.renormalize is not None:
+            scores = log_softmax(scores, partition)
+        saved = logits if options.saved_logits else None, scores if options.saved_scores else None
+        return token, log_probability(logits, token, partition), saved
 
     position = jnp.where(state.done, state.position, state.position + 1)
-    rows = (x, state.seen, settings.keys, position)
-    if batch_invariant:
+    keys = None if settings.sampling is None else settings.sampling.keys
+    rows = (x, keys, Rows(state.tokens, position, state.seen, state.counts))
+    if options.batch_invariant:
         num_tiles = num_row_tiles(x.shape[0], state.position)
-        (token, logprob), _ = map_row_tiles(lambda _, rows, carry: (sample(rows), carry), rows, None, num_tiles)
+        results, _ = map_row_tiles(lambda _, rows, carry: (sample(rows), carry), rows, None, num_tiles)
     else:
-        token, logprob = sample(rows)
-    done = state.done | jnp.any(token[:, None] == settings.eos, axis=1)
+        results = sample(rows)
+    token, logprob, saved = results
+
+    def put(array: Array | None, new: Array | None) -> Array | None:
+        return array if array is None else lax.dynamic_update_slice(array, new[None], (state.step - first_step, 0, 0))
+
+    done = state.done | jnp.any(token[:, None] == settings.eos, axis=1) | ~jnp.isfinite(logprob)
+    at_position = jnp.where(state.done, state.tokens.shape[1], position)  # past the end, which is dropped
     return state._replace(
         token=token,
         position=position,
         done=done,
         running=partition.pmax(jnp.any(~done).astype(jnp.int32), *BATCH_AXES) > 0,
         step=state.step + 1,
-        tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
+        tokens=state.tokens.at[jnp.arange(len(token)), at_position].set(token, mode="drop"),
         logprobs=lax.dynamic_update_slice(state.logprobs, logprob[:, None], (0, state.step)),
-        seen=_mark_seen(state.seen, token[:, None], True, partition),
+        seen=None if state.seen is None else _mark_seen(state.seen, token[:, None], True, partition),
+        counts=None if state.counts is None else _count(state.counts, token, partition),
+        saved_logits=put(state.saved_logits, saved[0]),
+        saved_scores=put(state.saved_scores, saved[1]),
     )
 
 
@@ -292,10 +396,13 @@ def _mark_seen(
     seen: Bool[Array, "B V"], tokens: Int[Array, "B T"], valid: Bool[Array, "B T"] | bool, partition: Partition
 ) -> Bool[Array, "B V"]:
     """Marks the valid tokens in this device's shard of the vocabulary."""
-    shard_size = seen.shape[1]
-    local_ids = tokens - partition.axis_index(*VOCAB_AXES) * shard_size
-    local_ids = jnp.where(valid & (local_ids >= 0), local_ids, shard_size)  # ids past the end are dropped
-    return seen.at[jnp.arange(seen.shape[0])[:, None], local_ids].set(True, mode="drop")
+    ids = local_ids(jnp.where(valid, tokens, -1), seen.shape[1], partition)
+    return seen.at[jnp.arange(seen.shape[0])[:, None], ids].set(True, mode="drop")
+
+
+def _count(counts: Int[Array, "B V"], token: Int[Array, "B"], partition: Partition) -> Int[Array, "B V"]:
+    """Adds 1 to the count of each row's token."""
+    return counts.at[jnp.arange(len(token)), local_ids(token, counts.shape[1], partition)].add(1, mode="drop")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from dbrx_jax.generation.generate import TokenStream
+from dbrx_jax.generation.stream import TokenStream
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 

@@ -6,8 +6,9 @@ along CONTEXT_AXIS, so that devices share attention equally at any length. On ea
 CACHE_BLOCK. An int8 cache has a bfloat16 scale for the K elements of each position and head, (B, G, S).
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,12 @@ from dbrx_jax.sharding.partition import BATCH_AXES, CONTEXT_AXIS, Partition
 
 CACHE_BLOCK = 128  # positions
 SCALE_DTYPE = jnp.bfloat16
-# Lengths of a prefill chunk, by platform: the least that holds the rest of the prompt is used, else the largest.
-# They keep matrix units busy; on a CPU padding costs more, so there are two.
-PREFILL_CHUNKS = {"cpu": (128, 512)}
-PREFILL_CHUNKS_ELSEWHERE = (2048,)
+# Lengths of a prefill chunk on CPUs and on accelerators, each a multiple of the one before.
+CPU_CHUNKS = (16, 128, 512)
+ACCELERATOR_CHUNKS = (32, 128, 512, 2048)
+# A chunk of fewer tokens takes as long as one of so many: it reads the same weights.
+CPU_LEAST_COST = 16
+ACCELERATOR_LEAST_COST = 128
 
 
 class LayerCache(NamedTuple):
@@ -49,28 +52,53 @@ Cache = list[LayerCache]
 def cache_capacity(tokens: int, partition: Partition) -> int:
     """Returns the cache's length in positions for sequences of up to `tokens`.
 
-    It is rounded up to a multiple of an eighth of the next power of two: a conversation that grows is seldom
-    compiled for anew, and at most a quarter of the cache is unused beyond one chunk.
+    It is one of few: the longest chunk times 1, 2, 3, 4, 6, 8, 12 and so on, so that programs are seldom compiled anew,
+    and at most a third of the cache is unused beyond one chunk.
     """
-    multiple = math.lcm(*prefill_chunk_lengths(partition), CACHE_BLOCK * partition.size(CONTEXT_AXIS))
-    step = max(multiple, (1 << (tokens - 1).bit_length()) // 8 // multiple * multiple)
-    return -(-tokens // step) * step
+    unit = math.lcm(prefill_chunk_lengths(partition)[-1], CACHE_BLOCK * partition.size(CONTEXT_AXIS))
+    return unit * round_up_size(-(-tokens // unit))
+
+
+def round_up_size(number: int) -> int:
+    """Returns the least of 1, 2, 3, 4, 6, 8, 12, 16, … that is not below a number."""
+    power = 1 << (number - 1).bit_length()
+    return power // 4 * 3 if power >= 4 and power // 4 * 3 >= number else power
 
 
 def prefill_chunk_lengths(partition: Partition) -> tuple[int, ...]:
-    """Returns the possible lengths of a prefill chunk, ascending, rounded up to multiples of CONTEXT_AXIS' size."""
+    """Returns the possible lengths of a prefill chunk, ascending; all are multiples of CONTEXT_AXIS' size."""
+    lengths = CPU_CHUNKS if partition.platform == "cpu" else ACCELERATOR_CHUNKS
     context_size = partition.size(CONTEXT_AXIS)
-    lengths = PREFILL_CHUNKS.get(partition.platform, PREFILL_CHUNKS_ELSEWHERE)
-    return tuple(-(-tokens // context_size) * context_size for tokens in lengths)
+    shortest = -(-lengths[0] // context_size) * context_size
+    return tuple(shortest * (length // lengths[0]) for length in lengths)
 
 
-def prefill_chunks(tokens: int, partition: Partition) -> Iterator[tuple[int, int]]:
-    """Yields the first position and padded length of each chunk of a prompt of `tokens` tokens."""
-    lengths, start = prefill_chunk_lengths(partition), 0
-    while start < tokens:
-        length = next((n for n in lengths if n >= tokens - start), lengths[-1])
-        yield start, length
-        start += length
+def prefill_chunks(tokens: int, partition: Partition) -> list[tuple[int, int]]:
+    """Returns the first position and padded length of each chunk of a prompt of `tokens` tokens.
+
+    They depend on the prompt's length alone. Among all ways to cover it with chunks of descending lengths, this is the
+    one that takes least time.
+    """
+    lengths = prefill_chunk_lengths(partition)
+    least_cost = CPU_LEAST_COST if partition.platform == "cpu" else ACCELERATOR_LEAST_COST
+    num_longest, rest = divmod(tokens, lengths[-1])
+    sizes = [*[lengths[-1]] * num_longest, *_cheapest_cover(rest, lengths, least_cost)[1]]
+    return list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
+
+
+@functools.cache
+def _cheapest_cover(tokens: int, lengths: tuple[int, ...], least_cost: int) -> tuple[int, tuple[int, ...]]:
+    """Returns the cost and the lengths, in descending order, of the cheapest chunks that hold a number of tokens."""
+    if tokens == 0:
+        return 0, ()
+    *shorter, longest = lengths
+    num, rest = divmod(tokens, longest)
+    padded = (num + (rest > 0)) * max(longest, least_cost), (longest,) * (num + (rest > 0))
+    if not shorter or not rest:
+        return padded
+    cost, chunks = _cheapest_cover(rest, tuple(shorter), least_cost)
+    exact = num * max(longest, least_cost) + cost, (longest,) * num + chunks
+    return min(exact, padded, key=lambda cover: (cover[0], len(cover[1])))
 
 
 def cache_specs(config: DbrxConfig, partition: Partition, int8: bool = False) -> Cache:
@@ -96,6 +124,34 @@ def create_cache(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike
         return swap_layout(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales), partition.platform)
 
     return [layer() for _ in range(config.n_layers)]
+
+
+def copy_positions(
+    source: Cache,
+    target: Cache,
+    row: Int[Array, ""],
+    start: Int[Array, ""],
+    length: int,
+    active: Bool[Array, ""],
+    partition: Partition,
+) -> Cache:
+    """Copies positions start … start + length of a cache of one row to a row of another, on this device.
+
+    Args:
+      start, length: multiples of CONTEXT_AXIS' size.
+      active: False leaves the target as it is; only looked at if there are several groups of rows.
+    """
+    axis, context_size = 1 if partition.platform == "tpu" else 2, partition.size(CONTEXT_AXIS)
+    first = start // context_size
+
+    def copy(source: Array, target: Array) -> Array:
+        piece = lax.dynamic_slice_in_dim(source, first, length // context_size, axis)
+        index = [row if i == 0 else first if i == axis else 0 for i in range(target.ndim)]
+        if partition.size(*BATCH_AXES) > 1:
+            piece = jnp.where(active, piece, lax.dynamic_slice(target, index, piece.shape))
+        return lax.dynamic_update_slice(target, piece, index)
+
+    return jax.tree.map(copy, source, target)
 
 
 def quantize_to_int8(x: Float[Array, "R T G K"]) -> tuple[Int8[Array, "R T G K"], Float[Array, "R T G"]]:

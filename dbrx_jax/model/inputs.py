@@ -24,6 +24,30 @@ def check_ids(input_ids: Any, vocab_size: int) -> Array | np.ndarray:
     return ids
 
 
+def pad_rows(input_ids: Any, pad_token_id: int, left: bool) -> tuple[Any, np.ndarray | None]:
+    """Pads lists of token ids of unequal length; returns them with their attention mask, or what is given and None.
+
+    Raises:
+      GenerationError: a row is no list of token ids, or is empty.
+    """
+    if not isinstance(input_ids, list | tuple) or not all(hasattr(row, "__len__") for row in input_ids):
+        return input_ids, None
+    lengths = [len(row) for row in input_ids]
+    if len(set(lengths)) < 2:
+        return input_ids, None
+    if 0 in lengths:
+        raise GenerationError(f"input_ids: row {lengths.index(0)} is empty; a prompt needs at least one token")
+    ids = np.full((len(lengths), max(lengths)), pad_token_id, np.int64)
+    mask = np.zeros(ids.shape, np.int32)
+    for i, (row, length) in enumerate(zip(input_ids, lengths, strict=True)):
+        columns = slice(max(lengths) - length, None) if left else slice(length)
+        values = np.asarray(row)
+        if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+            raise GenerationError(f"input_ids: row {i}: expected token ids, got {values.dtype} {values.shape}")
+        ids[i, columns], mask[i, columns] = values, 1
+    return ids, mask
+
+
 def _array(name: str, value: Any) -> Array | np.ndarray:
     if isinstance(value, jax.core.Tracer):
         return value

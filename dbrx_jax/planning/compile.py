@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dbrx_jax.errors import PlanError
-from dbrx_jax.generation.decode import Settings, lower
-from dbrx_jax.generation.sampling import Sampling
+from dbrx_jax.generation.decode import Options, Settings, lower
+from dbrx_jax.generation.settings import padded_ids
 from dbrx_jax.model.cache import CACHE_BLOCK
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import split_model
@@ -61,14 +61,9 @@ def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
     model_state = split_model(
         CausalLM(setting.config, rngs=None, dtype=setting.dtype, mesh=mesh, quantization=setting.quantization)
     )
-    float32, int32 = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    make_sampling: Any = Sampling  # of shapes rather than arrays
-    make_settings: Any = Settings
-    sampling = make_sampling(float32, int32, float32, float32, float32)
-    settings = make_settings(sampling, None, jax.ShapeDtypeStruct((8,), jnp.int32))
     rows = setting.rows * setting.partition.size("data", "fsdp")
     cache_dtype = jnp.dtype(setting.cache_dtype or setting.dtype)
-    return dict(lower(model_state, settings, False, False, rows, setting.positions, cache_dtype))
+    return dict(lower(model_state, Settings(padded_ids(())), Options(), rows, setting.positions, cache_dtype))
 
 
 def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:

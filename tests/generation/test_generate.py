@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.errors import ConfigError, GenerationError
-from dbrx_jax.generation.generate import BURST, TokenStream
+from dbrx_jax.generation.stream import BURST, TokenStream
 from dbrx_jax.generation_config import GenerationConfig
-from dbrx_jax.model.cache import PREFILL_CHUNKS, prefill_chunks
+from dbrx_jax.model import cache as cache_module
+from dbrx_jax.model.cache import prefill_chunks
 from dbrx_jax.sharding.partition import ONE_DEVICE
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 from tests.conftest import GOLDEN
@@ -48,16 +49,29 @@ def test_greedy_tokens_do_not_depend_on_padding(model, prompts):
     np.testing.assert_array_equal(new_tokens(model, sparse_ids, sparse_mask), greedy)
 
 
+def test_chunks_are_the_cheapest_that_hold_a_prompt():
+    assert prefill_chunks(7, ONE_DEVICE) == [(0, 16)]
+    assert prefill_chunks(17, ONE_DEVICE) == [(0, 16), (16, 16)]
+    assert prefill_chunks(120, ONE_DEVICE) == [(0, 128)]
+    assert prefill_chunks(145, ONE_DEVICE) == [(0, 128), (128, 16), (144, 16)]
+    assert prefill_chunks(1300, ONE_DEVICE) == [(0, 512), (512, 512), (1024, 128), (1152, 128), (1280, 16), (1296, 16)]
+    for tokens in range(1, 1200):
+        chunks = prefill_chunks(tokens, ONE_DEVICE)
+        ends = [start + length for start, length in chunks]
+        assert [start for start, _ in chunks] == [0, *ends[:-1]]
+        assert ends[-1] - 16 < tokens <= ends[-1] <= 512 * -(-tokens // 512)
+
+
 @pytest.mark.slow
 def test_chunked_prefill_matches_full_forward(models, monkeypatch):
-    """Greedy tokens match the full forward pass; prefill takes a long and a short chunk."""
-    monkeypatch.setitem(PREFILL_CHUNKS, "cpu", (64, 128))
-    assert list(prefill_chunks(137, ONE_DEVICE)) == [(0, 128), (128, 64)]
-    assert list(prefill_chunks(65, ONE_DEVICE)) == [(0, 128)]
+    """Greedy tokens match the full forward pass; prefill takes chunks of every length."""
+    monkeypatch.setattr(cache_module, "CPU_CHUNKS", (16, 32, 64))
+    assert prefill_chunks(123, ONE_DEVICE) == [(0, 64), (64, 64)]
+    assert prefill_chunks(107, ONE_DEVICE) == [(0, 64), (64, 32), (96, 16)]
     model = models("fused")
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 137))
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 107))
     mask = np.ones_like(ids)
-    mask[1, :27] = 0
+    mask[1, :20] = 0  # 87 tokens: 64 and 32
     out = model.generate(ids, mask, max_new_tokens=4, eos_token_id=None)
     want = np.argmax(model(out, np.pad(mask, ((0, 0), (0, 4)), constant_values=1)), axis=-1)
     np.testing.assert_array_equal(out[:, -4:], want[:, -5:-1])
@@ -81,7 +95,9 @@ class TestEndOfSequence:
 
     def test_eos_and_pad_default_to_the_generation_config(self, model, prompts, monkeypatch):
         ids, mask, greedy = prompts
-        monkeypatch.setattr(model, "generation_config", GenerationConfig((int(greedy[0, 0]),), 7))
+        monkeypatch.setattr(
+            model, "generation_config", GenerationConfig(eos_token_id=(int(greedy[0, 0]),), pad_token_id=7)
+        )
         out = np.asarray(model.generate(ids[:1], mask[:1], max_new_tokens=5))
         np.testing.assert_array_equal(out[:, T:], greedy[:1, :1])
         without_eos = model.generate(ids[:1], mask[:1], max_new_tokens=5, eos_token_id=None)
@@ -161,7 +177,7 @@ def test_row_result_does_not_depend_on_other_rows(golden_batch, seed, row, sampl
     other, other_mask = rng.integers(0, 260, ids.shape), (np.arange(T) >= rng.integers(0, T, (3, 1))).astype(int)
     other[row], other_mask[row] = ids[row], mask[row]
     options = {"max_new_tokens": 6, "eos_token_id": None, "return_dict_in_generate": True, "output_logprobs": True}
-    options |= {"do_sample": sample, "seed": [1, 2, 3], "top_p": 0.9}
+    options |= {"do_sample": True, "seed": [1, 2, 3], "top_p": 0.9} if sample else {}
     a, b = model.generate(ids, mask, **options), model.generate(other, other_mask, **options)
     np.testing.assert_array_equal(a.sequences[row, T:], b.sequences[row, T:])
     np.testing.assert_array_equal(a.logprobs[row], b.logprobs[row])
@@ -273,7 +289,7 @@ class TestCompilation:
     def test_changed_eos_ids_compile_nothing(self, models, expected, monkeypatch):
         model, e = models("dense"), expected["dense"]
         model.generate(e["tokens"], max_new_tokens=3)
-        monkeypatch.setattr(model, "generation_config", GenerationConfig((5,), 6))
+        monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=(5,), pad_token_id=6))
         assert count_compilations(lambda: model.generate(e["tokens"], max_new_tokens=3)) == 0
         assert count_compilations(lambda: model.generate(e["tokens"], max_new_tokens=3, eos_token_id=[1, 2])) == 0
 
@@ -292,24 +308,23 @@ class TestCompilation:
     [
         (
             {"max_new_tokens": 109},
-            "max_new_tokens: 109 after a prompt of 20 tokens is beyond the model's 128 positions",
+            "max_new_tokens: 109 with a prompt of 20 tokens is beyond the model's 128 positions; ask for at most 108",
         ),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number above 0, got 0"),
         ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number"),
         ({"temperature": 0.0}, "temperature: expected a number above 0"),
         ({"temperature": float("nan")}, "temperature: expected a number above 0"),
-        ({"top_k": 0}, "top_k: expected a whole number above 0"),
+        ({"top_k": -1}, "top_k: expected a whole number of at least 0"),
         ({"top_p": 1.1}, "top_p: expected a number from 0 to 1"),
         ({"min_p": -0.1}, "min_p: expected a number from 0 to 1"),
         ({"repetition_penalty": -1}, "repetition_penalty: expected a number above 0"),
         ({"temperature": 1e-9}, "temperature: expected at least 0.001"),
         ({"top_p": "x"}, "top_p: expected a number from 0 to 1"),
         ({"eos_token_id": "x"}, "eos_token_id: expected a token id"),
-        ({"eos_token_id": True}, "eos_token_id: expected a token id, got True"),
+        ({"eos_token_id": True}, "eos_token_id: expected a token id as a whole number, got True"),
         ({"pad_token_id": 1 << 40}, "pad_token_id: expected a token id"),
         ({"seed": [1, 2]}, "seed: expected one for each of 3 rows, got 2"),
         ({"seed": -1}, "seed: expected whole numbers from 0"),
-        ({"eos_token_id": list(range(9))}, "eos_token_id: at most 8 ids"),
         ({"attention_mask": np.ones((1, 2))}, "attention_mask: expected the shape of input_ids"),
         ({"attention_mask": np.repeat([[1], [0], [1]], 20, axis=1)}, "attention_mask: row 1 has no token"),
     ],
@@ -323,11 +338,11 @@ def test_generate_rejects_invalid_options(model, prompts, options, message):
 def test_generation_config_reads_its_file(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text('{"eos_token_id": [5, 6], "pad_token_id": 7, "transformers_version": "4"}')
-    assert GenerationConfig.from_file(path) == GenerationConfig((5, 6), 7)
+    assert GenerationConfig.from_file(path) == GenerationConfig(eos_token_id=(5, 6), pad_token_id=7)
     path.write_text('{"eos_token_id": 5}')
-    assert GenerationConfig.from_file(path) == GenerationConfig((5,), None)
+    assert GenerationConfig.from_file(path) == GenerationConfig(eos_token_id=(5,))
     path.write_text('{"eos_token_id": "x"}')
-    with pytest.raises(ConfigError, match="expected token ids as whole numbers, got 'x'"):
+    with pytest.raises(ConfigError, match="eos_token_id: expected a token id as a whole number, got 'x'"):
         GenerationConfig.from_file(path)
 
 
@@ -337,12 +352,14 @@ def test_generation_config_falls_back_to_tokenizer_ids(tmp_path):
         (tmp_path / file).write_bytes((GOLDEN / "dense" / file).read_bytes())
     special = {"250": {"content": "<|endoftext|>"}, "251": {"content": "<|im_end|>"}, "252": {"content": "<|pad|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
-    want = GenerationConfig((250, 251), 252)
+    want = GenerationConfig(eos_token_id=(250, 251), pad_token_id=252)
     assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == want
     (tmp_path / "generation_config.json").write_text('{"_from_model_config": true}')
     assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == want
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
-    assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == GenerationConfig((9,), 252)
+    assert DbrxForCausalLM.from_pretrained(tmp_path).generation_config == GenerationConfig(
+        eos_token_id=(9,), pad_token_id=252
+    )
 
 
 def test_int8_cache_is_smaller_with_similar_logprobs(model, prompts):

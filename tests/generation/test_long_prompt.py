@@ -8,11 +8,12 @@ from flax import nnx
 
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.generation.decode import empty_cache, prefill_chunk
-from dbrx_jax.model.cache import cache_capacity, prefill_chunks
+from dbrx_jax.generation.prefill import prefill
+from dbrx_jax.model.cache import cache_capacity
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.ops.attention import reference_attention
 from dbrx_jax.ops.experts import reference_experts
+from dbrx_jax.sharding.partition import ONE_DEVICE
 
 TOKENS = 32768
 QUERIES = 512  # per reference call: all scores at once would be 17 GB
@@ -67,9 +68,5 @@ def test_last_logits_of_32768_tokens_match_reference():
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, TOKENS))
     want = np.asarray(reference_last_logits(model, ids))
     assert want.std() > 0.5
-    graph, partition = split_model(model), model.partition
-    cache, logits = empty_cache(CONFIG, partition, 1, cache_capacity(TOKENS, partition), np.dtype("float32"))
-    for start, length in prefill_chunks(TOKENS, partition):
-        span = np.array([[0, start, length]], np.int32)
-        cache, logits = prefill_chunk(graph, cache, logits, ids[:, start : start + length], span)
+    _, logits = prefill(split_model(model), [ids[0]], cache_capacity(TOKENS, ONE_DEVICE), np.dtype("float32"))
     np.testing.assert_allclose(logits, want, rtol=0, atol=1e-4)

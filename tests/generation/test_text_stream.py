@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dbrx_jax.generation.generate import BURST, TokenStream, _StopSearch
+from dbrx_jax.generation.stops import StopSearch
+from dbrx_jax.generation.stream import BURST, TokenStream
 from dbrx_jax.generation.text_stream import completion_text, stream_text
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
@@ -63,7 +64,7 @@ def test_special_tokens_and_padding_give_no_text():
 
 @pytest.mark.parametrize("burst", [1, 2, 5])
 def test_stop_string_is_found_across_bursts(burst):
-    search, end = _StopSearch(TOKENIZER, ["end now", "zz"]), None
+    search, end = StopSearch(TOKENIZER, ["end now", "zz"]), None
     ids = np.frombuffer(b"this is the end now or later", np.uint8)
     for start in range(0, len(ids), burst):
         end = search.push(ids[start : start + burst])

@@ -16,7 +16,7 @@ from dbrx_jax.checkpoint.huggingface import HuggingFaceFolder
 from dbrx_jax.checkpoint.parameters import parameters_of
 from dbrx_jax.console import run
 from dbrx_jax.errors import GenerationError
-from dbrx_jax.generation.generate import TokenStream
+from dbrx_jax.generation.stream import TokenStream
 from dbrx_jax.sharding import distributed
 
 FUSED = Path(__file__).parents[1] / "golden" / "fused"
