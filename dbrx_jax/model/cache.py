@@ -9,6 +9,7 @@ CACHE_BLOCK. An int8 cache has a bfloat16 scale for the K elements of each posit
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -144,14 +145,14 @@ def copy_positions(
     axis, context_size = 1 if partition.platform == "tpu" else 2, partition.size(CONTEXT_AXIS)
     first = start // context_size
 
-    def copy(source: Array, target: Array) -> Array:
+    def copy(target: Array, source: Array) -> Array:
         piece = lax.dynamic_slice_in_dim(source, first, length // context_size, axis)
         index = [row if i == 0 else first if i == axis else 0 for i in range(target.ndim)]
         if partition.size(*BATCH_AXES) > 1:
             piece = jnp.where(active, piece, lax.dynamic_slice(target, index, piece.shape))
         return lax.dynamic_update_slice(target, piece, index)
 
-    return jax.tree.map(copy, source, target)
+    return _map_in_place(copy, partition.platform, target, source)
 
 
 def quantize_to_int8(x: Float[Array, "R T G K"]) -> tuple[Int8[Array, "R T G K"], Float[Array, "R T G"]]:
@@ -196,7 +197,7 @@ def write_cache(
                 local = jnp.where(active, local, lax.dynamic_slice(stored, start, local.shape))
             return lax.dynamic_update_slice(stored, local, start)
 
-        return jax.tree.map(write_chunk, cache, new)
+        return _map_in_place(write_chunk, platform, cache, new)
     # Positions of other devices are mapped past the end, where a scatter drops them.
     is_local = (positions % num_shards == shard) & active
     rows, indices = first_row + jnp.arange(R)[:, None], jnp.where(is_local, positions // num_shards, cache.key.shape[2])
@@ -214,4 +215,23 @@ def write_cache(
             return kernel(stored.swapaxes(1, 2), new, rows[:, 0], indices[:, 0]).swapaxes(1, 2)
         return stored.at[rows, :, indices].set(new, unique_indices=True, mode="drop")
 
-    return jax.tree.map(write, cache, new)
+    return _map_in_place(write, platform, cache, new)
+
+
+def _map_in_place(update: Callable[[Array, Array], Array], platform: str, cache: LayerCache, new: LayerCache):
+    """Maps a function that writes the new elements of each array into the cache's.
+
+    On CPUs it gets bfloat16 as integers: XLA of JAX 0.10 would convert the whole array to float32 and back.
+    """
+
+    def as_integers(array: Array) -> Array:
+        return lax.bitcast_convert_type(array, jnp.uint16)
+
+    def run(stored: Array, new: Array) -> Array:
+        if platform != "cpu" or stored.dtype != jnp.bfloat16:
+            return update(stored, new)
+        return lax.bitcast_convert_type(
+            update(as_integers(stored), as_integers(new.astype(stored.dtype))), stored.dtype
+        )
+
+    return jax.tree.map(run, cache, new)
