@@ -5,7 +5,7 @@ Text never becomes a special token: special ids come from a chat template alone.
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import tiktoken
 from dbrx_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dbrx_jax.files import read_json, read_text
 from dbrx_jax.hub import checkpoint_folder
-from dbrx_jax.text.chat_template import DEFAULT_TEMPLATE, TemplateFailure, render
+from dbrx_jax.text.chat_template import DEFAULT_TEMPLATE, check_template, render
 from dbrx_jax.text.vocabulary import load_ranks, special_tokens
 
 # cl100k_base splits text so before byte-pair encoding; so does DBRX, even if its tokenizer_class says GPT2.
@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _DEFAULT_TOKENS = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+_OTHER_TOKENS = ("bos_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 class DbrxTokenizer:
@@ -43,6 +44,8 @@ class DbrxTokenizer:
       special: special tokens' texts to ids.
       eos_token, pad_token: texts of special tokens, if any.
       chat_template: a Jinja template; ChatML without a system prompt by default.
+      other_tokens: texts of other special tokens that the template may name, such as unk_token and
+        additional_special_tokens (a list). bos_token is eos_token by default.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class DbrxTokenizer:
         eos_token: str | None = "<|endoftext|>",
         pad_token: str | None = "<|pad|>",
         chat_template: str | None = None,
+        other_tokens: Mapping[str, str | list[str] | None] | None = None,
     ):
         if clash := sorted(set(ranks.values()) & set(special.values())):
             raise TokenizerError(f"the id {clash[0]} belongs to a special token and to an entry of the vocabulary")
@@ -59,11 +63,14 @@ class DbrxTokenizer:
         self.eos_token_id = special.get(eos_token) if eos_token else None
         self.pad_token_id = special.get(pad_token) if pad_token else None
         self.chat_template = chat_template or DEFAULT_TEMPLATE
+        named = {"bos_token": eos_token, "eos_token": eos_token, "pad_token": pad_token, **(other_tokens or {})}
+        # By name, as templates see them.
+        self.special_tokens_map = {k: v for k, v in named.items() if isinstance(v, list) or (v and v in special)}
         self._special_text = {i: text for text, i in special.items()}
         self._bytes = {i: token for token, i in ranks.items()}
         self._bpe = tiktoken.Encoding("dbrx", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
         longest_first = sorted(special, key=len, reverse=True)
-        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if special else None
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first))) if special else None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, ranks_file: str | Path | None = None) -> Self:
@@ -75,7 +82,8 @@ class DbrxTokenizer:
           ranks_file: a tiktoken ranks file to use instead of the folder's.
 
         Raises:
-          TokenizerError: there is no vocabulary, or a file is damaged; the message says which.
+          TokenizerError: there is no vocabulary, a file is damaged, or the chat template has a syntax error; the
+            message says where.
         """
         try:
             folder = checkpoint_folder(path)
@@ -84,8 +92,13 @@ class DbrxTokenizer:
             template = _chat_template(folder, config)
         except (ConfigError, CheckpointError) as error:  # an unreadable file
             raise TokenizerError(str(error)) from None
+        if template is not None:
+            try:
+                check_template(template)
+            except TokenizerError as error:
+                raise TokenizerError(f"{folder}: {error}") from None
         eos, pad = (_token_text(config, key, default) for key, default in _DEFAULT_TOKENS.items())
-        return cls(ranks, special, eos, pad, template)
+        return cls(ranks, special, eos, pad, template, _other_tokens(config))
 
     @property
     def vocab_size(self) -> int:
@@ -121,41 +134,47 @@ class DbrxTokenizer:
         return {"input_ids": ids, "attention_mask": mask}
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **template_kwargs: Any,
     ) -> list[int]:
         """Returns the token ids of a conversation; special tokens come from the template only.
 
         Args:
-          messages: each with "role" and "content".
+          messages: each with "role", and "content" or what else the template reads, as JSON values.
           add_generation_prompt: end with the beginning of the assistant's message.
+          tools: JSON schemas of functions, for templates that describe them.
+          documents: each with "title" and "text", for templates that quote them.
+          template_kwargs: more variables of the template.
 
         Raises:
-          TokenizerError: a message lacks a key, or the template failed or refused the conversation.
+          TokenizerError: a message has no role, or the template failed or refused the conversation.
         """
         for number, message in enumerate(messages):
-            for key in ("role", "content"):
-                if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
-                    raise TokenizerError(f"message {number}: expected an object with the texts role and content")
-        texts = [value for m in messages for value in m.values() if isinstance(value, str)]
-        escape = _SpecialTokenEscape([*texts, self.chat_template], self.special_tokens)
-        eos = "" if self.eos_token_id is None else self._special_text[self.eos_token_id]
-        variables = {
-            "messages": [{key: escape.escape(value) for key, value in m.items()} for m in messages],
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise TokenizerError(f"message {number}: expected an object with a role (a text)")
+        variables = template_kwargs | {
+            "messages": [dict(message) for message in messages],
+            "tools": tools,
+            "documents": documents,
             "add_generation_prompt": add_generation_prompt,
-            "bos_token": eos,  # DBRX has one token for both
-            "eos_token": eos,
         }
-        try:
-            text = render(self.chat_template, variables)
-        except (TypeError, ValueError) as error:
-            raise TokenizerError(f"a message holds what is not JSON ({error})") from None
-        except TemplateFailure as error:
-            raise TokenizerError(f"the chat template failed: {error}") from None
+        text, trusted = render(self.chat_template, variables, self.special_tokens_map)
         ids: list[int] = []
-        for piece in self._special_pattern.split(text) if self._special_pattern else [text]:
-            special = self.special_tokens.get(piece)
-            ids += self.encode(escape.restore(piece)) if special is None else [special]
-        return ids
+        end = 0
+        for match in self._special_matches(text, trusted):
+            ids += [*self.encode(text[end : match.start()]), self.special_tokens[match[0]]]
+            end = match.end()
+        return ids + self.encode(text[end:])
+
+    def _special_matches(self, text: str, trusted: Iterable[tuple[int, int]]) -> Iterator[re.Match[str]]:
+        """Yields special tokens that lie within a trusted run [start, end)."""
+        if self._special_pattern:
+            for start, end in trusted:
+                yield from self._special_pattern.finditer(text, start, end)
 
 
 def stop_tokens(folder: Path) -> tuple[tuple[int, ...], int | None]:
@@ -189,29 +208,6 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-class _SpecialTokenEscape:
-    """Escapes special tokens in messages while a template renders them.
-
-    The first characters of all special tokens are replaced by private-use characters that occur in no text, and
-    restored after the rendered text has been split at special tokens.
-    """
-
-    def __init__(self, texts: Sequence[str], special: Iterable[str]):
-        used = set().union(*texts)
-        free = [chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used]
-        first = sorted({text[0] for text in special})
-        if len(free) < len(first):
-            raise TokenizerError("the messages use every private-use character of Unicode; remove some")
-        self._escape = str.maketrans(dict(zip(first, free, strict=False)))
-        self._restore = str.maketrans(dict(zip(free, first, strict=False)))
-
-    def escape(self, value: Any) -> Any:
-        return value.translate(self._escape) if isinstance(value, str) else value
-
-    def restore(self, text: str) -> str:
-        return text.translate(self._restore)
-
-
 def _read_config(folder: Path) -> tuple[Mapping[str, Any], dict[str, int]]:
     """Reads tokenizer_config.json (empty if there is none) and the special tokens."""
     path = folder / "tokenizer_config.json"
@@ -230,6 +226,18 @@ def _token_text(config: Mapping[str, Any], key: str, default: str) -> str | None
     if value is not None and not isinstance(value, str):
         raise TokenizerError(f"tokenizer_config.json: {key}: expected a text, got {value!r:.40}")
     return value
+
+
+def _other_tokens(config: Mapping[str, Any]) -> dict[str, str | list[str] | None]:
+    """Reads what a configuration names besides eos_token and pad_token."""
+    tokens: dict[str, str | list[str] | None] = {k: _token_text(config, k, "") for k in _OTHER_TOKENS if k in config}
+    more = config.get("additional_special_tokens") or []
+    if not isinstance(more, list):
+        raise TokenizerError("tokenizer_config.json: additional_special_tokens: expected a list")
+    texts = (_token_text({"additional_special_tokens": t}, "additional_special_tokens", "") for t in more)
+    if more:
+        tokens["additional_special_tokens"] = [text for text in texts if text is not None]
+    return tokens
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

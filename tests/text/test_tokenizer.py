@@ -162,6 +162,7 @@ class TestVocabularyFormats:
             DbrxTokenizer.from_pretrained(tmp_path / "x")
 
 
+TIKTOKEN = "".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
 BYTES = {c: i for i, c in enumerate(_byte_characters())}
 
 
@@ -184,6 +185,11 @@ BYTES = {c: i for i, c in enumerate(_byte_characters())}
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "expected an object of objects"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"5": {}}}}, "1 to 256 characters"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "<s>"}}}}, "the id of '<s>'"),
+        ({"tokenizer_config.json": {"additional_special_tokens": "x"}, "a.tiktoken": TIKTOKEN}, "expected a list"),
+        (
+            {"tokenizer_config.json": {"additional_special_tokens": [5]}, "a.tiktoken": TIKTOKEN},
+            "expected a text, got 5",
+        ),
         ({"tokenizer_config.json": {"chat_template": 5}, "vocab.json": BYTES, "merges.txt": ""}, "expected a text"),
         (
             {
@@ -226,11 +232,6 @@ class TestSpecialTokensInText:
 
 
 class TestTemplates:
-    def tokenizer(self, dbrx, template):
-        return DbrxTokenizer(
-            {bytes([b]): b for b in range(256)}, {"<|x|>": 300, "<|endoftext|>": 301}, chat_template=template
-        )
-
     def test_template_of_the_checkpoint_is_used(self, tmp_path):
         template = (
             "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe DBRX.<|im_end|>\\n' }}{% endif %}"
@@ -245,41 +246,29 @@ class TestTemplates:
         (tmp_path / "chat_template.jinja").write_text("{{ messages | length }}")
         assert DbrxTokenizer.from_pretrained(tmp_path, CL100K).apply_chat_template(QUESTION) == [16]
 
-    def test_error_raised_by_a_template_is_reported(self, dbrx):
-        tokenizer = self.tokenizer(dbrx, "{{ raise_exception('roles must alternate') }}")
-        with pytest.raises(TokenizerError, match="the chat template failed: roles must alternate"):
-            tokenizer.apply_chat_template(QUESTION)
-
-    @pytest.mark.parametrize(
-        "template",
-        [
-            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-            "{{ messages.append(1) }}",
-            "{{ 'a' * 10 ** 10 }}",
-            "{{ '%2000000000d' | format(1) }}",
-            "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-            "{% include '/etc/passwd' %}",
-            "{% for",
-            "{{ nothing.at.all }}",
-            "{{ 1 / 0 }}",
-            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-            " " * (1 << 19),
-        ],
-    )
-    def test_hostile_template_is_rejected(self, dbrx, template):
-        with pytest.raises(TokenizerError, match="the chat template failed: ") as error:
-            self.tokenizer(dbrx, template).apply_chat_template(QUESTION)
+    @pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+    def test_template_with_a_syntax_error_is_refused(self, tmp_path, file):
+        template = "{% for m in messages %}\n{{ m.content }}"
+        (tmp_path / file).write_text(template if file.endswith("jinja") else json.dumps({"chat_template": template}))
+        with pytest.raises(TokenizerError, match=r"the chat template is not valid Jinja: line 2: .*endfor") as error:
+            DbrxTokenizer.from_pretrained(tmp_path, CL100K)
+        assert str(error.value).startswith(f"{tmp_path}: ")
         assert "\n" not in str(error.value)
 
-    def test_endless_template_times_out(self, dbrx, monkeypatch):
-        monkeypatch.setattr("dbrx_jax.text.chat_template.SECONDS", 1)
-        template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-        with pytest.raises(TokenizerError, match="seconds"):
-            self.tokenizer(dbrx, template).apply_chat_template(QUESTION)
-
-    @pytest.mark.parametrize(
-        "messages", [[{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 5}], ["x"]]
-    )
-    def test_invalid_messages_are_rejected(self, dbrx, messages):
-        with pytest.raises(TokenizerError, match="message 0: expected an object with the texts role and content"):
-            dbrx.apply_chat_template(messages)
+    def test_templates_see_the_special_tokens_of_the_checkpoint(self, tmp_path):
+        names = {
+            "bos_token": {"content": "<|im_start|>"},
+            "pad_token": None,
+            "unk_token": "<|im_end|>",
+            "sep_token": "nowhere",
+            "additional_special_tokens": ["<|pad|>", {"content": "<|fim_prefix|>"}],
+        }
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+        (tmp_path / "chat_template.jinja").write_text(
+            "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ sep_token }}{{ additional_special_tokens }}"
+            "{{ additional_special_tokens[0] }}"
+        )
+        tokenizer = DbrxTokenizer.from_pretrained(tmp_path, CL100K)
+        ids = tokenizer.apply_chat_template(QUESTION)
+        assert tokenizer.decode(ids) == "<|im_start|><|endoftext|><|im_end|>['<|pad|>', '<|fim_prefix|>']<|pad|>"
+        assert [i for i in ids if i >= 100257] == [100278, 100257, 100279, 100277]
