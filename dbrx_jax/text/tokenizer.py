@@ -33,6 +33,11 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _DEFAULT_TOKENS = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+# Arguments of transformers' apply_chat_template, which are not for the template.
+_NOT_VARIABLES = (
+    *("tokenize", "return_tensors", "return_dict", "return_assistant_tokens_mask", "continue_final_message"),
+    *("padding", "truncation", "max_length", "chat_template", "tokenizer_kwargs"),
+)
 _OTHER_TOKENS = ("bos_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -151,8 +156,13 @@ class DbrxTokenizer:
           template_kwargs: more variables of the template.
 
         Raises:
-          TokenizerError: a message has no role, or the template failed or refused the conversation.
+          TokenizerError: an argument is not one of these but of transformers', a message has no role, or the template
+            failed or refused the conversation.
         """
+        if unsupported := [name for name in _NOT_VARIABLES if name in template_kwargs]:
+            raise TokenizerError(
+                f"apply_chat_template has no argument {unsupported[0]}: it returns a list of token ids"
+            )
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise TokenizerError(f"message {number}: expected an object with a role (a text)")

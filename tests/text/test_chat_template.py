@@ -277,6 +277,10 @@ class TestErrors:
         with pytest.raises(TokenizerError, match=r"message 0: expected an object with a role"):
             tokenizer(DEFAULT_TEMPLATE).apply_chat_template(messages)
 
+    def test_arguments_of_transformers_do_not_vanish_in_the_template(self):
+        with pytest.raises(TokenizerError, match="apply_chat_template has no argument tokenize"):
+            tokenizer(DEFAULT_TEMPLATE).apply_chat_template(QUESTION, tokenize=False)
+
     def test_missing_content_is_the_templates_error(self):
         with pytest.raises(TokenizerError, match="the chat template failed: 'dict object' has no attribute 'content'"):
             tokenizer(DEFAULT_TEMPLATE).apply_chat_template([{"role": "user"}])

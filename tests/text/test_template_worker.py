@@ -89,6 +89,9 @@ class TestWorker:
         connection.shutdown(2)
         assert process.wait(timeout=30) == 0
 
+    def test_ctrl_c_is_not_for_the_process(self, worker):
+        assert os.getpgid(self.pid(worker)) != os.getpgid(0)
+
     def test_interrupted_rendering_leaves_no_reply_behind(self, worker, monkeypatch):
         self.pid(worker)
         with monkeypatch.context() as patch:
@@ -118,6 +121,7 @@ class TestWorker:
             warnings.simplefilter("ignore")  # of JAX about forks
             child = os.fork()
             if child == 0:
+                signal.alarm(60)
                 try:
                     other = self.pid(worker)
                     worker.stop()
