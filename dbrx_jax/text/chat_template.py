@@ -113,7 +113,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         path = [*sys.path, str(Path(__file__).parent)]
         arguments = json.dumps([path, [MEMORY, SECONDS, MAX_BYTES, MAX_TEXT]])
-        with theirs:
+        try:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _PROGRAM, arguments],
                 stdin=theirs.fileno(),
@@ -121,6 +121,11 @@ class _Worker:
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is not for it
             )
+        except OSError as error:
+            ours.close()
+            raise TokenizerError(f"the process that renders chat templates cannot start ({error.strerror})") from None
+        finally:
+            theirs.close()
         self._running = process, ours
         self._exchange(b'{"template": ""}', START_SECONDS)
 

@@ -83,6 +83,11 @@ class TestWorker:
         with pytest.raises(TokenizerError, match=r"ended \(TypeError: why\)"):
             render("", {}, {})
 
+    def test_missing_interpreter_is_reported(self, worker, monkeypatch):
+        monkeypatch.setattr(sys, "executable", "/nowhere")
+        with pytest.raises(TokenizerError, match=r"cannot start \(No such file or directory\)"):
+            render("", {}, {})
+
     def test_process_ends_with_its_connection(self, worker):
         self.pid(worker)
         process, connection = worker._running
