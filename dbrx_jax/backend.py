@@ -10,6 +10,7 @@ GPU_PLATFORMS = ("gpu", "cuda")  # JAX's names of the platform
 KERNEL_BACKENDS = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
 MIN_JAX_FOR_GPU_KERNELS = (0, 11, 2)  # the first version with which they were tested
 HOPPER = "9.0"  # compute capability
+SMALL_VMEM_TPUS = ("TPU v2", "TPU v3", "TPU v4")  # device kinds: 16 MiB, and the kernels need more
 KERNELS_VARIABLE = "DBRX_KERNELS"  # environment variable; 0 turns all kernels off
 
 
@@ -21,7 +22,16 @@ def kernel_backend(platform: str) -> str | None:
     is_tested_jax = jax.__version_info__ >= MIN_JAX_FOR_GPU_KERNELS
     if backend == "gpu" and not (is_tested_jax and (platform == "cpu" or _only_hopper_gpus())):
         return None
+    if backend == "tpu" and platform == "tpu" and _has_small_vmem():
+        return None
     return backend
+
+
+@functools.cache
+def _has_small_vmem() -> bool:
+    """Returns whether a TPU's VMEM is too small for the kernels; false without a TPU, as when compiling for one."""
+    tpus = jax.devices() if jax.default_backend() == "tpu" else []
+    return any(device.device_kind.startswith(SMALL_VMEM_TPUS) for device in tpus)
 
 
 @functools.cache
