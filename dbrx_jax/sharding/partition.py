@@ -308,7 +308,7 @@ def parse_axes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for item in text.split(","):
         axis, _, size = (part.strip() for part in item.partition("="))
-        if axis not in AXES or axis in sizes or not size.isdecimal() or not 0 < int(size) < 1 << 20:
+        if axis not in AXES or axis in sizes or not (size.isdecimal() and len(size) < 8 and 0 < int(size) < 1 << 20):
             raise MeshError(f'mesh: expected a recipe or axes such as "expert=16,tensor=4", got {text!r:.80}')
         sizes[axis] = int(size)
     return sizes
