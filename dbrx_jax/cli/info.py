@@ -5,6 +5,8 @@ import os
 import platform
 from typing import Any
 
+from dbrx_jax.planning.host_memory import available_memory, total_memory
+
 PACKAGES = ("dbrx-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tiktoken", "numpy")
 
 
@@ -12,13 +14,16 @@ def collect() -> dict[str, Any]:
     """Returns facts for a bug report: texts, and lists of texts."""
     import jax
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = available_memory()
+    memory = f"{total_memory() / 2**30:.1f} GiB of memory"
+    if available is not None:
+        memory += f", {available / 2**30:.1f} GiB free"
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "versions": [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES],
         "backend": f"{jax.default_backend()}, process {jax.process_index()} of {jax.process_count()}",
         "devices": [_device(device) for device in jax.local_devices()],
-        "host": f"{os.cpu_count()} CPUs, {memory / 2**30:.1f} GiB of memory",
+        "host": f"{os.cpu_count()} CPUs, {memory}",
     }
 
 
