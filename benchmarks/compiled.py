@@ -30,7 +30,8 @@ def plan(case: str) -> dict:
     """Runs `dbrx-jax plan --compile` for a case; returns its JSON."""
     target, dtype, batch, context = case.split(",")
     program = [sys.executable, "-c", "from dbrx_jax.cli.main import main; main()", "plan", "132b-instruct"]
-    options = ["--on", target, "--dtype", dtype, "--batch", batch, "--context", context, "--compile", "--json"]
+    weights = [] if dtype == "bfloat16" else ["--quantization", dtype]
+    options = ["--on", target, *weights, "--batch", batch, "--context", context, "--compile", "--json"]
     done = subprocess.run([*program, *options], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{case}: {done.stderr.splitlines()[-1]}")

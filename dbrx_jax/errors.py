@@ -33,5 +33,9 @@ class PlanError(DbrxError):
     """A plan names an unknown accelerator or slice, or needs a compiler that is not installed."""
 
 
+class MemoryLimitError(DbrxError):
+    """A model or its cache does not fit the memory that a device, or the host, has free."""
+
+
 class DistributedError(DbrxError):
     """The processes of a run cannot be connected, or were started with different arguments."""

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dbrx_jax.errors import PlanError
+from dbrx_jax.errors import MemoryLimitError
 from dbrx_jax.generation.decode import Options, Settings, lower
 from dbrx_jax.generation.settings import padded_ids
 from dbrx_jax.model.cache import CACHE_BLOCK
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.planning import hlo, targets
-from dbrx_jax.planning.plan import PREFILL, Setting, cache_bytes, memory, messages
+from dbrx_jax.planning.plan import Setting, cache_bytes, memory, messages
 from dbrx_jax.sharding.partition import CONTEXT_AXIS, make_mesh
 
 # Without a GPU XLA cannot autotune split-K. It then splits small matmuls often, and their partial sums count as
@@ -48,7 +48,8 @@ def compile_programs(setting: Setting) -> list[Compiled]:
     """Compiles a decode step of the whole batch, and one prefill chunk of one row in each data-parallel group.
 
     Raises:
-      PlanError: the compiler is not installed, or the program does not fit.
+      PlanError: the compiler is not installed.
+      MemoryLimitError: a program does not fit.
     """
     chips = setting.devices // setting.target.devices_per_chip
     mesh = make_mesh(setting.axes, targets.devices(setting.target.name, chips))
@@ -74,7 +75,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise PlanError(f"{name}: the compiler says that it does not fit: {reason}") from None
+        raise MemoryLimitError(f"{name}: the compiler says that it does not fit: {reason}") from None
     seconds = time.perf_counter() - begin
     sizes, text = program.memory_analysis(), program.as_text()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
@@ -86,7 +87,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     runs_by_kind: dict[str, int] = {}
     for collective in collectives:
         runs_by_kind[collective.kind] = runs_by_kind.get(collective.kind, 0) + collective.runs
-    tokens, split_tokens = (setting.rows, False) if name == "decode" else (PREFILL, True)
+    tokens, split_tokens = (setting.rows, False) if name == "decode" else (setting.chunk, True)
     buffers = hlo.largest_temporaries(text)
     return Compiled(
         program=name,

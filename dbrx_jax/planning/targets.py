@@ -1,4 +1,4 @@
-"""Specifications of the supported TPUs and GPUs, and their JAX devices for deviceless compilation."""
+"""Specifications of TPUs and GPUs, and their JAX devices for deviceless compilation."""
 
 import contextlib
 import math
@@ -12,23 +12,38 @@ from dbrx_jax.errors import PlanError
 
 @dataclass(frozen=True)
 class Target:
-    """Specification of one kind of accelerator, per JAX device (on tpu7x half a chip).
+    """Specification of one kind of device, per JAX device (on tpu7x half a chip). None: not published.
 
-    Peaks are dense. TPU figures other than memory: docs.cloud.google.com/tpu/docs, the pages v5e, v5p,
-    v6e and tpu7x. GPU figures: NVIDIA's data sheets of the SXM cards.
+    Peaks are dense. TPU figures other than memory: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and
+    tpu7x; v4's links are from the paper that its page names (six of 50 GB/s). GPU figures: NVIDIA's data sheets of
+    the SXM cards and, for B200, of HGX B200 and DGX B200; network: those of DGX systems, a port for each GPU.
     """
 
     name: str
-    platform: str  # "tpu" or "cuda"
+    platform: str  # "tpu", "cuda" or "cpu"
     # TPU: the compiler's limit, from its error for a program that is too large ("exceeds available HBM (15.75G)",
-    # in GiB with two decimals). GPU: the driver's total, which no compiler enforces; JAX allocates three quarters
-    # of it unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+    # in GiB with two decimals). GPU: the driver's total, which no compiler enforces (A100 and B200: as XLA's
+    # descriptions of these cards have it); JAX allocates three quarters of it unless XLA_PYTHON_CLIENT_MEM_FRACTION
+    # is set. CPU: a share of the machine's memory.
     hbm_bytes: int
-    hbm_bandwidth: float  # bytes/s
-    bf16_flops: float  # FLOP/s
-    int8_flops: float | None  # operations/s; None: not published
-    interconnect: float  # bytes/s out of one device over all its links, half the published bidirectional figure
+    hbm_bandwidth: float | None  # bytes/s
+    bf16_flops: float | None  # FLOP/s
+    int8_flops: float | None  # operations/s
+    interconnect: float | None  # bytes/s out of one device over all its links, half the bidirectional figure
     devices_per_chip: int = 1
+    devices_per_host: int = 4
+    network: float | None = None  # bytes/s out of one device to other hosts, where these are not on the links above
+    reserved: float = 0.0  # share of hbm_bytes that programs cannot use
+    kernels: bool = True  # whether this package has kernels for it, as dbrx_jax.backend decides on a device
+
+    @property
+    def usable_bytes(self) -> int:
+        """Bytes of a device that programs can use."""
+        return round((1 - self.reserved) * self.hbm_bytes)
+
+
+def _gpu(name: str, *figures: Any, network: float, kernels: bool = False) -> Target:
+    return Target(name, "cuda", *figures, devices_per_host=8, network=network, reserved=0.05, kernels=kernels)
 
 
 _GIB = 1 << 30
@@ -36,12 +51,15 @@ _GIB = 1 << 30
 TARGETS = {
     target.name: target
     for target in (
+        Target("v4", "tpu", int(30.75 * _GIB), 1200e9, 275e12, 275e12, 300e9, kernels=False),
         Target("v5e", "tpu", int(15.75 * _GIB), 819e9, 197e12, 393e12, 200e9),
         Target("v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 918e12, 600e9),
         Target("v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 1836e12, 400e9),
-        Target("tpu7x", "tpu", int(94.75 * _GIB), 7380e9 / 2, 2307e12 / 2, None, 600e9 / 2, devices_per_chip=2),
-        Target("h100", "cuda", 85520809984, 3350e9, 989e12, 1979e12, 450e9),
-        Target("h200", "cuda", 151397597184, 4800e9, 989e12, 1979e12, 450e9),
+        Target("tpu7x", "tpu", int(94.75 * _GIB), 7380e9 / 2, 2307e12 / 2, None, 600e9 / 2, 2, devices_per_host=8),
+        _gpu("a100", 85100068864, 2039e9, 312e12, 624e12, 300e9, network=25e9),
+        _gpu("h100", 85520809984, 3350e9, 989e12, 1979e12, 450e9, network=50e9, kernels=True),
+        _gpu("h200", 151397597184, 4800e9, 989e12, 1979e12, 450e9, network=50e9, kernels=True),
+        _gpu("b200", 191514411008, 8000e9, 2250e12, 4500e12, 900e9, network=50e9),
     )
 }
 
@@ -51,30 +69,44 @@ def _by_chips(*topologies: str) -> dict[int, str]:
 
 
 _2D = _by_chips("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_3D = _by_chips("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_3D = _by_chips(
+    *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    *("8x8x16", "8x16x16", "16x16x16"),
+)
 _GPU = _by_chips("1x1x1", "1x1x2", "1x1x4", "1x1x8")  # slices x hosts x GPUs
-_SLICES = {"v5e": _2D, "v6e": _2D, "v5p": _3D, "tpu7x": _3D, "h100": _GPU, "h200": _GPU}
+_SLICES = {"v4": _3D, "v5e": _2D, "v5p": _3D, "v6e": _2D, "tpu7x": _3D, "h100": _GPU, "h200": _GPU}
 
 
 def target(kind: str) -> Target:
     """Returns the specification of a kind of accelerator, or raises PlanError."""
     if kind not in TARGETS:
-        raise PlanError(f"no accelerator is called {kind!r}: choose one of {', '.join(TARGETS)}")
+        raise PlanError(f"no accelerator is called {kind!r:.40}: choose one of {', '.join(TARGETS)}")
     return TARGETS[kind]
 
 
 def slice_sizes(kind: str) -> tuple[int, ...]:
-    """Returns the numbers of chips of the usual slices, in ascending order."""
-    return tuple(_SLICES[kind])
+    """Returns the numbers of chips of the usual slices, or of GPUs in a host, in ascending order."""
+    return tuple(_SLICES.get(kind, _GPU))
 
 
 def topology_for(kind: str, chips: int) -> str:
-    """Returns the topology of a slice, such as "8x8" for 64 chips of v5e, or raises PlanError."""
-    target(kind)
-    slices = _SLICES[kind]
+    """Returns the topology to compile for, such as "8x8" for 64 chips of v5e.
+
+    Raises:
+      PlanError: the kind is unknown, or the compiler has no description of it or of so many chips.
+    """
+    slices = _known_slices(kind)
     if chips not in slices:
         raise PlanError(f"no slice of {kind} has {chips!r} chips: choose one of {', '.join(map(str, slices))}")
     return slices[chips]
+
+
+def _known_slices(kind: str) -> dict[int, str]:
+    """Returns the topologies of a kind that the compiler has a description of, or raises PlanError."""
+    if kind not in _SLICES and kind in (*TARGETS, "cpu"):
+        raise PlanError(f"cannot compile for {kind}, whose description is not known: choose of {', '.join(_SLICES)}")
+    target(kind)
+    return _SLICES[kind]
 
 
 def devices(kind: str, slice_: int | str) -> list[Any]:
@@ -87,16 +119,19 @@ def devices(kind: str, slice_: int | str) -> list[Any]:
     Raises:
       PlanError: the kind or the slice is unknown, or the compiler is not installed.
     """
-    accelerator = target(kind)
+    slices = _known_slices(kind)
     topology = topology_for(kind, slice_) if isinstance(slice_, int) else slice_
-    if topology not in _SLICES[kind].values():
-        raise PlanError(f"{kind} has no slice {topology!r}: choose one of {', '.join(_SLICES[kind].values())}")
+    if topology not in slices.values():
+        raise PlanError(f"{kind} has no slice {topology!r:.40}: choose one of {', '.join(slices.values())}")
+    accelerator = target(kind)
     import jax
     from jax.experimental import topologies
 
     try:
         if accelerator.platform == "tpu":
-            options = {"chips_per_host_bounds": (1, 1, 1)} if topology in ("1x1", "1x1x1") else {}
+            options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology in ("1x1", "1x1x1") else {}
+            if kind == "v4":
+                options["chip_config_name"] = "megacore"  # one JAX device a chip, as on a TPU VM
             with _without_metadata_server():
                 description = topologies.get_topology_desc(
                     platform="tpu", topology_name=f"{kind}:{topology}", **options
@@ -106,7 +141,8 @@ def devices(kind: str, slice_: int | str) -> list[Any]:
             description = topologies.get_topology_desc(platform="cuda", target_config=proto, topology=topology)
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError, ImportError) as error:
         raise PlanError(
-            f"cannot compile for {kind}: pip install 'dbrx-jax[compile]' ({str(error).splitlines()[0]:.200})"
+            f"cannot compile for {kind}: run pip install '.[compile]' in a checkout of dbrx_jax "
+            f"({str(error).splitlines()[0]:.200})"
         ) from None
     return list(description.devices)
 
