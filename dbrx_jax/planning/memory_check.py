@@ -43,7 +43,11 @@ class Request:
     def local_devices(self) -> list[Any]:
         if self.mesh is not None:
             return list(self.mesh.local_devices)
-        return [jax.config.jax_default_device or jax.local_devices()[0]]
+        config: Any = jax.config
+        default = config.jax_default_device  # a device, the name of a platform, or None
+        if default is None or isinstance(default, str):
+            return jax.local_devices(backend=default)[:1]
+        return [default]
 
     def setting(self, platform: str, device_bytes: int) -> Setting:
         """Returns the plan's setting, for devices that have `device_bytes` each."""

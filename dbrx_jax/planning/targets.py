@@ -1,16 +1,16 @@
 """Specifications of TPUs and GPUs, and their JAX devices for deviceless compilation."""
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from dbrx_jax.errors import PlanError
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Target:
     """Specification of one kind of device, per JAX device (on tpu7x half a chip). None: not published.
 
@@ -42,8 +42,12 @@ class Target:
         return round((1 - self.reserved) * self.hbm_bytes)
 
 
-def _gpu(name: str, *figures: Any, network: float, kernels: bool = False) -> Target:
-    return Target(name, "cuda", *figures, devices_per_host=8, network=network, reserved=0.05, kernels=kernels)
+def _gpu(
+    name: str, memory: int, bandwidth: float, bf16: float, int8: float, links: float, network: float, kernels: bool
+) -> Target:
+    """Returns a GPU in a host of eight. Programs get 95 percent of its memory."""
+    target = Target(name, "cuda", memory, bandwidth, bf16, int8, links, devices_per_host=8, network=network)
+    return dataclasses.replace(target, reserved=0.05, kernels=kernels)
 
 
 _GIB = 1 << 30
@@ -56,10 +60,10 @@ TARGETS = {
         Target("v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 918e12, 600e9),
         Target("v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 1836e12, 400e9),
         Target("tpu7x", "tpu", int(94.75 * _GIB), 7380e9 / 2, 2307e12 / 2, None, 600e9 / 2, 2, devices_per_host=8),
-        _gpu("a100", 85100068864, 2039e9, 312e12, 624e12, 300e9, network=25e9),
+        _gpu("a100", 85100068864, 2039e9, 312e12, 624e12, 300e9, network=25e9, kernels=False),
         _gpu("h100", 85520809984, 3350e9, 989e12, 1979e12, 450e9, network=50e9, kernels=True),
         _gpu("h200", 151397597184, 4800e9, 989e12, 1979e12, 450e9, network=50e9, kernels=True),
-        _gpu("b200", 191514411008, 8000e9, 2250e12, 4500e12, 900e9, network=50e9),
+        _gpu("b200", 191514411008, 8000e9, 2250e12, 4500e12, 900e9, network=50e9, kernels=False),
     )
 }
 
@@ -175,7 +179,7 @@ gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {int(gpu.hbm_bandwidth)} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  memory_bandwidth: {int(gpu.hbm_bandwidth or 0)} l2_cache_size: 52428800 clock_rate_ghz: 1.98
   device_memory_size: {gpu.hbm_bytes} shared_memory_per_block_optin: 232448
   cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536

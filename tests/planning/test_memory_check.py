@@ -34,7 +34,7 @@ def gpus(monkeypatch):
             SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", id=i, memory_stats=lambda s=s: s)
             for i, s in enumerate(stats)
         ]
-        monkeypatch.setattr(jax, "local_devices", lambda: devices)
+        monkeypatch.setattr(jax, "local_devices", lambda backend=None: devices)
         monkeypatch.setattr(jax, "device_count", lambda: len(devices))
 
     return use
@@ -95,6 +95,14 @@ class TestDevices:
         gpus(80 * GB, 30 * GB)
         mesh = SimpleNamespace(local_devices=jax.local_devices(), shape={"expert": 2})
         assert "NVIDIA H100 1 has 30.0 GB free" in refusal(dataclasses.replace(INT4, mesh=mesh))
+
+    def test_default_device_is_checked(self, gpus):
+        gpus(80 * GB, 30 * GB)
+        check_memory(INT4)
+        fuller = jax.local_devices()[1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(jax.config), "jax_default_device", fuller)
+            assert "NVIDIA H100 1 has 30.0 GB free" in refusal(INT4)
 
     def test_device_that_says_nothing_is_accepted(self, gpus):
         gpus(1)
