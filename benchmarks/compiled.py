@@ -3,7 +3,7 @@
     python -m benchmarks.compiled [CASE ...]
 
 Needs the extra [compile] and no accelerator. A case is devices, weights, rows and positions, such as
-h200-1,int8,8,8192; CASES are compiled by default. Compiles a decode step with all positions live, and a prefill chunk
+h200-1,int8,4,8192; CASES are compiled by default. Compiles a decode step with all positions live, and a prefill chunk
 of 2048 tokens. Updates these cases in results/compiled.json and prints them as a Markdown table.
 """
 
@@ -15,7 +15,7 @@ import sys
 from benchmarks.record import RESULTS, stamp, write
 
 CASES = (
-    "h200-1,int8,8,8192",
+    "h200-1,int8,4,8192",
     "h200-1,int4,8,32768",
     "v5e-16,int8,64,4096",
     "v6e-8,int8,64,4096",

@@ -47,8 +47,8 @@ class Plan:
     read_rate: float = 1.0
     """GB/s at which a host reads the checkpoint from its disk or network; the load time depends on it."""
     memory_rate: float | None = None
-    """Measured GB/s of a device's memory, on a CPU of the machine's; by default the data sheet's, which a CPU has
-    not."""
+    """Measured GB/s of a device's memory in place of the data sheet's; with --on cpu, which has none, of the whole
+    machine's memory."""
     compile: bool = False
     """Also compile for these devices, which need not be present (extra [compile])."""
     json: bool = False
@@ -71,9 +71,7 @@ class Plan:
             sys.exit(1)
 
     def _compile(self, setting: "Setting", facts: dict[str, Any]) -> str | None:
-        """Adds what the compiler says to the facts, or returns why it says nothing."""
-        if not facts["fits"]:
-            return "not compiled, because it does not fit"
+        """Adds the compiled programs to the facts, or returns the compiler's message that one does not fit."""
         from dbrx_jax.backend import KERNELS_VARIABLE
         from dbrx_jax.planning.compile import compile_programs
 

@@ -21,7 +21,7 @@ ATOL = 350e6  # tolerance of a plan in bytes
     ("target", "dtype", "batch", "context"),
     [
         ("v6e-8", "int4", 64, 4096),  # takes longest, so it is first
-        ("h200-1", "int8", 8, 8192),
+        ("h200-1", "int8", 4, 8192),
         ("h200-1", "int4", 8, 32768),
         ("v5e-16", "int8", 64, 4096),
         ("v5e-64", "bfloat16", 8, 32768),

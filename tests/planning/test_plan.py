@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.errors import MeshError, PlanError
+from dbrx_jax.errors import MemoryLimitError, MeshError, PlanError
 from dbrx_jax.planning.compile import _holds_expert
 from dbrx_jax.planning.host_memory import total_memory
 from dbrx_jax.planning.loading import loading
@@ -173,7 +173,7 @@ class TestCommand:
         assert max(map(len, done.stdout.splitlines())) <= 80
 
     def test_plan_prints_json(self):
-        done = command("dbrx-jax", "plan", "132b-base", "--on", "h200-1", "--quantization", "int8", "--json")
+        done = in_process("dbrx-jax", "plan", "132b-base", "--on", "h200-1", "--quantization", "int8", "--json")
         facts = json.loads(done.stdout)
         assert facts["axes"] == {"expert": 1}
         assert facts["fits"] is True
@@ -187,11 +187,15 @@ class TestCommand:
         facts = json.loads(in_process("dbrx-jax", "plan", "--on", "h100-2", "--json").stdout)
         assert facts["ways_to_fit"] == ["int8 weights", "4 devices (mesh expert=4)"]
 
-    def test_plan_compiles_only_what_fits(self):
-        done = in_process("dbrx-jax", "plan", "--on", "h100-2", "--compile")
+    def test_compiler_that_runs_out_of_memory_ends_in_a_line_after_the_page(self, monkeypatch):
+        def refuse(setting):
+            raise MemoryLimitError("decode: the compiler says that it does not fit: too large")
+
+        monkeypatch.setattr("dbrx_jax.planning.compile.compile_programs", refuse)
+        done = in_process("dbrx-jax", "plan", "--on", "h100-8", "--compile")
         assert done.returncode == 1
-        assert "it does not fit" in done.stdout
-        assert done.stderr == "dbrx-jax: not compiled, because it does not fit\n"
+        assert done.stdout == in_process("dbrx-jax", "plan", "--on", "h100-8").stdout
+        assert done.stderr.endswith("dbrx-jax: decode: the compiler says that it does not fit: too large\n")
 
     @pytest.mark.parametrize(
         ("on", "devices", "mesh"),
