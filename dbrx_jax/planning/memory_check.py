@@ -25,7 +25,7 @@ class Request:
 
     Args:
       mesh: the devices; None is JAX's default device.
-      dtype: of the weights, or of a quantised model's activations and scales.
+      dtype: of the weights, or of a quantised model's activations and scales; None is the configuration's.
       quantization: as DbrxForCausalLM.from_pretrained takes it.
       rows, positions: of the batch, and the most tokens of a row, prompt and new; 0 rows is the weights alone.
       cache_dtype: "int8", or None for the model's.
@@ -33,7 +33,7 @@ class Request:
 
     config: DbrxConfig
     mesh: Mesh | None
-    dtype: DTypeLike
+    dtype: DTypeLike | None = None
     quantization: Quantization | str | None = None
     rows: int = 0
     positions: int = 0
@@ -53,7 +53,7 @@ class Request:
         """Returns the plan's setting, for devices that have `device_bytes` each."""
         target = Target(platform, platform, device_bytes, None, None, None, None, devices_per_host=1 << 20)
         quantization = Quantization.parse(self.quantization)
-        dtype = str(np.dtype(self.dtype))
+        dtype = self.config.dtype if self.dtype is None else str(np.dtype(self.dtype))
         axes = {"expert": 1} if self.mesh is None else dict(self.mesh.shape)
         return Setting(
             config=self.config,
@@ -70,8 +70,8 @@ class Request:
 def check_memory(request: Request, weights_loaded: bool = False) -> None:
     """Refuses what certainly does not fit: more bytes of weights and cache than a device has free.
 
-    Activations, and what the runtime needs for itself, are not counted. Where a device or system does not say what it
-    has free, everything is accepted.
+    Activations, the row of cache in which a prompt is computed, and what the runtime needs for itself are not counted.
+    Where a device or system does not say what it has free, everything is accepted.
 
     Args:
       weights_loaded: the weights are on the devices already, so that only the cache is to be made.
@@ -87,25 +87,32 @@ def check_memory(request: Request, weights_loaded: bool = False) -> None:
     plan = memory(request.setting(device.platform, free))
     weights = sum(plan.parameters.values())
     new_weights = 0 if weights_loaded else weights
-    cache = plan.cache + plan.prefill if request.rows else 0
+    cache = plan.cache if request.rows else 0
     if new_weights + cache <= free:
         return
     need = _need(request, device, new_weights, cache)
     advice = _advice(request, free + weights - new_weights, weights_loaded)
-    raise MemoryLimitError(f"memory: {need}, {_has(device, len(devices), free)}; {advice}")
+    raise MemoryLimitError(f"memory: {need}, {_has(device, len(devices), free)} free; {advice}")
 
 
 def fit_advice(request: Request, weights_loaded: bool = False) -> str:
-    """Returns what would fit, in words for an error of a device or host whose memory ran out in spite of the check.
+    """Returns words for the error of a device or host whose memory ran out in spite of the check.
 
-    If the plan says that the request fits, what is suggested takes at most SMALLER of it, besides loaded weights.
+    They say what is asked for, what there is and what would fit, such as "each device needs 76.2 GB (weights …), and
+    NVIDIA H100 80GB HBM3 0 has 81.0 GB; it would fit with 4 rows". If the plan says that the request fits, what is
+    suggested takes at most SMALLER of it, besides loaded weights.
     """
     devices = request.local_devices
     plan = memory(request.setting(devices[0].platform, 0))
-    fixed = sum(plan.parameters.values()) if weights_loaded else 0
+    weights = sum(plan.parameters.values())
+    fixed = weights if weights_loaded else 0
     smaller = fixed + round(SMALLER * (plan.total - fixed))
     limit = _limit_bytes(devices[0], len(devices))
-    return _advice(request, smaller if limit is None else min(limit, smaller), weights_loaded)
+    need = _need(request, devices[0], weights, plan.cache if request.rows else 0)
+    if limit is None:
+        return f"{need}; {_advice(request, smaller, weights_loaded)}"
+    advice = _advice(request, min(limit, smaller), weights_loaded)
+    return f"{need}, {_has(devices[0], len(devices), limit)}; {advice}"
 
 
 def _free_bytes(device: Any, num_devices: int) -> int | None:
@@ -149,10 +156,11 @@ def _need(request: Request, device: Any, weights: int, cache: int) -> str:
     return f"{subject} {_gigabytes(scale * (weights + cache))} ({', '.join(parts)})"
 
 
-def _has(device: Any, num_devices: int, free: int) -> str:
+def _has(device: Any, num_devices: int, size: int) -> str:
+    """Returns what there is, such as "and NVIDIA H100 80GB HBM3 0 has 81.0 GB"."""
     if device.platform == "cpu":
-        return f"and this machine has {_gigabytes(num_devices * free)} free for it"
-    return f"and {device.device_kind} {device.id} has {_gigabytes(free)} free"
+        return f"and this machine has {_gigabytes(num_devices * size)}"
+    return f"and {device.device_kind} {device.id} has {_gigabytes(size)}"
 
 
 def _gigabytes(size: int) -> str:

@@ -414,8 +414,8 @@ def larger_mesh(setting: Setting, sizes: Sequence[int]) -> list[str]:
     """Returns the first larger number of devices on which a setting fits; empty if there is none."""
     for devices in sizes:
         if devices > setting.devices:
-            axes = suggest_axes_on(setting.config, setting.target, devices)
-            with contextlib.suppress(MeshError, QuantizationError):
+            with contextlib.suppress(MeshError, PlanError, QuantizationError):
+                axes = suggest_axes_on(setting.config, setting.target, devices)
                 if fits(dataclasses.replace(setting, axes=axes)):
                     return [f"{devices} devices (mesh {axes_text(axes)})"]
     return []

@@ -19,7 +19,7 @@ from tests.sharding.test_mesh import mesh_of
 
 DBRX = DbrxConfig.from_name("132b-instruct")
 GB = 10**9
-INT4 = Request(DBRX, None, "bfloat16", "int4", rows=8, positions=4096)  # 70.2 GB and 9 cache rows of 0.67 GB
+INT4 = Request(DBRX, None, "bfloat16", "int4", rows=8, positions=4096)  # 70.2 GB and 8 cache rows of 0.67 GB
 INT4_BYTES = sum(memory(INT4.setting("gpu", 0)).parameters.values())
 ROW_BYTES = 163_840 * 4096
 
@@ -57,7 +57,7 @@ class TestDevices:
     def test_model_that_does_not_fit_is_refused_with_what_would(self, gpus):
         gpus(80 * GB)
         assert refusal(Request(DBRX, None, "bfloat16", rows=8, positions=4096)) == (
-            "memory: each device needs 269.2 GB (weights 263.2 GB, cache 6.0 GB for 8 rows of 4096 positions), and "
+            "memory: each device needs 268.6 GB (weights 263.2 GB, cache 5.4 GB for 8 rows of 4096 positions), and "
             "NVIDIA H100 0 has 80.0 GB free; it would fit with int4 weights"
         )
 
@@ -69,18 +69,18 @@ class TestDevices:
         )
 
     def test_only_what_certainly_does_not_fit_is_refused(self, gpus):
-        needed = INT4_BYTES + 9 * ROW_BYTES
+        needed = INT4_BYTES + 8 * ROW_BYTES
         gpus(needed)
         check_memory(INT4)
         gpus(needed - 1)
         assert refusal(INT4).endswith("it would fit with an int8 cache, or 2048 positions, or 4 rows")
 
     def test_loaded_weights_are_not_counted_again(self, gpus):
-        gpus(9 * ROW_BYTES)
+        gpus(8 * ROW_BYTES)
         check_memory(INT4, weights_loaded=True)
-        gpus(9 * ROW_BYTES - 1)
+        gpus(8 * ROW_BYTES - 1)
         message = refusal(INT4, weights_loaded=True)
-        assert "each device needs 6.0 GB (cache 6.0 GB for 8 rows of 4096 positions)" in message
+        assert "each device needs 5.4 GB (cache 5.4 GB for 8 rows of 4096 positions)" in message
 
     def test_more_devices_are_suggested_where_there_are_more(self, gpus):
         gpus(*[80 * GB] * 8)
@@ -117,9 +117,17 @@ class TestDevices:
         gpus(80 * GB)
         small = dataclasses.replace(INT4, rows=4, positions=2048)
         check_memory(small)  # fits, says the plan
-        assert fit_advice(dataclasses.replace(INT4, rows=64), weights_loaded=True) == "it would fit with 8 rows"
-        assert fit_advice(dataclasses.replace(small, quantization="int8")) == "it would fit with int4 weights"
-        assert fit_advice(small, weights_loaded=True) == "it would fit with an int8 cache, or 2 rows"
+        assert fit_advice(dataclasses.replace(INT4, rows=64), weights_loaded=True) == (
+            "each device needs 113.1 GB (weights 70.2 GB, cache 42.9 GB for 64 rows of 4096 positions), and NVIDIA "
+            "H100 0 has 80.0 GB; it would fit with 8 rows"
+        )
+        assert fit_advice(dataclasses.replace(small, quantization="int8")).endswith("; it would fit with int4 weights")
+        assert fit_advice(small, weights_loaded=True).endswith("; it would fit with an int8 cache, or 2 rows")
+        jax.local_devices()[0].memory_stats = lambda: None
+        assert fit_advice(small, weights_loaded=True) == (
+            "each device needs 71.5 GB (weights 70.2 GB, cache 1.3 GB for 4 rows of 2048 positions); it would fit with "
+            "an int8 cache, or 2 rows"
+        )
 
 
 class TestHost:
@@ -130,7 +138,7 @@ class TestHost:
         host(size // 2)
         assert refusal(request) == (
             f"memory: this process needs {size / 1e9:.1f} GB (weights {size / 1e9:.1f} GB), and this machine has "
-            f"{size / 2e9:.1f} GB free for it; it would fit with int8 weights"
+            f"{size / 2e9:.1f} GB free; it would fit with int8 weights"
         )
         host(round(1.1 * size))  # replicated norms and routers, and padding of the vocabulary
         check_memory(request)
@@ -185,7 +193,7 @@ except MemoryLimitError as error:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("memory: this process needs 3.")
-        assert "this machine has 2.0 GB free for it; it would fit with bfloat16 weights" in done.stdout
+        assert "this machine has 2.0 GB free; it would fit with bfloat16 weights" in done.stdout
 
 
 def write(root, name, text):
