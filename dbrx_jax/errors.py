@@ -34,7 +34,7 @@ class PlanError(DbrxError):
 
 
 class MemoryLimitError(DbrxError):
-    """A model or its cache does not fit the memory that a device, or the host, has free."""
+    """The memory of the host or of a device is too small for what is asked."""
 
 
 class DistributedError(DbrxError):
