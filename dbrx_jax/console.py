@@ -1,76 +1,216 @@
-"""Output of the commands on stderr: one-line errors, status lines and progress."""
+"""Output of the commands and of long work on stderr: one-line errors, status lines and progress."""
 
 import contextlib
+import errno
+import importlib.util
+import io
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dbrx_jax.errors import DbrxError
+from dbrx_jax.memory import explain_memory_error, is_memory_error
 
-LINE_SECONDS = 10  # interval of progress lines where stderr is no terminal
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+DELAY_SECONDS = 2.0  # work that is done sooner is not worth a line
+LINE_SECONDS = 10  # interval of progress lines where no bar can be drawn
+# Loggers of libraries that report at length what our errors say in a line.
+QUIET_LOGGERS = ("absl", "huggingface_hub")
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+_runs_command = False  # whether this process is one of the commands
 
 
 def print_status(line: str) -> None:
-    """Prints a line for the user on stderr; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints a line for the user on stderr, unless nothing can be written there; stdout is for results."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def run(program: str, command: Callable[[], Any]) -> NoReturn:
-    """Runs a command and exits: with 0, or with 2 and one line if the user's input is at fault."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs at length what our errors say in a line
-    warnings.showwarning = lambda message, *_: print_status(f"{program}: warning: {message}")
+    """Runs a command and exits with its status, or prints one line about what stopped it.
+
+    The status is 2 if the user can mend it, 130 after Ctrl-C, and 141 if the reader of stdout has gone.
+    """
+    global _runs_command
+    _open_closed_streams()
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.showwarning = lambda message, *_: print_status(f"{program}: warning: {_one_line(message)}")
+    _runs_command = True
     try:
-        command()
-        sys.stdout.flush()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
     except DbrxError as error:
-        print_status(f"{program}: {_one_line(error)}")
-        sys.exit(2)
+        _fail(program, _one_line(error))
     except KeyboardInterrupt:
-        print_status(f"{program}: interrupted")
-        sys.exit(130)
+        _exit_at_once(program)
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
-        sys.stderr.close()
+        _discard_stdout()
         sys.exit(141)
+    except Exception as error:
+        if is_memory_error(error):
+            _fail(program, explain_memory_error(error))
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+            _discard_stdout()
+            _fail(program, f"{error.filename or 'the output'} cannot be written: {error.strerror}")
+        raise
+    finally:
+        _runs_command = False
     sys.exit(0)
 
 
-def _one_line(error: BaseException) -> str:
+def _fail(program: str, line: str) -> NoReturn:
+    print_status(f"{program}: {line}")
+    sys.exit(2)
+
+
+def _exit_at_once(program: str) -> NoReturn:
+    """Ends an interrupted command, without waiting for threads that still work: what they write can be continued."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
+    print_status(f"{program}: interrupted")
+    if threading.active_count() > 1:
+        os._exit(130)
+    sys.exit(130)
+
+
+def _open_closed_streams() -> None:
+    """Replaces stdout and stderr, which are None if the command was started without them (`>&-`), by /dev/null."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def _discard_stdout() -> None:
+    """Points stdout to /dev/null: at its exit Python would try again to write what is left, and print an error."""
+    with contextlib.suppress(io.UnsupportedOperation):  # a stdout in memory
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: BaseException | str) -> str:
     """Returns the message in one line of printable characters: it may quote an untrusted file."""
     text = " ".join(str(error).split())
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
+def is_shown(requested: bool | None) -> bool:
+    """Returns whether to show lines and bars about long work; only the first of several processes ever does.
+
+    Args:
+      requested: None shows them in the commands, on a terminal and in a notebook.
+    """
+    if requested is False or not _is_first_process():
+        return False
+    return requested or _runs_command or sys.stderr.isatty() or _in_notebook()
+
+
+def _is_first_process() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
 @contextlib.contextmanager
-def progress(label: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Shows progress in bytes, as a bar on a terminal and as lines elsewhere; yields a function that advances it."""
+def announce(line: str, after: float = DELAY_SECONDS, shown: bool | None = None) -> Iterator[None]:
+    """Prints a line about the work of a `with` block if it still runs after some seconds.
+
+    Args:
+      after: seconds.
+      shown: see :func:`is_shown`.
+    """
+    if not is_shown(shown):
+        yield
+        return
+    timer = threading.Timer(after, print_status, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def progress(
+    label: str, num_bytes: int, shown: bool | None = None, after: float = DELAY_SECONDS
+) -> Iterator[Callable[[int], None]]:
+    """Shows the progress of a `with` block that lasts; yields a function that advances it, for any thread.
+
+    It is a bar on a terminal and in a notebook, and lines elsewhere.
+
+    Args:
+      num_bytes: all bytes.
+      shown: see :func:`is_shown`.
+      after: seconds before the bar appears.
+    """
+    if not is_shown(shown):
+        yield lambda count: None
+        return
+    if not can_redraw():
+        yield _progress_lines(label, num_bytes)
+        return
+    bar = _make_bar(label)
+    task = bar.add_task(label, total=num_bytes)
+    timer = threading.Timer(after, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda count: bar.advance(task, count)
+    finally:
+        timer.cancel()
+        timer.join()  # it may be drawing the bar for the first time
+        if bar.live.is_started:
+            bar.stop()
+
+
+def can_redraw() -> bool:
+    """Returns whether bars can be drawn: on a terminal that moves its cursor, and in a notebook with widgets."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.is_interactive or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
+def _make_bar(label: str) -> "Progress":
+    """Returns a bar of bytes, their rate and the time left, which is not drawn before its start."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _progress_lines(label, num_bytes)
-        return
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=num_bytes)
-        yield lambda count: bar.advance(task, count)
+    columns = (TextColumn(label), BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, expand=True, redirect_stdout=False)
 
 
 def _progress_lines(label: str, num_bytes: int) -> Callable[[int], None]:
     """Returns a function that advances the progress and prints it every LINE_SECONDS."""
     begin = last_print = time.monotonic()
     done = 0
+    lock = threading.Lock()
 
     def advance(count: int) -> None:
         nonlocal done, last_print
-        done += count
-        now = time.monotonic()
-        if now - last_print >= LINE_SECONDS:
+        with lock:
+            done += count
+            now = time.monotonic()
+            if now - last_print < LINE_SECONDS:
+                return
             last_print = now
             rate = done / (now - begin)
-            print_status(f"{label}: {done / 1e9:.1f} of {num_bytes / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s")
+            left = (num_bytes - done) / rate
+        print_status(f"{label}: {done / 1e9:.1f} of {num_bytes / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left")
 
     return advance
