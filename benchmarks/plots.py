@@ -21,7 +21,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[str]:
     try:
         import matplotlib
     except ImportError:
-        raise BenchmarkError("plots need matplotlib: pip install 'dbrx-jax[benchmarks]'") from None
+        raise BenchmarkError("plots need matplotlib: pip install '.[benchmarks]'") from None
     matplotlib.use("svg")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.svg"):

@@ -1,8 +1,20 @@
 """Errors in the user's input. The commands print each as one line and exit with 2."""
 
+# Packages of the extras that errors ask for.
+PACKAGES = {
+    "compile": "'jax[tpu]' jax-cuda13-plugin nvidia-cuda-nvcc nvidia-nvvm",
+    "gcs": "universal_pathlib gcsfs",
+    "hub": "huggingface_hub",
+}
+
 
 class DbrxError(ValueError):
     """Base class of errors in the user's input; the message says what is wrong, where, and what to do."""
+
+
+def install_advice(extra: str) -> str:
+    """Returns how to install the packages of an extra, without an index that has dbrx-jax itself."""
+    return f"pip install '.[{extra}]' in a clone of dbrx_jax, or pip install {PACKAGES[extra]}"
 
 
 class ConfigError(DbrxError):

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dbrx_jax.errors import CheckpointError, ConfigError
+from dbrx_jax.errors import CheckpointError, ConfigError, install_advice
 
 MAX_JSON = 64 << 20  # bytes; a tokenizer.json of 100k entries is under 10 MB
 
@@ -26,8 +26,7 @@ def location(path: str | Path) -> Path:
         _ = remote.fs  # raises if the file system is not available
     except ImportError as error:
         raise CheckpointError(
-            f"{path}: needs the file system's client ({error}); pip install 'dbrx-jax[gcs]' for gs://, "
-            "and s3fs besides for s3://"
+            f"{path}: needs the file system's client ({error}); {install_advice('gcs')} (for s3:// also s3fs)"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path}: no such kind of location ({error})") from None

@@ -1,6 +1,6 @@
 """Trains the demo checkpoint that comes with dbrx_jax, from its corpus to its Hugging Face folder.
 
-    pip install 'dbrx-jax[demo]'
+    pip install '.[demo]'
     python examples/train_demo.py --corpus CORPUS --out OUT --minutes 60
 
 See demo_corpus.py for how to get CORPUS. Everything is seeded; the number of steps that fit in the

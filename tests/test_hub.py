@@ -1,13 +1,18 @@
 """Tests of loading checkpoints from the Hugging Face hub, with a fake hub client."""
 
 import builtins
+import re
 import sys
+import tomllib
 import types
+from pathlib import Path
 
 import pytest
 
+import dbrx_jax.hub
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.errors import CheckpointError
+from dbrx_jax.errors import PACKAGES, CheckpointError
+from dbrx_jax.hub import checkpoint_folder
 from tests.conftest import GOLDEN
 
 
@@ -25,6 +30,12 @@ def hub(monkeypatch):
         return client.answer()
 
     client.snapshot_download, client.errors = snapshot_download, errors
+    client.utils = utils = types.ModuleType("huggingface_hub.utils")
+    client.bars = True
+    utils.are_progress_bars_disabled = lambda: not client.bars
+    utils.disable_progress_bars = lambda: setattr(client, "bars", False)
+    utils.enable_progress_bars = lambda: setattr(client, "bars", True)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utils)
     monkeypatch.setitem(sys.modules, "huggingface_hub", client)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     return client
@@ -64,5 +75,24 @@ def test_missing_hub_package_is_reported(monkeypatch):
         return original_import(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", import_without_hub)
-    with pytest.raises(CheckpointError, match=r"pip install 'dbrx-jax\[hub\]'"):
+    advice = r"pip install '\.\[hub\]' in a clone of dbrx_jax, or pip install huggingface_hub$"
+    with pytest.raises(CheckpointError, match=advice):
         DbrxForCausalLM.from_pretrained("hf://someone/x")
+
+
+def test_advice_names_the_packages_of_each_extra():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    for extra, packages in PACKAGES.items():
+        names = [re.split("[>=]", requirement)[0] for requirement in extras[extra]]
+        assert packages.replace("'", "").split() == names
+
+
+@pytest.mark.parametrize(("progress", "can_redraw"), [(True, True), (True, False), (False, True)])
+def test_bars_of_the_hub_are_drawn_where_ours_are(hub, monkeypatch, progress, can_redraw):
+    seen = []
+    hub.answer = lambda: seen.append(hub.bars) or str(GOLDEN / "dense")
+    monkeypatch.setattr(dbrx_jax.hub, "can_redraw", lambda: can_redraw)
+    checkpoint_folder("hf://someone/x", progress)
+    assert seen == [progress and can_redraw]
+    assert hub.bars

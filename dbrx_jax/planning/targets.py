@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from dbrx_jax.errors import PlanError
+from dbrx_jax.errors import PlanError, install_advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +144,8 @@ def devices(kind: str, slice_: int | str) -> list[Any]:
             proto = _gpu_target_config(accelerator)
             description = topologies.get_topology_desc(platform="cuda", target_config=proto, topology=topology)
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError, ImportError) as error:
-        raise PlanError(
-            f"cannot compile for {kind}: run pip install '.[compile]' in a checkout of dbrx_jax "
-            f"({str(error).splitlines()[0]:.200})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise PlanError(f"cannot compile for {kind} ({reason:.200}); {install_advice('compile')}") from None
     return list(description.devices)
 
 

@@ -60,6 +60,6 @@ def test_missing_compiler_is_reported(kinds, compiler):
     if importlib.util.find_spec(compiler):
         pytest.skip(f"{compiler} is installed")
     for kind in kinds:
-        with pytest.raises(PlanError, match=r"pip install '.\[compile\]' in a checkout"):
+        with pytest.raises(PlanError, match=r"pip install '.\[compile\]' in a clone"):
             devices(kind, 4)
     assert "TPU_WORKER_HOSTNAMES" not in os.environ
