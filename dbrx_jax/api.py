@@ -38,6 +38,7 @@ class DbrxForCausalLM(CausalLM):
         quantization: str | Quantization | None = None,
         all_to_all: bool = False,
         attention_implementation: str | None = None,
+        progress: bool | None = None,
     ) -> Self:
         """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
 
@@ -57,6 +58,8 @@ class DbrxForCausalLM(CausalLM):
             (`jax.lax.ragged_all_to_all`, on TPU and GPU; a CPU gathers all tokens and selects).
           attention_implementation: "flash", kernels for TPUs and Hopper GPUs; "xla", blocks in plain XLA; "reference",
             the definition with all scores at once, for tests. None is "flash" where there are kernels, else "xla".
+          progress: show a bar on stderr once loading has taken two seconds. None shows it on a terminal, in a
+            notebook and in the commands. Of several processes only the first shows one.
 
         Raises:
           CheckpointError: the folder is not a complete DBRX checkpoint; the message says what is wrong.
@@ -64,11 +67,12 @@ class DbrxForCausalLM(CausalLM):
             unknown or does not run on the devices.
           MeshError: the mesh does not fit the model or the devices.
           QuantizationError: the quantisation is unknown, or does not fit the model.
+          MemoryLimitError: the memory of the host or of a device ran out.
         """
         from dbrx_jax.checkpoint.load import load_model  # imports safetensors
 
-        folder = checkpoint_folder(path)
-        model = load_model(cls, folder, mesh, dtype, quantization, all_to_all, attention_implementation)
+        folder = checkpoint_folder(path, progress)
+        model = load_model(cls, folder, mesh, dtype, quantization, all_to_all, attention_implementation, progress)
         model.generation_config = _generation_config(folder)
         return model
 

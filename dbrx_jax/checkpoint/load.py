@@ -1,6 +1,8 @@
 """Loads a model from an Orbax or Hugging Face folder, each shard straight to its device."""
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.parameters import ArrayLayout, Network, array_layouts, model_from_arrays, parameter_specs
 from dbrx_jax.checkpoint.quantized import read_quantized
 from dbrx_jax.config import DTYPES
+from dbrx_jax.console import progress
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.kernels.attention import select_implementation
+from dbrx_jax.memory import report_memory_errors
 from dbrx_jax.quantization import Format, Quantization, QuantizedArray
 from dbrx_jax.sharding.partition import Partition, check_mesh
 from dbrx_jax.sharding.recipes import find_mesh
@@ -33,6 +37,7 @@ def load_model(
     quantization: str | Quantization | None,
     all_to_all: bool,
     attention_implementation: str | None,
+    show_progress: bool | None = None,
 ) -> Network:
     """Loads a checkpoint into a network of this class; see :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`."""
     if dtype is not None and str(np.dtype(dtype)) not in DTYPES:
@@ -53,14 +58,21 @@ def load_model(
     select_implementation(attention_implementation, Partition(mesh).platform)  # raises before any weight is read
     layouts = array_layouts(folder.config, mesh, quantization, target)
 
+    num_bytes = sum(_local_bytes(leaf, spec, mesh) for a in layouts.values() for _, leaf, spec in a.leaves())
+
     def read(layout: ArrayLayout) -> Any:
         formats = [None if quantization is None else quantization.format_of(name) for name in layout.parameters]
         readers = [_ParameterReader(folder, *named, target) for named in zip(layout.parameters, formats, strict=True)]
-        leaves = {part: _read(readers, part, leaf, spec, mesh) for part, leaf, spec in layout.leaves()}
+        leaves = {part: _read(readers, part, leaf, spec, mesh, advance) for part, leaf, spec in layout.leaves()}
         return layout.from_leaves(leaves)
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with (
+        report_memory_errors(f"loading {path}, {num_bytes / 1e9:,.3g} GB of {quantization or target.name} weights"),
+        progress("Loading", num_bytes, show_progress) as advance,
+        ThreadPoolExecutor(READERS) as pool,
+    ):
         arrays = dict(zip(layouts, pool.map(read, layouts.values()), strict=True))
+        jax.block_until_ready(arrays)  # so that a device whose memory ran out says so here
     config = dataclasses.replace(folder.config, dtype=target.name)
     return model_from_arrays(
         network,
@@ -111,47 +123,82 @@ class _ParameterReader:
         return self.cache[start, stop]
 
 
-def _read(
-    readers: list[_ParameterReader], part: str, leaf: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh | None
-) -> jax.Array:
-    """Reads a leaf of a model's array to its devices, or on a mesh the shards of this process' devices."""
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Returns start and stop of each dimension of a shard."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _local_bytes(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh | None) -> int:
+    """Returns the bytes of a leaf that this process reads: replicas of a shard are read once."""
     if mesh is None:
+        return math.prod(leaf.shape) * leaf.dtype.itemsize
+    indices = NamedSharding(mesh, spec).addressable_devices_indices_map(leaf.shape).values()
+    shards = {_bounds(index, leaf.shape) for index in indices}
+    return sum(math.prod(stop - start for start, stop in bounds) for bounds in shards) * leaf.dtype.itemsize
+
+
+def _read(
+    readers: list[_ParameterReader],
+    part: str,
+    leaf: jax.ShapeDtypeStruct,
+    spec: PartitionSpec,
+    mesh: Mesh | None,
+    advance: Callable[[int], None],
+) -> jax.Array:
+    """Reads a leaf of a model's array to its devices, or on a mesh the shards of this process' devices.
+
+    Calls `advance` with the bytes of each block that is read.
+    """
+    if mesh is None:
+        whole = [(0, n) for n in leaf.shape]
         if len(readers) == 1:
-            return jax.device_put(readers[0].rows(part, 0, leaf.shape[0]))
-        return jax.device_put(_read_stacked(readers, part, [(0, n) for n in leaf.shape[1:]], leaf.dtype))
+            return jax.device_put(_read_block(readers[0], part, whole, leaf.dtype, advance))
+        return jax.device_put(_read_stacked(readers, part, whole[1:], leaf.dtype, advance))
     shards: dict[tuple, np.ndarray] = {}  # by bounds: replicas of a shard are read once
 
     def read_shard(index: Any) -> np.ndarray:
-        bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)]
-        if (key := tuple(bounds)) not in shards:
+        bounds = _bounds(index, leaf.shape)
+        if bounds not in shards:
             if len(readers) > 1:
                 (first, last), *rest = bounds
-                shards[key] = _read_stacked(readers[first:last], part, rest, leaf.dtype)
+                shards[bounds] = _read_stacked(readers[first:last], part, rest, leaf.dtype, advance)
             else:
-                shards[key] = _read_block(readers[0], part, bounds, leaf.dtype)
-        return shards[key]
+                shards[bounds] = _read_block(readers[0], part, bounds, leaf.dtype, advance)
+        return shards[bounds]
 
     return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), read_shard)
 
 
 def _read_stacked(
-    readers: list[_ParameterReader], part: str, bounds: list[tuple[int, int]], dtype: np.dtype
+    readers: list[_ParameterReader],
+    part: str,
+    bounds: Sequence[tuple[int, int]],
+    dtype: np.dtype,
+    advance: Callable[[int], None],
 ) -> np.ndarray:
     """Stacks the same block of several parameters, reading one after another to save memory."""
     array = np.empty((len(readers), *(stop - start for start, stop in bounds)), dtype)
     for i, reader in enumerate(readers):
-        array[i] = _read_block(reader, part, bounds, dtype)
+        array[i] = _read_block(reader, part, bounds, dtype, advance)
     return array
 
 
-def _read_block(reader: _ParameterReader, part: str, bounds: list[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
+def _read_block(
+    reader: _ParameterReader,
+    part: str,
+    bounds: Sequence[tuple[int, int]],
+    dtype: np.dtype,
+    advance: Callable[[int], None],
+) -> np.ndarray:
     """Reads a block of a parameter, with zeros for rows past its end."""
     (start, stop), *rest = bounds
     last = min(stop, reader.shape(part)[0])
     if last <= start:
-        return np.zeros([b - a for a, b in bounds], dtype)
-    columns = tuple(slice(*b) for b in rest)
-    block = np.ascontiguousarray(reader.rows(part, start, last)[(slice(None), *columns)])
-    if last == stop:
-        return block
-    return np.concatenate([block, np.zeros((stop - last, *block.shape[1:]), dtype)])
+        block = np.zeros([b - a for a, b in bounds], dtype)
+    else:
+        columns = tuple(slice(*b) for b in rest)
+        block = np.ascontiguousarray(reader.rows(part, start, last)[(slice(None), *columns)])
+        if last < stop:
+            block = np.concatenate([block, np.zeros((stop - last, *block.shape[1:]), dtype)])
+    advance(block.nbytes)
+    return block
