@@ -1,5 +1,6 @@
 """Output of the commands and of long work on stderr: one-line errors, status lines and progress."""
 
+import _thread
 import contextlib
 import errno
 import importlib.util
@@ -12,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dbrx_jax.errors import DbrxError
@@ -40,17 +42,16 @@ def run(program: str, command: Callable[[], Any]) -> NoReturn:
 
     The status is 2 if the user can mend it, 130 after Ctrl-C, and 141 if the reader of stdout has gone.
     """
-    global _runs_command
     _open_closed_streams()
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_: print_status(f"{program}: warning: {_one_line(message)}")
-    _runs_command = True
     try:
-        try:
-            command()
-        finally:
-            sys.stdout.flush()
+        with _handling_interrupts(program), _showing_long_work():
+            try:
+                command()
+            finally:
+                sys.stdout.flush()
     except DbrxError as error:
         _fail(program, _one_line(error))
     except KeyboardInterrupt:
@@ -65,14 +66,57 @@ def run(program: str, command: Callable[[], Any]) -> NoReturn:
             _discard_stdout()
             _fail(program, f"{error.filename or 'the output'} cannot be written: {error.strerror}")
         raise
-    finally:
-        _runs_command = False
     sys.exit(0)
 
 
 def _fail(program: str, line: str) -> NoReturn:
     print_status(f"{program}: {line}")
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def _handling_interrupts(program: str) -> Iterator[None]:
+    """Lets Ctrl-C end a `with` block wherever it comes: also during imports and in destructors.
+
+    While a module is imported the process exits at once: an exception in an extension's initialisation crashes it.
+    """
+    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                print_status(f"{program}: interrupted")
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    def interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        """Repeats a Ctrl-C within a destructor or a callback, which Python prints and forgets."""
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, _thread.interrupt_main).start()  # it would come within this function
+        else:
+            hook(unraisable)
+
+    if handler is signal.default_int_handler:  # a shell starts jobs in the background with Ctrl-C ignored
+        signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = interrupt_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _showing_long_work() -> Iterator[None]:
+    """Makes this process one of the commands, which always show what takes long."""
+    global _runs_command
+    _runs_command = True
+    try:
+        yield
+    finally:
+        _runs_command = False
 
 
 def _exit_at_once(program: str) -> NoReturn:

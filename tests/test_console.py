@@ -128,6 +128,41 @@ def test_interrupt_does_not_wait_for_threads():
     assert time.monotonic() - begin < 10
 
 
+class Stubborn:
+    """An object whose destructor Ctrl-C hits; Python prints and forgets an exception there."""
+
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+def test_interrupt_in_a_destructor_is_not_lost(monkeypatch, capsys):
+    def command():
+        Stubborn()
+        for _ in range(1000):
+            time.sleep(0.001)
+
+    monkeypatch.setattr(console, "_exit_at_once", lambda program: sys.exit("interrupted"))
+    with pytest.raises(SystemExit, match="interrupted"):
+        console.run("p", command)
+    assert capsys.readouterr().err == ""
+
+
+def test_interrupt_of_an_import_ends_at_once(tmp_path):
+    """An extension that Ctrl-C stops raises an ImportError, or crashes."""
+    code = """
+        try:
+            import os, signal
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                pass
+        except KeyboardInterrupt:
+            raise ImportError("Encountered an error while initializing the extension.")
+    """
+    (tmp_path / "extension.py").write_text(textwrap.dedent(code))
+    done = script(f"sys.path.append({str(tmp_path)!r}); console.run('p', lambda: __import__('extension'))", "")
+    assert (done.returncode, done.stderr) == (130, "p: interrupted\n")
+
+
 def test_announcement_is_printed_once_work_lasts(capsys):
     with console.announce("Compiling", after=0.01, shown=True):
         time.sleep(0.1)
