@@ -3,7 +3,6 @@
 import _thread
 import contextlib
 import errno
-import importlib.util
 import io
 import logging
 import os
@@ -14,16 +13,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from dbrx_jax.errors import DbrxError
 from dbrx_jax.memory import explain_memory_error, is_memory_error
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
 DELAY_SECONDS = 2.0  # work that is done sooner is not worth a line
 LINE_SECONDS = 10  # interval of progress lines where no bar can be drawn
+NOTEBOOK_SECONDS = 0.5  # interval of progress lines that replace each other
 # Loggers of libraries that report at length what our errors say in a line.
 QUIET_LOGGERS = ("absl", "huggingface_hub")
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -194,7 +191,7 @@ def progress(
 ) -> Iterator[Callable[[int], None]]:
     """Shows the progress of a `with` block that lasts; yields a function that advances it, for any thread.
 
-    It is a bar on a terminal and in a notebook, and lines elsewhere.
+    It is a bar on a terminal, a line that changes in a notebook, and some lines elsewhere.
 
     Args:
       num_bytes: all bytes.
@@ -204,10 +201,33 @@ def progress(
     if not is_shown(shown):
         yield lambda count: None
         return
-    if not can_redraw():
-        yield _progress_lines(label, num_bytes)
-        return
-    bar = _make_bar(label)
+    if _in_notebook():
+        draw = _draw_in_notebook()
+        yield _progress_lines(label, num_bytes, draw, after, NOTEBOOK_SECONDS)
+        draw("")
+    elif not can_redraw():
+        yield _progress_lines(label, num_bytes, print_status, LINE_SECONDS, LINE_SECONDS)
+    else:
+        with _bar(label, num_bytes, after) as advance:
+            yield advance
+
+
+def can_redraw() -> bool:
+    """Returns whether bars can be drawn: on a terminal that moves its cursor, and in a notebook."""
+    from rich.console import Console
+
+    return _in_notebook() or Console(stderr=True).is_interactive
+
+
+@contextlib.contextmanager
+def _bar(label: str, num_bytes: int, after: float) -> Iterator[Callable[[int], None]]:
+    """Draws a bar of bytes, their rate and the time left on the terminal, and erases it at the end of the block."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(label), BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, expand=True, redirect_stdout=False)
     task = bar.add_task(label, total=num_bytes)
     timer = threading.Timer(after, bar.start)
     timer.daemon = True
@@ -221,40 +241,41 @@ def progress(
             bar.stop()
 
 
-def can_redraw() -> bool:
-    """Returns whether bars can be drawn: on a terminal that moves its cursor, and in a notebook with widgets."""
-    from rich.console import Console
+def _draw_in_notebook() -> Callable[[str], None]:
+    """Returns a function that shows a line below the cell, in place of the one before; needs no widgets."""
+    from IPython.display import display
 
-    console = Console(stderr=True)
-    return console.is_interactive or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+    handle: Any = None
 
+    def draw(line: str) -> None:
+        nonlocal handle
+        if handle is not None:
+            handle.update({"text/plain": line}, raw=True)
+        elif line:
+            handle = display({"text/plain": line}, raw=True, display_id=True)
 
-def _make_bar(label: str) -> "Progress":
-    """Returns a bar of bytes, their rate and the time left, which is not drawn before its start."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(label), BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, expand=True, redirect_stdout=False)
+    return draw
 
 
-def _progress_lines(label: str, num_bytes: int) -> Callable[[int], None]:
-    """Returns a function that advances the progress and prints it every LINE_SECONDS."""
-    begin = last_print = time.monotonic()
+def _progress_lines(
+    label: str, num_bytes: int, show: Callable[[str], None], first: float, interval: float
+) -> Callable[[int], None]:
+    """Returns a function that advances the progress and shows it after `first` seconds and then at intervals."""
+    begin = time.monotonic()
+    next_line = begin + first
     done = 0
     lock = threading.Lock()
 
     def advance(count: int) -> None:
-        nonlocal done, last_print
+        nonlocal done, next_line
         with lock:
             done += count
             now = time.monotonic()
-            if now - last_print < LINE_SECONDS:
+            if now < next_line:
                 return
-            last_print = now
+            next_line = now + interval
             rate = done / (now - begin)
             left = (num_bytes - done) / rate
-        print_status(f"{label}: {done / 1e9:.1f} of {num_bytes / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left")
+            show(f"{label}: {done / 1e9:.1f} of {num_bytes / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left")
 
     return advance

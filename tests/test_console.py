@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -202,6 +203,30 @@ def test_progress_without_a_terminal_is_lines_with_time_left(monkeypatch, capsys
     with console.progress("Loading", 6 * 10**9, shown=True) as advance:
         advance(2 * 10**9)
     assert capsys.readouterr().err == "Loading: 2.0 of 6.0 GB, 0.50 GB/s, 8 s left\n"
+
+
+def test_progress_in_a_notebook_is_one_line_that_changes(monkeypatch):
+    """It needs no widgets, which many notebooks lack."""
+    shown = []
+    handle = SimpleNamespace(update=lambda data, raw: shown.append(data["text/plain"]))
+
+    def display(data, raw, display_id):
+        assert not shown
+        handle.update(data, raw)
+        return handle
+
+    monkeypatch.setattr(console, "_in_notebook", lambda: True)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    clock = iter([100.0, 101.0, 103.0, 103.1, 104.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with console.progress("Loading", 8 * 10**9) as advance:
+        for _ in range(4):
+            advance(10**9)
+    assert shown == [
+        "Loading: 2.0 of 8.0 GB, 0.67 GB/s, 9 s left",  # the first one after two seconds
+        "Loading: 4.0 of 8.0 GB, 1.00 GB/s, 4 s left",
+        "",
+    ]
 
 
 def test_bar_on_a_terminal_appears_late_and_goes():
