@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dbrx_jax.errors import DbrxError
-from dbrx_jax.memory import explain_memory_error, is_memory_error
+from dbrx_jax.memory import device_memory, explain_memory_error, host_memory, is_memory_error
 
 DELAY_SECONDS = 2.0  # work that is done sooner is not worth a line
 LINE_SECONDS = 10  # interval of progress lines where no bar can be drawn
@@ -43,6 +43,7 @@ def run(program: str, command: Callable[[], Any]) -> NoReturn:
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_: print_status(f"{program}: warning: {_one_line(message)}")
+    memory = host_memory()
     try:
         with _handling_interrupts(program), _showing_long_work():
             try:
@@ -58,7 +59,8 @@ def run(program: str, command: Callable[[], Any]) -> NoReturn:
         sys.exit(141)
     except Exception as error:
         if is_memory_error(error):
-            _fail(program, explain_memory_error(error))
+            device = None if isinstance(error, MemoryError | OSError) else device_memory()
+            _fail(program, explain_memory_error(error, memory, device))
         if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
             _discard_stdout()
             _fail(program, f"{error.filename or 'the output'} cannot be written: {error.strerror}")

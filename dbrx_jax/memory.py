@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from dbrx_jax.errors import DbrxError, MemoryLimitError
 
@@ -15,6 +15,14 @@ from dbrx_jax.errors import DbrxError, MemoryLimitError
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED: (?!.*memory space [vs]mem)|CUDA_ERROR_OUT_OF_MEMORY|bad_alloc", re.S)
 # "Out of memory allocating 393216000 bytes", "trying to allocate 12.50GiB", "Used 20.5G of 15.75G hbm"
 REQUEST = re.compile(r"(?:allocat\w*|Used) (\d+(?:\.\d+)?) ?([KMGTP]?)")
+
+
+class Memory(NamedTuple):
+    """Memory of the host or of a device, in bytes."""
+
+    free: int
+    total: int
+    place: str  # such as "this host"
 
 
 @contextlib.contextmanager
@@ -28,13 +36,14 @@ def report_memory_errors(what: str, advice: Callable[[], str] | None = None) -> 
     Raises:
       MemoryLimitError: the block ran out of memory. Other errors pass.
     """
+    host, device = host_memory(), device_memory()
     try:
         yield
     except Exception as error:
         if not is_memory_error(error):
             raise
         end = "" if advice is None else f"; {advice()}"
-        raise MemoryLimitError(f"{what}: {explain_memory_error(error)}{end}") from None
+        raise MemoryLimitError(f"{what}: {explain_memory_error(error, host, device)}{end}") from None
 
 
 def is_memory_error(error: BaseException) -> bool:
@@ -47,55 +56,46 @@ def is_memory_error(error: BaseException) -> bool:
     return is_native and OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def explain_memory_error(error: BaseException) -> str:
-    """Returns "out of memory: 0.39 GB more did not fit; without this work 3.9 GB of 6.1 GB are free on this host".
+def explain_memory_error(error: BaseException, host: Memory, device: Memory | None) -> str:
+    """Returns such as "out of memory: 0.39 GB more did not fit; 5.9 GB of 6.1 GB were free on this host".
 
-    Call it after the failure, when what the failed work had allocated is free again.
+    Args:
+      host, device: the memory before the work that failed.
     """
     requested = _requested_bytes(str(error))
     failed = "out of memory" if requested is None else f"out of memory: {_gigabytes(requested)} more did not fit"
-    free, total, where = _device_memory(error) or (free_host_memory(), _total_host_memory(), "on this host")
-    return f"{failed}; without this work {_gigabytes(free)} of {_gigabytes(total)} are free {where}"
+    free, total, place = host if device is None or isinstance(error, MemoryError | OSError) else device
+    return f"{failed}; {_gigabytes(free)} of {_gigabytes(total)} were free on {place}"
 
 
-def free_host_memory() -> int:
-    """Returns the bytes that this process can still allocate on its host, within its control group and ulimit -v."""
-    free = [_meminfo("MemAvailable")]
+def host_memory() -> Memory:
+    """Returns the memory that this process may use on its host, within its control group and `ulimit -v`."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = [int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal")]
+    limits = []
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        free.append(limit - pages * resource.getpagesize())
-    with contextlib.suppress(OSError, ValueError):  # the limit may be "max"
+        limits.append((limit - pages * resource.getpagesize(), limit))
+    with contextlib.suppress(OSError, ValueError):  # there may be no limit: "max"
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(free))
+        limit = int((group / "memory.max").read_text())
+        limits.append((limit - int((group / "memory.current").read_text()), limit))
+    for limited_free, limited_total in limits:
+        free, total = max(0, min(free, limited_free)), min(total, limited_total)
+    return Memory(free, total, "this host")
 
 
-def _total_host_memory() -> int:
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    total = _meminfo("MemTotal")
-    return total if limit == resource.RLIM_INFINITY else min(limit, total)
-
-
-def _meminfo(field: str) -> int:
-    """Returns the bytes of a field of /proc/meminfo."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-
-
-def _device_memory(error: BaseException) -> tuple[int, int, str] | None:
-    """Returns free and total bytes of the local device with the least free memory; None if the host's ran out."""
-    if isinstance(error, MemoryError | OSError) or "jax" not in sys.modules:
-        return None
-    import jax
-
-    devices: list[tuple[int, int, str]] = []
-    for device in jax.local_devices():
-        stats: dict[str, Any] = device.memory_stats() or {}
+def device_memory() -> Memory | None:
+    """Returns the memory of the local device with the least free; None on a CPU, and before JAX is imported."""
+    jax = sys.modules.get("jax")
+    memories: list[Memory] = []
+    for device in [] if jax is None else jax.local_devices():
+        stats = device.memory_stats() or {}
         if "bytes_limit" in stats:
-            free = stats["bytes_limit"] - stats["bytes_in_use"]
-            devices.append((free, stats["bytes_limit"], f"on {device.platform} {device.id}"))
-    return min(devices, default=None)
+            limit = stats["bytes_limit"]
+            memories.append(Memory(limit - stats["bytes_in_use"], limit, f"{device.platform} {device.id}"))
+    return min(memories, default=None)
 
 
 def _requested_bytes(message: str) -> int | None:

@@ -2,6 +2,8 @@
 
 import errno
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +12,10 @@ import numpy as np
 import pytest
 
 from dbrx_jax.errors import GenerationError, MemoryLimitError
-from dbrx_jax.memory import explain_memory_error, is_memory_error, report_memory_errors
+from dbrx_jax.memory import Memory, device_memory, explain_memory_error, is_memory_error, report_memory_errors
+
+HOST = Memory(5_900_000_000, 6_100_000_000, "this host")
+GPU = Memory(10**9, 80 * 10**9, "gpu 1")
 
 # As XLA writes them: CPU, GPU, TPU while it runs, TPU while it compiles.
 MESSAGES = {
@@ -31,8 +36,8 @@ def test_real_failures_are_reported_in_one_line(allocate):
     with pytest.raises(MemoryLimitError) as caught, report_memory_errors("testing", lambda: advice):
         allocate()
     pattern = (
-        r"testing: out of memory: [\d,.]+ GB more did not fit; without this work "
-        r"[\d,.]+ GB of [\d,.]+ GB are free on this host; ask for less"
+        r"testing: out of memory: [\d,.]+ GB more did not fit; "
+        r"[\d,.]+ GB of [\d,.]+ GB were free on this host; ask for less"
     )
     assert re.fullmatch(pattern, str(caught.value))
 
@@ -41,11 +46,13 @@ def test_real_failures_are_reported_in_one_line(allocate):
 def test_requested_bytes_are_read_from_the_message(message):
     error = jax.errors.JaxRuntimeError(message)
     assert is_memory_error(error)
-    assert explain_memory_error(error).startswith(f"out of memory: {MESSAGES[message]} more did not fit; ")
+    line = f"out of memory: {MESSAGES[message]} more did not fit; 1.0 GB of 80.0 GB were free on gpu 1"
+    assert explain_memory_error(error, HOST, GPU) == line
 
 
 def test_error_without_a_size_is_explained():
-    assert explain_memory_error(MemoryError()).startswith("out of memory; without this work ")
+    line = "out of memory; 5.9 GB of 6.1 GB were free on this host"
+    assert explain_memory_error(MemoryError(), HOST, GPU) == line
     assert is_memory_error(OSError(errno.ENOMEM, "Cannot allocate memory"))
     assert is_memory_error(ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."))  # read by numpy
 
@@ -74,7 +81,25 @@ def test_fullest_device_is_named(monkeypatch):
         )
 
     monkeypatch.setattr(jax, "local_devices", lambda: [device(0, 10), device(1, 79), device(2, 30)])
-    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2.00GiB.")
-    line = "out of memory: 2.1 GB more did not fit; without this work 1.0 GB of 80.0 GB are free on gpu 1"
-    assert explain_memory_error(error) == line
-    assert explain_memory_error(MemoryError()).endswith("on this host")
+    assert device_memory() == GPU
+
+
+def test_limit_of_the_process_counts_as_its_memory():
+    """The figures are those before the work, however much of it is still allocated."""
+    limit = 4 << 30
+    code = f"""
+import resource
+from dbrx_jax.memory import report_memory_errors
+resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))
+blocks = []
+try:
+    with report_memory_errors("filling"):
+        while True:
+            blocks.append(bytes(1 << 29))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    match = re.fullmatch(r"filling: out of memory; (\S+) GB of 4.3 GB were free on this host\n", done.stdout)
+    assert match, done
+    assert 1 < float(match[1]) < 4.3
