@@ -3,7 +3,6 @@
 import _thread
 import contextlib
 import errno
-import io
 import logging
 import os
 import signal
@@ -55,14 +54,12 @@ def run(program: str, command: Callable[[], Any]) -> NoReturn:
     except KeyboardInterrupt:
         _exit_at_once(program)
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
-        _discard_stdout()
         sys.exit(141)
     except Exception as error:
         if is_memory_error(error):
             device = None if isinstance(error, MemoryError | OSError) else device_memory()
             _fail(program, explain_memory_error(error, memory, device))
         if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
-            _discard_stdout()
             _fail(program, f"{error.filename or 'the output'} cannot be written: {error.strerror}")
         raise
     sys.exit(0)
@@ -132,12 +129,6 @@ def _open_closed_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-
-
-def _discard_stdout() -> None:
-    """Points stdout to /dev/null: at its exit Python would try again to write what is left, and print an error."""
-    with contextlib.suppress(io.UnsupportedOperation):  # a stdout in memory
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: BaseException | str) -> str:

@@ -50,8 +50,9 @@ def enable_compilation_cache(print_status: Callable[[str], None] = console.print
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.lstat()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-        is_file = isinstance(error, OSError)
-        reason = f"{error.filename}: {error.strerror}" if is_file else str(error).rstrip(".")
+        reason = str(error).rstrip(".")
+        if isinstance(error, OSError):
+            reason = f"{error.filename}: {error.strerror}"
         print_status(f"Compiled programs are not cached: {reason}; XDG_CACHE_HOME names another folder")
         return
     if folder.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o022:

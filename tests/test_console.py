@@ -12,6 +12,7 @@ import time
 import warnings
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from dbrx_jax import console
@@ -192,8 +193,14 @@ def test_notebook_and_command_show_what_takes_long(monkeypatch):
     ipython.get_ipython = lambda: type("Shell", (), {"kernel": object()})()
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     assert console.is_shown(None)
-    monkeypatch.setattr(console, "_is_first_process", lambda: False)
-    assert not console.is_shown(True)
+    assert console.is_shown(True)
+
+
+@pytest.mark.parametrize(("number", "is_shown"), [(0, True), (1, False)])
+def test_only_the_first_process_shows_anything(monkeypatch, number, is_shown):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    assert console.is_shown(True) == is_shown
 
 
 def test_progress_without_a_terminal_is_lines_with_time_left(monkeypatch, capsys):
