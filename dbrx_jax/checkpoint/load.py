@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,22 +57,7 @@ def load_model(
         check_mesh(folder.config, mesh)
     select_implementation(attention_implementation, Partition(mesh).platform)  # raises before any weight is read
     layouts = array_layouts(folder.config, mesh, quantization, target)
-
-    num_bytes = sum(_local_bytes(leaf, spec, mesh) for a in layouts.values() for _, leaf, spec in a.leaves())
-
-    def read(layout: ArrayLayout) -> Any:
-        formats = [None if quantization is None else quantization.format_of(name) for name in layout.parameters]
-        readers = [_ParameterReader(folder, *named, target) for named in zip(layout.parameters, formats, strict=True)]
-        leaves = {part: _read(readers, part, leaf, spec, mesh, advance) for part, leaf, spec in layout.leaves()}
-        return layout.from_leaves(leaves)
-
-    with (
-        report_memory_errors(f"loading {path}, {num_bytes / 1e9:,.3g} GB of {quantization or target.name} weights"),
-        progress("Loading", num_bytes, show_progress) as advance,
-        ThreadPoolExecutor(READERS) as pool,
-    ):
-        arrays = dict(zip(layouts, pool.map(read, layouts.values()), strict=True))
-        jax.block_until_ready(arrays)  # so that a device whose memory ran out says so here
+    arrays = _read_arrays(folder, layouts, mesh, quantization, target, show_progress)
     config = dataclasses.replace(folder.config, dtype=target.name)
     return model_from_arrays(
         network,
@@ -83,6 +68,33 @@ def load_model(
         all_to_all=all_to_all,
         attention_implementation=attention_implementation,
     )
+
+
+def _read_arrays(
+    folder: CheckpointFolder,
+    layouts: Mapping[str, ArrayLayout],
+    mesh: Mesh | None,
+    quantization: Quantization | None,
+    dtype: np.dtype,
+    show_progress: bool | None,
+) -> dict[str, Any]:
+    """Reads all arrays of a model to its devices, several at a time."""
+    num_bytes = sum(_local_bytes(leaf, spec, mesh) for a in layouts.values() for _, leaf, spec in a.leaves())
+    what = f"loading {folder.path}, {num_bytes / 1e9:,.3g} GB of {quantization or dtype.name} weights"
+
+    def read(layout: ArrayLayout) -> Any:
+        formats = [None if quantization is None else quantization.format_of(name) for name in layout.parameters]
+        readers = [_ParameterReader(folder, *named, dtype) for named in zip(layout.parameters, formats, strict=True)]
+        leaves = {part: _read(readers, part, leaf, spec, mesh, advance) for part, leaf, spec in layout.leaves()}
+        return layout.from_leaves(leaves)
+
+    with (
+        report_memory_errors(what),
+        progress("Loading", num_bytes, show_progress) as advance,
+        ThreadPoolExecutor(READERS) as pool,
+    ):
+        arrays = dict(zip(layouts, pool.map(read, layouts.values()), strict=True))
+        return jax.block_until_ready(arrays)  # a device whose memory ran out says so here
 
 
 class _ParameterReader:
