@@ -25,7 +25,7 @@ CONFIGS = [  # d_model, heads, kv, layers, vocabulary, ffn, experts, top k, clip
 ]
 
 
-def write_random_model(folder: Path, seed: int, size: tuple) -> None:
+def write_random_model(folder: Path, seed: int, size: tuple, std: float = 0.15, max_seq_len: int = 256) -> None:
     d, heads, kv, layers, vocabulary, ffn, experts, top_k, clip, norm, theta, activation = size
     torch.manual_seed(seed)
     attention = {"kv_n_heads": kv, "clip_qkv": clip, "rope_theta": theta}
@@ -36,14 +36,15 @@ def write_random_model(folder: Path, seed: int, size: tuple) -> None:
         "moe_normalize_expert_weights": norm,
         "ffn_act_fn": {"name": activation},
     }
-    sizes = {"d_model": d, "n_heads": heads, "n_layers": layers, "vocab_size": vocabulary, "max_seq_len": 256}
+    sizes = {"d_model": d, "n_heads": heads, "n_layers": layers, "vocab_size": vocabulary}
+    sizes["max_seq_len"] = max_seq_len
     model = DbrxForCausalLM(DbrxConfig(**sizes, attn_config=dict(attention), ffn_config=dict(mlp))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             else:
-                parameter.normal_(0, 0.15)
+                parameter.normal_(0, std)
     model.save_pretrained(folder, max_shard_size="100KB")
     config = {"model_type": "dbrx", **sizes, "attn_config": attention, "ffn_config": mlp, "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -74,4 +75,5 @@ def main(out: Path, checkpoints: list[Path]) -> None:
         write_answers(checkpoint, out / f"{checkpoint.name}.npz", 100)
 
 
-main(Path(sys.argv[1]), [Path(a) for a in sys.argv[2:]])
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(a) for a in sys.argv[2:]])

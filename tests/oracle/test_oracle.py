@@ -20,20 +20,19 @@ FOLDERS = [f"random{i}" for i in range(6)]
 def answers(tmp_path_factory):
     """The folder of make_answers.py's outputs, for random models, the demo, and two copies that we export."""
     out = tmp_path_factory.mktemp("oracle")
-    run_oracle(out, source_folder())
+    run_oracle("make_answers.py", out, source_folder())
     copies = []
     for name in FOLDERS[:2]:
         copies.append(out / "copies" / name)
         to_orbax(out / name, out / "orbax" / name)
         to_hf(out / "orbax" / name, copies[-1], max_shard_size=100_000)
-    run_oracle(out, *copies)
+    run_oracle("make_answers.py", out, *copies)
     return out
 
 
-def run_oracle(out, *checkpoints):
+def run_oracle(script, *arguments):
     python = os.environ["DBRX_ORACLE_PYTHON"]  # .ci/run makes it: torch 2.13.0 and transformers 4.57.6
-    script = Path(__file__).parent / "make_answers.py"
-    subprocess.run([python, script, out, *checkpoints], check=True, timeout=600)
+    subprocess.run([python, Path(__file__).parent / script, *arguments], check=True, timeout=600)
 
 
 def check(model, expected):
@@ -61,3 +60,16 @@ def test_exported_model_matches_in_transformers(answers, name):
     theirs, copy = (np.load(answers / path) for path in (f"{name}/answers.npz", f"{name}.npz"))
     check(DbrxForCausalLM.from_pretrained(answers / name), dict(copy))
     assert theirs["logits"].shape == copy["logits"].shape
+
+
+def test_long_prompt_matches_oracle_at_every_position(tmp_path):
+    """The whole sequence's logits, and the tokens that follow it by way of the cache, at up to 32,000 positions."""
+    run_oracle("make_long_answers.py", tmp_path)
+    model, expected = DbrxForCausalLM.from_pretrained(tmp_path), np.load(tmp_path / "answers.npz")
+    logits, ids = np.asarray(model(expected["ids"])), expected["ids"]
+    error = np.abs(logits - expected["logits"]).max(axis=(0, 2))
+    for position in (2_000, 16_000, 32_000):
+        assert error[:position].max() < 1e-4, position
+        assert np.abs(expected["logits"][0, position - 1]).max() > 1
+    greedy = model.generate(ids, max_new_tokens=expected["greedy"].shape[1], eos_token_id=None)
+    np.testing.assert_array_equal(greedy[:, ids.shape[1] :], expected["greedy"])
