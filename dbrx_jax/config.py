@@ -10,7 +10,7 @@ from typing import Any, Self
 from dbrx_jax.errors import ConfigError
 from dbrx_jax.files import location, read_json
 
-ACTIVATIONS = ("silu", "gelu", "relu")
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")  # those of ops.experts
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Keys of config.json and of its two sub-dictionaries.
@@ -24,6 +24,54 @@ _FFN = (
     "moe_loss_weight",
     "moe_normalize_expert_weights",
 )
+# Keys by which llm-foundry, with which DBRX was trained, and others ask for another architecture, and the values that
+# DBRX has; null is always one of them. They may be in config.json and in both of its sub-dictionaries. Ignored are
+# implementations (attn_impl, rope_impl, fc_type, mlp_impl), the layout (fused_qkv), settings of what is refused or
+# given elsewhere (alibi_bias_max, expansion_ratio), of devices (moe_world_size) and of training (init_config,
+# attn_uses_sequence_id, moe_zloss_weight).
+_ARCHITECTURE: dict[str, tuple[Any, ...]] = {
+    "alibi": (False,),
+    "attention_bias": (False,),
+    "attn_logit_softcapping": (),
+    "attn_type": ("grouped_query_attention",),
+    "bias": (False,),
+    "block_overrides": ({},),
+    "emb_norm": (False,),
+    "ffn_type": ("mb_dmoe", "torch_dmoe"),  # the kinds without a capacity
+    "final_logit_softcapping": (),
+    "flex_attn_mod_list": ([],),
+    "kv_dim": (),
+    "learned_pos_emb": (False,),
+    "logit_scale": (1,),
+    "mlp_bias": (False,),
+    "mlp_type": ("glu",),
+    "no_bias": (True,),
+    "nope": (False,),
+    "norm_eps": (1e-5,),
+    "norm_type": ("layernorm", "low_precision_layernorm"),
+    "partial_rotary_factor": (1,),
+    "prefix_lm": (False,),
+    "qk_gn": (False,),
+    "qk_ln": (False,),
+    "residual_modification": (),
+    "reuse_kv_layer_idx": (),
+    "reuse_kv_x_layer_idx": (),
+    "rope": (True,),
+    "shared_expert": (False,),
+    "sliding_window": (-1,),
+    "sliding_window_size": (-1,),
+    "softmax_scale": (),
+    "uniform_expert_assignment": (False,),
+}
+# Dictionaries of rotary embeddings, in the same places, and what such a dictionary may say.
+_ROPE_GROUPS = ("rope_parameters", "rope_scaling", "rope_hf_config", "rope_dail_config")
+_ROPE_TYPES = ("default", "no_scaling", "original")
+_ROPE: dict[str, tuple[Any, ...]] = {
+    "type": _ROPE_TYPES,
+    "rope_type": _ROPE_TYPES,
+    "factor": (1,),
+    "partial_rotary_factor": (1,),
+}
 _MAX_FLOAT = 1e30
 _MAX_EXPERTS = 1 << 15  # of all layers together; the largest DBRX has 640
 # Larger sizes mean a damaged or hostile file, which is rejected before anything is allocated.
@@ -91,9 +139,9 @@ class DbrxConfig:
                 f"got {self.n_layers} layers of {self.moe_num_experts}"
             )
         if self.ffn_act_fn not in ACTIVATIONS:
-            raise ConfigError(f"ffn_act_fn: expected one of {', '.join(ACTIVATIONS)}, got {self.ffn_act_fn!r}")
+            raise ConfigError(f"ffn_act_fn: expected one of {', '.join(ACTIVATIONS)}, got {self.ffn_act_fn!r:.40}")
         if self.dtype not in DTYPES:
-            raise ConfigError(f"torch_dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise ConfigError(f"torch_dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r:.40}")
         if self.d_model % self.n_heads:
             raise ConfigError(f"n_heads: expected a divisor of d_model {self.d_model}, got {self.n_heads}")
         if self.head_dim % 2:
@@ -127,30 +175,29 @@ class DbrxConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads the dictionary of a ``config.json``. Unknown keys are ignored.
+        """Reads the dictionary of a ``config.json``.
+
+        Unknown keys are ignored, which saved copies have many of, and so are those of dropout.
 
         Raises:
-          ConfigError: the file is of another model, or a value cannot be used.
+          ConfigError: the file is of another model or asks for another architecture, or a value cannot be used.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"expected a JSON object, got {type(data).__name__}")
         if (kind := data.get("model_type", "dbrx")) != "dbrx":
-            raise ConfigError(f"model_type: expected 'dbrx', got {kind!r}")
+            raise ConfigError(f"model_type: expected 'dbrx', got {kind!r:.40}")
         attention, ffn = _group(data, "attn_config"), _group(data, "ffn_config")
-        for key, group in (("resid_pdrop", data), ("emb_pdrop", data), ("attn_pdrop", attention)):
-            if group.get(key):
-                raise ConfigError(f"{key}: expected 0 (dropout is not part of DBRX), got {group[key]!r}")
+        for prefix, group in (("", data), ("attn_config.", attention), ("ffn_config.", ffn)):
+            _refuse_other_architectures(prefix, group)
         if data.get("tie_word_embeddings"):
             raise ConfigError("tie_word_embeddings: expected false (DBRX does not tie them), got true")
         groups = ((_TOP, data), (_ATTENTION, attention), (_FFN, ffn))
         values = {key: group[key] for keys, group in groups for key in keys if key in group}
         values["rope_theta"] = _rope_theta(data, attention)
         if "ffn_act_fn" in ffn:
-            act = ffn["ffn_act_fn"]
-            values["ffn_act_fn"] = act.get("name", "silu") if isinstance(act, Mapping) else act or "silu"
-        dtype = data.get("torch_dtype") or data.get("dtype")  # dtype is written by transformers 5
-        if dtype is not None:
-            values["dtype"] = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+            values["ffn_act_fn"] = _activation(ffn["ffn_act_fn"])
+        if (dtype := stated_dtype(data)) is not None:
+            values["dtype"] = dtype
         return cls(**values)
 
     @classmethod
@@ -198,6 +245,12 @@ class DbrxConfig:
         }
 
 
+def stated_dtype(data: Mapping[str, Any]) -> Any:
+    """Returns the dtype that the dictionary of a ``config.json`` names; None if it names none."""
+    dtype = data.get("torch_dtype") or data.get("dtype")  # dtype is written by transformers 5
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+
+
 def config_names() -> list[str]:
     """Returns the names of the configurations that come with the package."""
     return sorted(f.name.removesuffix(".json") for f in configs_folder().iterdir() if f.name.endswith(".json"))
@@ -235,15 +288,39 @@ def _group(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if group is None:
         return {}
     if not isinstance(group, Mapping):
-        raise ConfigError(f"{key}: expected a JSON object, got {group!r}")
+        raise ConfigError(f"{key}: expected a JSON object, got {group!r:.60}")
     return group
+
+
+def _refuse_other_architectures(prefix: str, group: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a key of the group asks for mathematics that DBRX does not have."""
+    places = [(prefix, group, _ARCHITECTURE)]
+    places += [(f"{prefix}{name}.", _group(group, name), _ROPE) for name in _ROPE_GROUPS]
+    for place, values, table in places:
+        for key, allowed in table.items():
+            if (value := values.get(key)) is not None and value not in allowed:
+                expected = " or ".join(json.dumps(v) for v in (*allowed, None))
+                raise ConfigError(
+                    f"{place}{key}: expected {expected}, as DBRX has no other, got {value!r:.60}; "
+                    "this is a model of another architecture"
+                )
+
+
+def _activation(value: Any) -> Any:
+    """Returns the name of ffn_act_fn, which is a name, or an object with a name and arguments of PyTorch's function."""
+    if not isinstance(value, Mapping):
+        return value or "silu"
+    name, arguments = value.get("name", "silu"), {k: v for k, v in value.items() if k not in ("name", "inplace")}
+    if name == "gelu" and arguments.get("approximate") in ("none", "tanh"):
+        name = "gelu" if arguments.pop("approximate") == "none" else "gelu_pytorch_tanh"
+    if arguments:
+        raise ConfigError(f"ffn_act_fn: expected a name alone, got {dict(value)!r:.60}")
+    return name
 
 
 def _rope_theta(data: Mapping[str, Any], attention: Mapping[str, Any]) -> Any:
     """Returns rope_theta; attn_config's takes precedence: transformers 5 also writes a default of 10000 elsewhere."""
     rope = _group(data, "rope_parameters")
-    if (kind := rope.get("rope_type", "default")) != "default" or data.get("rope_scaling"):
-        raise ConfigError(f"rope_parameters: DBRX has no rotary scaling, got {data.get('rope_scaling') or kind!r}")
     other = rope.get("rope_theta", data.get("rope_theta"))
     theta = attention.get("rope_theta")
     if theta is None:

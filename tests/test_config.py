@@ -91,6 +91,145 @@ def test_unrelated_keys_are_ignored():
     assert DbrxConfig.from_dict(noisy) == DbrxConfig.from_name("demo")
 
 
+OTHER_ARCHITECTURES = {
+    "attn_config": {
+        "alibi": True,
+        "attn_logit_softcapping": 50.0,
+        "attn_type": "multihead_attention",
+        "bias": True,
+        "flex_attn_mod_list": [{"mod_name": "causal_mask"}],
+        "kv_dim": 64,
+        "nope": True,
+        "partial_rotary_factor": 0.5,
+        "prefix_lm": True,
+        "qk_gn": True,
+        "qk_ln": True,
+        "reuse_kv_layer_idx": -1,
+        "rope": False,
+        "rope_dail_config": {"type": "xpos"},
+        "rope_hf_config": {"type": "dynamic", "factor": 2.0},
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "sliding_window_size": 3,
+        "softmax_scale": 0.5,
+    },
+    "ffn_config": {
+        "bias": True,
+        "ffn_type": "mptmlp",
+        "mlp_type": "mlp",
+        "shared_expert": True,
+        "uniform_expert_assignment": True,
+    },
+    "": {
+        "alibi": True,
+        "block_overrides": {"order": [{"name": "default"}]},
+        "emb_norm": True,
+        "final_logit_softcapping": 30.0,
+        "learned_pos_emb": True,
+        "logit_scale": "inv_sqrt_d_model",
+        "no_bias": False,
+        "norm_eps": 1e-6,
+        "norm_type": "rmsnorm",
+        "residual_modification": "layer",
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"},
+        "rope_scaling": {"factor": 4.0},
+        "sliding_window": 4096,
+    },
+}
+
+
+def changed(group, values):
+    """The demo's config.json with these values in the group, or at the top where it has no name."""
+    data = DbrxConfig.from_name("demo").to_dict()
+    return {**data, group: {**data[group], **values}} if group else {**data, **values}
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value"), [(g, k, v) for g, values in OTHER_ARCHITECTURES.items() for k, v in values.items()]
+)
+def test_keys_of_other_architectures_are_refused_by_name(group, key, value):
+    with pytest.raises(ConfigError, match="another architecture") as error:
+        DbrxConfig.from_dict(changed(group, {key: value}))
+    assert str(error.value).startswith(f"{group}.{key}".removeprefix("."))
+
+
+@pytest.mark.parametrize(
+    ("group", "values"),
+    [
+        (
+            "attn_config",
+            {
+                "alibi": False,
+                "alibi_bias_max": 8,
+                "attn_impl": "flash",
+                "attn_logit_softcapping": None,
+                "attn_type": "grouped_query_attention",
+                "attn_uses_sequence_id": True,
+                "flex_attn_mod_list": [],
+                "fused_qkv": True,
+                "kv_dim": None,
+                "qk_gn": False,
+                "qk_ln": False,
+                "rope": True,
+                "rope_dail_config": {"type": "original", "pos_idx_in_fp32": True, "xpos_scale_base": 512},
+                "rope_hf_config": {"type": "no_scaling", "factor": 1.0},
+                "rope_impl": "dail",
+                "sliding_window_size": -1,
+                "softmax_scale": None,
+            },
+        ),
+        (
+            "ffn_config",
+            {
+                "bias": False,
+                "fc_type": {"name": "torch"},
+                "ffn_type": "mb_dmoe",
+                "mlp_impl": "grouped",
+                "mlp_type": "glu",
+                "moe_world_size": 8,
+                "uniform_expert_assignment": False,
+            },
+        ),
+        (
+            "",
+            {
+                "expansion_ratio": 4,
+                "init_config": {"name": "kaiming_normal_"},
+                "learned_pos_emb": False,
+                "logit_scale": None,
+                "no_bias": True,
+                "norm_type": "low_precision_layernorm",
+                "rope_scaling": {"rope_type": "default"},
+                "use_pad_tok_in_ffn": True,
+            },
+        ),
+    ],
+)
+def test_the_words_of_the_architecture_that_is_dbrx_load(group, values):
+    assert DbrxConfig.from_dict(changed(group, values)) == DbrxConfig.from_name("demo")
+
+
+@pytest.mark.parametrize(("group", "key"), [("attn_config", "attn_pdrop"), ("", "resid_pdrop"), ("", "emb_pdrop")])
+def test_dropout_of_training_is_ignored(group, key):
+    assert DbrxConfig.from_dict(changed(group, {key: 0.1})) == DbrxConfig.from_name("demo")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ({"name": "swish"}, "swish"),
+        ("gelu_new", "gelu_new"),
+        ({"name": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
+        ({"name": "gelu", "approximate": "none"}, "gelu"),
+        ({"name": "gelu", "approximate": "tanh"}, "gelu_pytorch_tanh"),
+        ({"name": "silu", "inplace": True}, "silu"),
+        ({}, "silu"),
+        (None, "silu"),
+    ],
+)
+def test_activations_of_pytorch_and_transformers_are_known(value, name):
+    assert DbrxConfig.from_dict(changed("ffn_config", {"ffn_act_fn": value})).ffn_act_fn == name
+
+
 def test_int_and_float_numbers_are_equal():
     a = DbrxConfig.from_dict({"d_model": 96.0, "n_heads": 6, "attn_config": {"clip_qkv": 8, "rope_theta": 500000}})
     b = DbrxConfig.from_dict({"d_model": 96, "n_heads": 6.0, "attn_config": {"clip_qkv": 8.0, "rope_theta": 5e5}})
@@ -121,10 +260,6 @@ class TestRopeTheta:
     def test_other_keys_are_read_without_attn_config_value(self, data):
         assert DbrxConfig.from_dict({"attn_config": {}, **data}).rope_theta == 7e4
 
-    def test_rope_scaling_is_rejected(self):
-        with pytest.raises(ConfigError, match="rotary scaling"):
-            DbrxConfig.from_dict({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})
-
 
 @pytest.mark.parametrize(
     ("data", "message"),
@@ -146,10 +281,15 @@ class TestRopeTheta:
         ({"attn_config": {"clip_qkv": -1}}, "clip_qkv: expected a number"),
         ({"attn_config": {"clip_qkv": 0}}, "clip_qkv: expected a number above 0"),
         ({"attn_config": {"rope_theta": "x"}}, "rope_theta: expected a number"),
-        ({"attn_config": {"attn_pdrop": 0.1}}, "attn_pdrop: expected 0"),
+        ({"attn_config": {"rope_scaling": "linear"}}, "rope_scaling: expected a JSON object"),
+        (
+            {"attn_config": {"qk_ln": True}},
+            "attn_config.qk_ln: expected false or null, as DBRX has no other, got True; this is a model of another",
+        ),
         ({"attn_config": [1]}, "attn_config: expected a JSON object"),
         ({"ffn_config": {"moe_top_k": 9}}, "moe_top_k: expected at most moe_num_experts 4, got 9"),
         ({"ffn_config": {"ffn_act_fn": {"name": "mish"}}}, "ffn_act_fn: expected one of silu"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "relu", "beta": 2}}}, "ffn_act_fn: expected a name alone, got {'name'"),
         (
             {"ffn_config": {"moe_normalize_expert_weights": 0}},
             "moe_normalize_expert_weights: expected a number above 0",
@@ -177,7 +317,10 @@ KEYS = [f.name for f in dataclasses.fields(DbrxConfig)] + [
     "ffn_config",
     "rope_parameters",
     "rope_scaling",
+    "rope_hf_config",
+    "alibi",
     "ffn_act_fn",
+    "name",
     "torch_dtype",
     "model_type",
 ]

@@ -15,9 +15,13 @@ from jaxtyping import Bool, Float, Int
 from dbrx_jax.ops.linear import Weight, dequantized, gated, linear
 from dbrx_jax.quantization import QuantizedArray
 
+_gelu_tanh = partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),  # by the error function
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "relu": jax.nn.relu,
 }
 

@@ -30,7 +30,8 @@ def losses(
 ) -> Losses:
     """Computes next-token cross entropy and the load-balancing loss.
 
-    On a mesh each device calls this inside shard_map, on its rows.
+    On a mesh each device calls this inside shard_map, on its rows. There is no dropout: resid_pdrop, emb_pdrop and
+    attn_pdrop of a config.json are not read.
 
     Args:
       tokens: a batch of token ids, packed without padding; position t predicts token t + 1.
