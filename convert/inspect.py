@@ -50,8 +50,6 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
     }
     if folder.quantization is not None:
         facts |= {"quantization": str(folder.quantization), "bytes_by_part": _bytes_by_part(folder)}
-    if len(dtypes) > 1:
-        facts["problems"].append(f"weights have several dtypes ({', '.join(dtypes)}); convert with --dtype")
     try:
         tokenizer = DbrxTokenizer.from_pretrained(path)
         facts["tokenizer"] = f"{tokenizer.vocab_size} ids, {len(tokenizer.special_tokens)} of them special"

@@ -49,7 +49,7 @@ class CheckpointFolder(Protocol):
         ...
 
     def dtype(self) -> np.dtype:
-        """Returns the one dtype of all weights after dequantising; raises CheckpointError if they have several."""
+        """Returns the dtype to load the weights in: their own after dequantising; warns if they have several."""
         ...
 
     def parameter_dtype(self, parameter: str) -> np.dtype:

@@ -12,7 +12,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dbrx_jax.checkpoint.dtypes import common_dtype
 from dbrx_jax.checkpoint.layouts import Layout, SourceTensor, TensorRows, expand, recognise
+from dbrx_jax.checkpoint.quantization_entries import check_entries, read_entries
 from dbrx_jax.checkpoint.stored_tensors import Fp8Tensor, MlxTensor, PlainTensor, StoredTensor
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import CheckpointError, ConfigError
@@ -61,16 +63,18 @@ class HuggingFaceFolder:
         folder = location(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder")
-        config = DbrxConfig.from_file(folder / "config.json")
+        config_file = folder / "config.json"
+        config = DbrxConfig.from_file(config_file)
         try:
+            entries = read_entries(config_file, read_json(config_file))
             plain, total_size = _read_folder(folder)
-            quantization = _mlx_quantization(read_json(folder / "config.json"))
         except ConfigError as error:  # an unreadable index or config is an error of the checkpoint
             raise CheckpointError(str(error)) from None
         layout = recognise(plain)
         tensors = expand(layout, config)
-        stored = _pair_with_scales(plain, tensors, quantization)
+        stored = _pair_with_scales(plain, tensors, next((e.mlx for e in entries if e.mlx), None))
         _check_tensors(folder, tensors, stored)
+        check_entries(config_file, entries, stored)
         size = sum(t.nbytes for t in plain.values())
         if total_size is not None and total_size != size:
             raise CheckpointError(
@@ -100,11 +104,7 @@ class HuggingFaceFolder:
         return sum(tensor.nbytes for tensor in self.stored.values())
 
     def dtype(self) -> np.dtype:
-        dtypes = {t.dtype: name for name, t in self.stored.items()}
-        if len(dtypes) > 1:
-            examples = " and ".join(f"{dtype} ({name})" for dtype, name in list(dtypes.items())[:2])
-            raise CheckpointError(f"{self.path}: holds tensors of {examples}; choose one with dtype, such as bfloat16")
-        return next(iter(dtypes))
+        return common_dtype(self.path, (tensor.dtype for tensor in self.stored.values()))
 
     def parameter_dtype(self, parameter: str) -> np.dtype:
         return self.stored[self.locations[parameter][0]].dtype
@@ -227,19 +227,6 @@ def check_link(folder: Path, file: Path) -> None:
     blobs = folder.parent.parent / "blobs"
     if not target.is_relative_to(folder) and not (folder.parent.name == "snapshots" and target.parent == blobs):
         raise CheckpointError(f"{file}: is a link out of the folder, to {target}; put the file itself there")
-
-
-def _mlx_quantization(config: Any) -> tuple[int, int] | None:
-    """Returns bits and group size of MLX's affine quantisation from config.json; None if it names none."""
-    entry = config.get("quantization")
-    if entry is None:
-        return None
-    bits, group = (entry.get("bits"), entry.get("group_size")) if isinstance(entry, Mapping) else (None, None)
-    if bits not in (2, 4, 8) or group not in (32, 64, 128):
-        raise CheckpointError(
-            f"config.json: quantization: expected bits 2, 4 or 8 and group_size 32, 64 or 128, got {entry!r:.80}"
-        )
-    return bits, group
 
 
 def _pair_with_scales(

@@ -11,6 +11,7 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
+from dbrx_jax.checkpoint.dtypes import common_dtype
 from dbrx_jax.checkpoint.folder import rows_per_block
 from dbrx_jax.checkpoint.layouts import stored_shape
 from dbrx_jax.checkpoint.parameters import ParameterSpec, parameter_specs
@@ -125,10 +126,7 @@ class OrbaxFolder:
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.arrays.values())
 
     def dtype(self) -> np.dtype:
-        dtypes = {self.parameter_dtype(name) for name in parameter_specs(self.config)}
-        if len(dtypes) > 1:
-            raise CheckpointError(f"{self.path}: holds arrays of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
-        return next(iter(dtypes))
+        return common_dtype(self.path, map(self.parameter_dtype, parameter_specs(self.config)))
 
     def parameter_dtype(self, parameter: str) -> np.dtype:
         return self.arrays[f"{parameter}.scale" if parameter in self.quantized else parameter].dtype

@@ -62,7 +62,7 @@ class MlxTensor:
 
     @property
     def quantization(self) -> str:
-        return f"MLX {self.bits}-bit in groups of {self.group}"
+        return mlx_description(self.bits, self.group)
 
     @property
     def files(self) -> list[Path]:
@@ -98,6 +98,11 @@ class MlxTensor:
         q = q.reshape(len(packed), -1, self.group).astype(np.float32)
         scales, biases = (t.rows(start, stop).astype(np.float32)[:, :, None] for t in (self.scales, self.biases))
         return (q * scales + biases).reshape(len(packed), -1).astype(self.dtype)
+
+
+def mlx_description(bits: int, group: int) -> str:
+    """Returns the name of MLX's affine quantisation with these bits and group size, for people."""
+    return f"MLX {bits}-bit in groups of {group}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,11 @@ def write_layout(folder, key, source=GOLDEN / "fused"):
     (folder / "config.json").write_text(json.dumps(data))
 
 
+def add_to_config(folder, **entries):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
 def checkpoints_equal(a, b):
     return list(compare(open_folder(a), open_folder(b))) == []
 
@@ -181,6 +186,10 @@ class TestQuantised:
             exact = codes * np.repeat(scales.astype(np.float64), 32, 1) + np.repeat(biases.astype(np.float64), 32, 1)
             expected[name] = exact
         save_file(tensors, folder / "model.safetensors")
+        add_to_config(folder, quantization_config={"bits": 8, "group_size": 32})
+        with pytest.raises(CheckpointError, match=r"quantization_config: says MLX 8-bit .* tensors are MLX 4-bit"):
+            open_folder(folder)
+        add_to_config(folder, quantization_config=config["quantization"])
         opened = open_folder(folder)
         assert opened.description == "MLX, split q/k/v layout, MLX 4-bit in groups of 32"
         for name, tensor in opened.tensors.items():
@@ -211,6 +220,7 @@ class TestQuantised:
             row_scale = np.repeat(scale, F if per_expert else E * F)[:, None]
             expected[name] = (values.astype(np.float32) * row_scale).astype(ml_dtypes.bfloat16)
         save_file(tensors, folder / "model.safetensors")
+        add_to_config(folder, quantization_config={"quant_method": "fp8"})
         to_orbax(folder, tmp_path / "out")
         to_hf(tmp_path / "out", tmp_path / "back")
         round_trip = load_tensors(tmp_path / "back")

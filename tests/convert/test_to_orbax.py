@@ -177,13 +177,6 @@ DAMAGE = {
     "empty file": (lambda f: (f / "model-00006-of-00013.safetensors").write_bytes(b""), "not a whole safetensors file"),
     "missing file": (lambda f: (f / "model-00006-of-00013.safetensors").unlink(), "there is no such file"),
     "unsupported dtype": (flip_dtype, f"{W1}: expected dtype F32, BF16 or F16, got I32"),
-    "tensors of two dtypes": (
-        lambda f: (
-            edit_tensors(f, W1, lambda t: t.update({W1: t[W1].astype(np.float16)})),
-            edit_index(lambda i: i.pop("metadata"))(f),
-        ),
-        "holds tensors of",
-    ),
     "missing tensor": (drop_tensor, f"{W1} is missing"),
     "tensor missing from its indexed file": (lambda f: edit_tensors(f, W1, lambda t: t.pop(W1)), f"does not hold {W1}"),
     "unknown tensor": (
