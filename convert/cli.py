@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dbrx_jax.console import print_status, progress, run
+from dbrx_jax.console import one_line, print_status, progress, run
 from dbrx_jax.errors import CheckpointError, TokenizerError
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -177,7 +177,7 @@ class Inspect:
                         print(f"  {part:<18}{size:,} bytes")
                     continue
                 for line in value if key == "problems" else [value]:
-                    text = f"{value:,}" if isinstance(value, int) else line
+                    text = f"{value:,}" if isinstance(value, int) else one_line(line)
                     print(f"{'problem' if key == 'problems' else key:<18}{text}")
         sys.exit(1 if facts["problems"] else 0)
 

@@ -327,8 +327,8 @@ def _rope_theta(data: Mapping[str, Any], attention: Mapping[str, Any]) -> Any:
         return 1e4 if other is None else other
     if other is not None and other != theta:
         warnings.warn(
-            f"config.json gives rope_theta {theta} in attn_config and {other} outside it; using {theta}. "
-            "Delete the other one to be rid of this warning.",
+            f"config.json gives rope_theta {theta!r:.40} in attn_config and {other!r:.40} outside it; "
+            "the first is used. Delete the other one to be rid of this warning.",
             stacklevel=4,
         )
     return theta

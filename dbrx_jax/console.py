@@ -30,7 +30,7 @@ _runs_command = False  # whether this process is one of the commands
 def print_status(line: str) -> None:
     """Prints a line for the user on stderr, unless nothing can be written there; stdout is for results."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def run(program: str, command: Callable[[], Any]) -> NoReturn:
@@ -41,7 +41,7 @@ def run(program: str, command: Callable[[], Any]) -> NoReturn:
     _open_closed_streams()
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.showwarning = lambda message, *_: print_status(f"{program}: warning: {_one_line(message)}")
+    warnings.showwarning = lambda message, *_: print_status(f"{program}: warning: {one_line(message)}")
     memory = host_memory()
     try:
         with _handling_interrupts(program), _showing_long_work():
@@ -50,7 +50,7 @@ def run(program: str, command: Callable[[], Any]) -> NoReturn:
             finally:
                 sys.stdout.flush()
     except DbrxError as error:
-        _fail(program, _one_line(error))
+        _fail(program, one_line(error))
     except KeyboardInterrupt:
         _exit_at_once(program)
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
@@ -131,10 +131,14 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
-def _one_line(error: BaseException | str) -> str:
-    """Returns the message in one line of printable characters: it may quote an untrusted file."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+def printable(text: str) -> str:
+    """Returns the text with its control characters but newlines escaped: those of a file could command the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: object) -> str:
+    """Returns a text that may quote an untrusted file in one line of printable characters."""
+    return printable(" ".join(str(text).split()))
 
 
 def is_shown(requested: bool | None) -> bool:

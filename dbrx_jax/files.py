@@ -1,8 +1,11 @@
 """Local and remote paths, and readers of small untrusted files."""
 
 import json
+import os
 import stat
 from collections import Counter
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,27 @@ def location(path: str | Path) -> Path:
 def is_remote(path: Path) -> bool:
     """Returns whether a path from :func:`location` is a remote one (a UPath)."""
     return not isinstance(path, Path)
+
+
+def check_links(folder: Path, patterns: Iterable[str]) -> None:
+    """Checks that every symbolic link of a local folder whose name has one of these patterns can be followed.
+
+    Others seem not to exist, as if the file were not part of the checkpoint.
+
+    Raises:
+      CheckpointError: a link leads nowhere or in a circle, or the folder cannot be read.
+    """
+    if is_remote(folder):
+        return
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from None
+    for file in files:
+        if file.is_symlink() and not file.exists() and any(fnmatch(file.name, pattern) for pattern in patterns):
+            raise CheckpointError(
+                f"{file}: is a link to {os.readlink(file)}, which cannot be followed; mend or remove it"
+            )
 
 
 def read_text(path: Path) -> str:

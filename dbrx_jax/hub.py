@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dbrx_jax.console import announce, can_redraw, is_shown
 from dbrx_jax.errors import CheckpointError, install_advice
-from dbrx_jax.files import location
+from dbrx_jax.files import check_links, location
 
 SCHEME = "hf://"
 # The files of a checkpoint, without the pickled weights that a repository may hold beside them.
@@ -26,6 +26,7 @@ def checkpoint_folder(path: str | Path, progress: bool | None = None) -> Path:
         folder = location(path)
         try:
             if folder.is_dir():
+                check_links(folder, FILES)
                 return folder
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import struct
 import tempfile
 from collections.abc import Mapping
@@ -223,7 +224,7 @@ def check_link(folder: Path, file: Path) -> None:
     """
     if not file.is_symlink():
         return
-    target, folder = file.resolve(), folder.resolve()
+    target, folder = (Path(os.path.realpath(p)) for p in (file, folder))  # Path.resolve raises on some loops of links
     blobs = folder.parent.parent / "blobs"
     if not target.is_relative_to(folder) and not (folder.parent.name == "snapshots" and target.parent == blobs):
         raise CheckpointError(f"{file}: is a link out of the folder, to {target}; put the file itself there")

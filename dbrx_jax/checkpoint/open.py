@@ -6,7 +6,8 @@ from dbrx_jax.checkpoint.folder import PLAN, CheckpointFolder
 from dbrx_jax.checkpoint.huggingface import HuggingFaceFolder
 from dbrx_jax.checkpoint.orbax import MANIFEST, PARAMS, OrbaxFolder, is_orbax
 from dbrx_jax.errors import CheckpointError
-from dbrx_jax.files import location
+from dbrx_jax.files import check_links, location
+from dbrx_jax.hub import FILES
 
 
 def open_folder(path: str | Path) -> CheckpointFolder:
@@ -16,6 +17,8 @@ def open_folder(path: str | Path) -> CheckpointFolder:
       CheckpointError, ConfigError: the folder is not one.
     """
     path = location(path)
+    if path.is_dir():
+        check_links(path, (*FILES, PARAMS))
     if (path / PLAN).exists():
         raise CheckpointError(
             f"{path}: is a conversion that was not finished; run the same command again to continue it"
