@@ -8,8 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dbrx_convert.to_hf import SHARD, plan_shards, write_index
 from dbrx_jax.checkpoint.layouts import FUSED, expand
+from dbrx_jax.checkpoint.write_huggingface import SHARD, plan_shards, write_index
 from dbrx_jax.config import DbrxConfig, config_names
 from dbrx_jax.demo import source_folder
 from dbrx_jax.runtime import user_cache_folder

@@ -1,4 +1,4 @@
-"""The command dbrx-convert: to-orbax, to-hf, verify and inspect."""
+"""The command dbrx-convert: to-orbax, to-hf, verify, inspect and seal."""
 
 import dataclasses
 import json
@@ -38,8 +38,6 @@ class ToOrbax:
     quantize: str | None = None
     """Quantise to int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32), fp8, or parts such as
     experts=int4-64,attention=int8,head=int8."""
-    sha256: bool = False
-    """Write SHA-256 digests of every file and parameter into the manifest."""
     workers: int | None = None
     """Threads; by default as many as CPUs, at most 4."""
 
@@ -47,7 +45,7 @@ class ToOrbax:
         from dbrx_convert.to_orbax import to_orbax
 
         def convert(advance: Callable[[int], None]) -> dict[str, int]:
-            options = (self.dtype, self.compress, self.sha256, self.workers, advance, self.quantize)
+            options = (self.dtype, self.compress, self.workers, advance, self.quantize)
             return to_orbax(self.source, self.destination, *options)
 
         _convert(self.source, self.destination, convert, self.quantize)
@@ -84,18 +82,23 @@ class ToHf:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Compare two checkpoints of either kind; exit 1 if they differ."""
+    """Compare two checkpoints of either kind, or an Orbax folder with its own digests; exit 1 if they differ.
+
+    Compares weights, configuration, tokenizer, chat template and generation settings.
+    """
 
     first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
     """Orbax or Hugging Face folder."""
     second: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="B")] = None
-    """Orbax or Hugging Face folder; without it A is checked against its own SHA-256 digests."""
+    """Orbax or Hugging Face folder; without it A is checked against the SHA-256 digests in its manifest."""
+    verbose: bool = False
+    """List every parameter that differs."""
     logits: bool = False
     """Compare the models' predictions on --text, in float32, instead of their weights."""
     text: Path | None = None
     """A text file, for --logits."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON, with every difference."""
 
     def run(self) -> None:
         if self.logits:
@@ -103,22 +106,24 @@ class Verify:
         elif self.second is None:
             self._digests()
         else:
-            self._weights(self.second)
+            self._compare(self.second)
 
-    def _weights(self, second: str) -> None:
-        from dbrx_convert.verify import compare
+    def _compare(self, second: str) -> None:
+        from dbrx_convert.compare_settings import compare_settings
+        from dbrx_convert.verify import compare, summarise
         from dbrx_jax.checkpoint.open import open_folder
 
         a, b = open_folder(self.first), open_folder(second)
+        settings = list(compare_settings(a, b))
         with progress("Comparing", a.size) as advance:
-            differences = list(compare(a, b, advance))
+            parameters = list(compare(a, b, advance))
         if self.json:
-            print(json.dumps([dataclasses.asdict(d) for d in differences], indent=2))
+            print(json.dumps([dataclasses.asdict(d) for d in settings + parameters], indent=2))
         else:
-            for difference in differences:
-                print(f"{difference.parameter}: {difference.kind}: {difference.detail}")
-            print(f"{len(differences)} parameters differ" if differences else "every parameter is equal")
-        sys.exit(1 if differences else 0)
+            for difference in settings + (parameters if self.verbose else []):
+                print(f"{difference.name}: {difference.kind}: {difference.detail}")
+            print(summarise(a, settings, parameters))
+        sys.exit(1 if settings or parameters else 0)
 
     def _digests(self) -> None:
         from dbrx_convert.verify import check_digests
@@ -130,7 +135,9 @@ class Verify:
         if self.json:
             print(json.dumps(wrong))
         else:
-            print("\n".join([*(f"{n}: not what was written" for n in wrong), f"{len(wrong)} digests are wrong"]))
+            for chunk in wrong:
+                print(f"{chunk}: not what was written")
+            print(f"{len(wrong)} chunks are not what was written" if wrong else "every chunk is what was written")
         sys.exit(1 if wrong else 0)
 
     def _logits(self) -> None:
@@ -182,6 +189,29 @@ class Inspect:
         sys.exit(1 if facts["problems"] else 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Seal:
+    """Accept changes of an Orbax folder: record config.json and the arrays as they are now in its manifest.
+
+    Loading refuses a folder that is not what its manifest records. Also adds digests to folders of older versions.
+    """
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    """Orbax folder, whose config.json fits its arrays."""
+    arrays: bool = False
+    """Accept changed bytes of arrays too; reads all of them."""
+
+    def run(self) -> None:
+        from dbrx_convert.seal import seal
+        from dbrx_jax.checkpoint.orbax import OrbaxFolder
+
+        with progress("Reading", OrbaxFolder.open(self.path, check_manifest=False).size) as advance:
+            changed = seal(self.path, self.arrays, advance)
+        for name in changed:
+            print(f"{name}: recorded as it is now")
+        print_status(f"{self.path}: sealed; {len(changed)} records have changed")
+
+
 def _convert(source: str, destination: str, convert: Conversion, quantize: str | None = None) -> None:
     """Runs a conversion with its progress; prints sizes, speed and warnings."""
     from dbrx_jax.checkpoint.open import open_folder
@@ -216,7 +246,13 @@ def _parse_size(text: str) -> int:
 
 def main() -> None:
     """Runs the command dbrx-convert."""
-    commands: dict[str, Callable[..., Any]] = {"to-orbax": ToOrbax, "to-hf": ToHf, "verify": Verify, "inspect": Inspect}
+    commands: dict[str, Callable[..., Any]] = {
+        "to-orbax": ToOrbax,
+        "to-hf": ToHf,
+        "verify": Verify,
+        "inspect": Inspect,
+        "seal": Seal,
+    }
     description = "Convert checkpoints of DBRX."
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="dbrx-convert", description=description)
     run("dbrx-convert", command.run)

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dbrx_convert.move import not_finite
+from dbrx_jax.checkpoint.copy_rows import not_finite
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.parameters import array_layouts, parameter_specs

@@ -2,25 +2,28 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from dbrx_convert.move import Progress, byte_progress
+from dbrx_jax.checkpoint.copy_rows import Progress, byte_progress
 from dbrx_jax.checkpoint.folder import CheckpointFolder, rows_per_block, shape_of
-from dbrx_jax.checkpoint.orbax import OrbaxFolder, digest_of
+from dbrx_jax.checkpoint.orbax import OrbaxFolder
 from dbrx_jax.checkpoint.parameters import parameter_specs
+from dbrx_jax.checkpoint.raw_arrays import sha256_of
+from dbrx_jax.checkpoint.work_folder import parallel
 from dbrx_jax.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A difference of one parameter between two checkpoints."""
+    """A difference between two checkpoints, of one parameter or one setting."""
 
-    parameter: str
-    kind: str  # "shape", "dtype" (equal after casting), "values", or "missing"
+    name: str  # of the parameter; or configuration, tokenizer, chat template, generation configuration
+    kind: str  # "shape", "dtype" (equal after casting), "values", "missing", or "setting"
     detail: str
     largest: float = 0.0  # |a - b|
     relative: float = 0.0  # the largest |a - b| over the largest |a|
@@ -77,22 +80,40 @@ def _compare_parameter(a: CheckpointFolder, b: CheckpointFolder, name: str) -> D
     return None
 
 
+def summarise(a: CheckpointFolder, settings: Sequence[Difference], parameters: Sequence[Difference]) -> str:
+    """Returns one line about the differences of two checkpoints: how many there are, and the largest."""
+    total = len(parameter_specs(a.config))
+    if not parameters:
+        equal = f"every parameter is equal ({total})"
+        return equal if settings else f"{equal}; so are configuration, tokenizer, template and generation settings"
+    kinds = Counter(d.kind for d in parameters)
+    line = f"{len(parameters)} of {total} parameters differ ({', '.join(f'{n} in {k}' for k, n in kinds.items())})"
+    worst = max(parameters, key=lambda d: (d.relative, d.largest))
+    return f"{line}; the most: {worst.name}, {worst.detail}"
+
+
 def check_digests(folder: CheckpointFolder, progress: Progress | None = None) -> list[str]:
-    """Returns the arrays (values and scales, if quantised) whose bytes differ from the manifest's SHA-256 digests.
+    """Returns the chunks, such as "lm_head/3.0", whose bytes differ from the manifest's SHA-256 digests.
 
     Raises:
       CheckpointError: the checkpoint has no digests.
     """
-    digests = folder.manifest.get("sha256") if isinstance(folder, OrbaxFolder) else None
-    if not isinstance(folder, OrbaxFolder) or not isinstance(digests, dict):
-        raise CheckpointError(f"{folder.path}: has no SHA-256 digests; convert with --sha256 to have them")
-    wrong = []
-    for name, array in folder.arrays.items():
-        if digests.get(name) != digest_of(array):
-            wrong.append(name)
+    if not isinstance(folder, OrbaxFolder):
+        raise CheckpointError(f"{folder.path}: safetensors have no digests; dbrx-convert to-orbax makes them")
+    if not folder.records:
+        raise CheckpointError(f"{folder.path}: has no digests; add them with: dbrx-convert seal {folder.path}")
+    changed: list[str] = []
+
+    def check(name: str) -> None:
+        array = folder.arrays[name]
+        for index, rows in enumerate(array.chunks()):
+            if sha256_of(rows) != folder.records[name].sha256[index]:
+                changed.append(f"{name}/{array.chunk_file(index).name}")
         if progress is not None:
             progress(math.prod(array.shape) * array.dtype.itemsize)
-    return wrong
+
+    parallel(check, folder.arrays, None)
+    return sorted(changed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,7 @@ class DbrxForCausalLM(CausalLM):
         all_to_all: bool = False,
         attention_implementation: str | None = None,
         progress: bool | None = None,
+        verify: bool = False,
     ) -> Self:
         """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
 
@@ -60,9 +61,11 @@ class DbrxForCausalLM(CausalLM):
             the definition with all scores at once, for tests. None is "flash" where there are kernels, else "xla".
           progress: show a bar on stderr once loading has taken two seconds. None shows it on a terminal, in a
             notebook and in the commands. Of several processes only the first shows one.
+          verify: compare the weights, while they are read, with the digests of an Orbax checkpoint.
 
         Raises:
-          CheckpointError: the folder is not a complete DBRX checkpoint; the message says what is wrong.
+          CheckpointError: the folder is not a complete DBRX checkpoint, or `verify` finds bytes that are not what was
+            written; the message says what is wrong.
           ConfigError: config.json is missing or has an unusable value, or the implementation of attention is
             unknown or does not run on the devices.
           MeshError: the mesh does not fit the model or the devices.
@@ -72,7 +75,8 @@ class DbrxForCausalLM(CausalLM):
         from dbrx_jax.checkpoint.load import load_model  # imports safetensors
 
         folder = checkpoint_folder(path, progress)
-        model = load_model(cls, folder, mesh, dtype, quantization, all_to_all, attention_implementation, progress)
+        options = (mesh, dtype, quantization, all_to_all, attention_implementation, progress, verify)
+        model = load_model(cls, folder, *options)
         model.generation_config = _generation_config(folder)
         return model
 

@@ -1,5 +1,6 @@
 """CheckpointFolder: the interface of the Orbax and Hugging Face readers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -77,3 +78,8 @@ def shape_of(folder: CheckpointFolder, parameter: str) -> tuple[int, ...]:
 def rows_per_block(shape: tuple[int, ...], itemsize: int) -> int:
     """Returns the number of rows that make about BLOCK bytes."""
     return max(1, BLOCK // max(1, int(np.prod(shape[1:])) * itemsize))
+
+
+def and_more(names: Sequence[str]) -> str:
+    """Returns, for a message that quotes the first of some names, how many more there are."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -38,12 +38,13 @@ def load_model(
     all_to_all: bool,
     attention_implementation: str | None,
     show_progress: bool | None = None,
+    verify: bool = False,
 ) -> Network:
     """Loads a checkpoint into a network of this class; see :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`."""
     if dtype is not None and str(np.dtype(dtype)) not in DTYPES:
         raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     requested = Quantization.parse(quantization)
-    folder = open_folder(path)
+    folder = open_folder(path, verify)
     stored = folder.quantization
     if requested is not None and stored is not None and requested != stored:
         raise CheckpointError(

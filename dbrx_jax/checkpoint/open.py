@@ -4,17 +4,21 @@ from pathlib import Path
 
 from dbrx_jax.checkpoint.folder import PLAN, CheckpointFolder
 from dbrx_jax.checkpoint.huggingface import HuggingFaceFolder
-from dbrx_jax.checkpoint.orbax import MANIFEST, PARAMS, OrbaxFolder, is_orbax
+from dbrx_jax.checkpoint.manifest import MANIFEST
+from dbrx_jax.checkpoint.orbax import PARAMS, OrbaxFolder, is_orbax
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import check_links, location
 from dbrx_jax.hub import FILES
 
 
-def open_folder(path: str | Path) -> CheckpointFolder:
+def open_folder(path: str | Path, verify: bool = False) -> CheckpointFolder:
     """Opens a complete checkpoint of either kind.
 
+    Args:
+      verify: compare all weights that are read with the digests of an Orbax folder.
+
     Raises:
-      CheckpointError, ConfigError: the folder is not one.
+      CheckpointError, ConfigError: the folder is not one, or has no digests to verify.
     """
     path = location(path)
     if path.is_dir():
@@ -24,9 +28,12 @@ def open_folder(path: str | Path) -> CheckpointFolder:
             f"{path}: is a conversion that was not finished; run the same command again to continue it"
         )
     if is_orbax(path):
-        return OrbaxFolder.open(path)
+        return OrbaxFolder.open(path, verify)
     if path.is_dir() and next(path.glob("*.safetensors"), None) is None and not (path / "config.json").exists():
         raise CheckpointError(
             f"{path}: neither an Orbax checkpoint of dbrx-convert's ({MANIFEST} and {PARAMS}/) nor safetensors files"
         )
-    return HuggingFaceFolder.open(path)
+    folder = HuggingFaceFolder.open(path)
+    if verify:
+        raise CheckpointError(f"{path}: safetensors have no digests to verify; dbrx-convert to-orbax makes them")
+    return folder

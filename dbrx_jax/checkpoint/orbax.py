@@ -1,10 +1,9 @@
 """OrbaxFolder: reads an Orbax checkpoint that the command dbrx-convert wrote, array by array."""
 
 import dataclasses
-import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,19 +11,24 @@ import ml_dtypes
 import numpy as np
 
 from dbrx_jax.checkpoint.dtypes import common_dtype
-from dbrx_jax.checkpoint.folder import rows_per_block
+from dbrx_jax.checkpoint.folder import and_more
 from dbrx_jax.checkpoint.layouts import stored_shape
+from dbrx_jax.checkpoint.manifest import (
+    MANIFEST,
+    OLDER_VERSIONS,
+    ArrayRecord,
+    check_configuration,
+    read_manifest,
+    read_records,
+)
 from dbrx_jax.checkpoint.parameters import ParameterSpec, parameter_specs
-from dbrx_jax.checkpoint.raw_arrays import METADATA, chunk_name, read_bytes
+from dbrx_jax.checkpoint.raw_arrays import METADATA, chunk_name, read_bytes, sha256_of
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import CheckpointError, ConfigError, QuantizationError
 from dbrx_jax.files import is_remote, location, read_json
 from dbrx_jax.quantization import Format, Quantization, QuantizedArray
 from dbrx_jax.quantization.array import SCALE_DTYPES, VALUE_DTYPES
 
-FORMAT_VERSION = 1
-QUANTIZED_VERSION = 2  # format version of checkpoints with quantised weights
-MANIFEST = "dbrx_jax.json"  # written last: its presence marks a complete checkpoint
 PARAMS = "params"
 STATE = "state"  # Orbax's name for the one tree of a checkpoint
 FLOATS = {"<f4": np.dtype(np.float32), "<f2": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -33,13 +37,19 @@ DTYPES = {**FLOATS, "|i1": np.dtype(np.int8), "|u1": np.dtype(np.uint8)}
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array's folder in zarr 2 format."""
+    """An array's folder in zarr 2 format.
+
+    Args:
+      plain: uncompressed in chunks of whole rows; other arrays are read by tensorstore.
+      sha256: digests of the chunks, with which all that is read is compared; None: it is not.
+    """
 
     folder: Path
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk_rows: int
-    plain: bool  # uncompressed in chunks of whole rows; other arrays are read by tensorstore
+    plain: bool
+    sha256: tuple[str, ...] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -51,20 +61,42 @@ class StoredArray:
         while start < stop:
             chunk, first = divmod(start, self.chunk_rows)
             num_rows = min(stop - start, self.chunk_rows - first)
-            file = self.folder / chunk_name(chunk, len(self.shape))
-            pieces.append((file, first * self.row_bytes, num_rows * self.row_bytes))
+            pieces.append((self.chunk_file(chunk), first * self.row_bytes, num_rows * self.row_bytes))
             start += num_rows
         return pieces
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Reads rows into memory.
+        """Reads rows into memory; to compare digests, the whole of their chunks.
 
         Raises:
           CheckpointError: a file is missing, too short or damaged.
         """
+        if self.sha256 is None:
+            return self._read(start, stop)
+        chunks = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
+        begin = chunks.start * self.chunk_rows
+        rows = self._read(begin, min(chunks.stop * self.chunk_rows, self.shape[0]))
+        for index in chunks:
+            first = index * self.chunk_rows - begin
+            if sha256_of(rows[first : first + self.chunk_rows]) != self.sha256[index]:
+                raise CheckpointError(
+                    f"{self.chunk_file(index)}: its bytes are not what was written; copy it or convert again "
+                    "(if you changed it on purpose: dbrx-convert seal --arrays)"
+                )
+        return rows[start - begin : stop - begin]
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
         if not self.plain:
             return _read_with_tensorstore(self, start, stop)
         return read_bytes(self.pieces(start, stop)).view(self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def chunk_file(self, index: int) -> Path:
+        return self.folder / chunk_name(index, len(self.shape))
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Reads the array chunk by chunk, without comparing digests."""
+        for start in range(0, self.shape[0], self.chunk_rows):
+            yield self._read(start, min(start + self.chunk_rows, self.shape[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +106,7 @@ class OrbaxFolder:
     Args:
       arrays: by parameter name; for a quantised parameter `NAME.values` and `NAME.scale`.
       quantized: shapes of the quantised parameters.
+      records: what the manifest records of the arrays; empty in older versions of the format.
     """
 
     path: Path
@@ -82,35 +115,36 @@ class OrbaxFolder:
     manifest: dict[str, Any]
     quantization: Quantization | None
     quantized: dict[str, QuantizedArray]
+    records: dict[str, ArrayRecord]
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, verify: bool = False, check_manifest: bool = True) -> Self:
         """Reads config.json, the manifest and every array's metadata.
 
+        Args:
+          verify: compare all that is read from the arrays later with their digests.
+          check_manifest: compare the configuration and the arrays with what the manifest records of them.
+
         Raises:
-          CheckpointError: an array is missing, damaged, or not of the shape and dtype that config.json and
-            the manifest ask for.
+          CheckpointError: an array is missing, left over, damaged, or not of the shape and dtype that config.json
+            and the manifest ask for; or there are no digests to verify.
           ConfigError: config.json is missing or cannot be used.
         """
         folder = location(path)
         config = DbrxConfig.from_file(folder)
         manifest = read_manifest(folder)
+        records = read_records(folder, manifest)
+        if check_manifest:
+            check_configuration(folder, manifest, config)
+        if verify and not records:
+            raise CheckpointError(f"{folder}: has no digests; add them with: dbrx-convert seal {folder}")
         quantization = _read_quantization(folder, manifest)
-        arrays, quantized = {}, {}
-        for name, spec in parameter_specs(config).items():
-            array_folder = folder / PARAMS / STATE / name
-            format = quantization.format_of(name) if quantization else None
-            if format is None:
-                array = arrays[name] = read_array(array_folder)
-                if array.shape != spec.shape:
-                    raise CheckpointError(f"{array.folder}: config.json asks for shape {spec.shape}, got {array.shape}")
-                if array.dtype not in FLOATS.values():
-                    raise CheckpointError(f"{array.folder}: expected floats, got {array.dtype}; convert again")
-            else:
-                values, scale = (read_array(array_folder.with_name(f"{name}.{part}")) for part in ("values", "scale"))
-                quantized[name] = _check_quantized(spec, format, values, scale)
-                arrays |= {f"{name}.values": values, f"{name}.scale": scale}
-        return cls(folder, config, arrays, manifest, quantization, quantized)
+        arrays, quantized = _read_arrays(folder / PARAMS / STATE, config, quantization)
+        if records and check_manifest:
+            _check_records(folder, records, arrays)
+        if verify:
+            arrays = {name: dataclasses.replace(a, sha256=records[name].sha256) for name, a in arrays.items()}
+        return cls(folder, config, arrays, manifest, quantization, quantized, records)
 
     @property
     def description(self) -> str:
@@ -172,33 +206,14 @@ class OrbaxFolder:
 
 
 def is_orbax(path: Path) -> bool:
-    """Returns whether the folder is a checkpoint that dbrx-convert completed."""
-    return (path / MANIFEST).is_file() and (path / PARAMS).is_dir()
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a checkpoint's folder.
-
-    Raises:
-      CheckpointError: it is damaged, or its format_version is not one that this release reads.
-    """
-    try:
-        manifest = read_json(path / MANIFEST)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    version = manifest.get("format_version") if isinstance(manifest, Mapping) else None
-    if version not in (FORMAT_VERSION, QUANTIZED_VERSION) or isinstance(version, bool):
-        raise CheckpointError(
-            f"{path / MANIFEST}: format_version: expected {FORMAT_VERSION} or {QUANTIZED_VERSION}, "
-            f"got {version!r:.40}; convert again"
-        )
-    return dict(manifest)
+    """Returns whether the folder has the manifest or the arrays of an Orbax checkpoint, be it complete or not."""
+    return (path / MANIFEST).is_file() or (path / PARAMS / STATE).is_dir()
 
 
 def _read_quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | None:
-    """Parses the manifest's quantisation, present from format version 2 on."""
-    text = manifest.get("quantization")
-    if (manifest["format_version"] == QUANTIZED_VERSION) != isinstance(text, str):
+    """Parses the manifest's quantisation, which folders of format version 1 lack and those of 2 have."""
+    text, version = manifest.get("quantization"), manifest["format_version"]
+    if not isinstance(text, str | None) or (version in OLDER_VERSIONS and (version == 2) != isinstance(text, str)):
         raise CheckpointError(
             f"{folder / MANIFEST}: quantization: does not go with the format's version; convert again"
         )
@@ -206,6 +221,52 @@ def _read_quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantizatio
         return Quantization.parse(text)
     except QuantizationError as error:
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from None
+
+
+def _read_arrays(
+    state: Path, config: DbrxConfig, quantization: Quantization | None
+) -> tuple[dict[str, StoredArray], dict[str, QuantizedArray]]:
+    """Reads the metadata of all arrays in a folder and checks them against the configuration.
+
+    Returns the arrays by name, and the shapes of the quantised parameters.
+    """
+    if not state.is_dir():
+        raise CheckpointError(f"{state}: the weights are missing; copy the folder again")
+    arrays, quantized = {}, {}
+    for name, spec in parameter_specs(config).items():
+        format = quantization.format_of(name) if quantization else None
+        if format is None:
+            array = arrays[name] = read_array(state / name)
+            if array.shape != spec.shape:
+                raise CheckpointError(f"{array.folder}: config.json asks for shape {spec.shape}, got {array.shape}")
+            if array.dtype not in FLOATS.values():
+                raise CheckpointError(f"{array.folder}: expected floats, got {array.dtype}; convert again")
+        else:
+            values, scale = (read_array(state / f"{name}.{part}") for part in ("values", "scale"))
+            quantized[name] = _check_quantized(spec, format, values, scale)
+            arrays |= {f"{name}.values": values, f"{name}.scale": scale}
+    left_over = sorted(f.name for f in state.iterdir() if f.name not in arrays and f.is_dir())
+    if left_over:
+        raise CheckpointError(
+            f"{state / left_over[0]}: config.json asks for no such array{and_more(left_over)}; correct config.json, or "
+            "remove what is left over"
+        )
+    return arrays, quantized
+
+
+def _check_records(folder: Path, records: Mapping[str, ArrayRecord], arrays: Mapping[str, StoredArray]) -> None:
+    """Checks that the arrays are those that the manifest records.
+
+    Raises:
+      CheckpointError: there is another array, or one is stored in another way.
+    """
+    advice = f"copy the folder again, or if you mean it run: dbrx-convert seal {folder}"
+    if different := sorted(records.keys() ^ arrays.keys()):
+        kind = "does not list" if different[0] in arrays else "lists, and config.json does not ask for,"
+        raise CheckpointError(f"{folder / MANIFEST}: {kind} {different[0]}{and_more(different)}; {advice}")
+    for name, array in arrays.items():
+        if not records[name].describes(array.shape, array.dtype, array.chunk_rows):
+            raise CheckpointError(f"{array.folder}: is not stored as it was written; {advice}")
 
 
 def _check_quantized(spec: ParameterSpec, format: Format, values: StoredArray, scale: StoredArray) -> QuantizedArray:
@@ -250,15 +311,6 @@ def read_array(folder: Path) -> StoredArray:
         if not file.is_file() or file.stat().st_size != size:
             raise CheckpointError(f"{file}: is missing or not {size} bytes long; convert or copy it again")
     return array
-
-
-def digest_of(array: StoredArray) -> str:
-    """Returns the SHA-256 digest of an array's bytes."""
-    digest, step = hashlib.sha256(), rows_per_block(array.shape, array.dtype.itemsize)
-    for start in range(0, array.shape[0], step):
-        rows = array.rows(start, min(start + step, array.shape[0]))
-        digest.update(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data)
-    return digest.hexdigest()
 
 
 def _read_with_tensorstore(array: StoredArray, start: int, stop: int) -> np.ndarray:

@@ -6,6 +6,7 @@ any rows of it on any mesh. Not zarr 3, for which Orbax warns of a malformed che
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -66,33 +67,37 @@ def chunk_name(index: int, ndim: int) -> str:
 
 
 def write_array(
-    folder: Path, shape: tuple[int, ...], dtype: np.dtype, write_rows: Callable[[BinaryIO, int, int], None]
-) -> None:
-    """Writes an uncompressed array, readable only once it is complete.
+    folder: Path, shape: tuple[int, ...], dtype: np.dtype, write_rows: Callable[[BinaryIO, int, int], str]
+) -> list[str]:
+    """Writes an uncompressed array, readable only once it is complete; returns the digests of its chunks.
 
     On a local disk the folder is renamed last; remote storage cannot rename, so there .zarray is written last.
 
     Args:
-      write_rows: called with a file and the range (start, stop) of rows to append to it.
+      write_rows: called with a file and the range (start, stop) of rows to append to it; returns the rows' SHA-256.
     """
     partial = folder if is_remote(folder) else _begin_partial(folder)
     rows = chunk_rows(shape, dtype.itemsize)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    digests = []
     for index, start in enumerate(range(0, shape[0], rows)):
         file, stop = partial / chunk_name(index, len(shape)), min(start + rows, shape[0])
         with writing(file) as f:
-            write_rows(f, start, stop)
+            digests.append(write_rows(f, start, stop))
             # zarr pads the last chunk to the size of the others.
             write_all(f, np.zeros((start + rows - stop) * row_bytes, np.uint8))
     (partial / METADATA).write_text(_metadata(shape, dtype, rows, compress=False))
     if partial is not folder:
         partial.rename(folder)
+    return digests
 
 
 def write_compressed(
     folder: Path, shape: tuple[int, ...], dtype: np.dtype, read_rows: Callable[[int, int], np.ndarray]
-) -> None:
+) -> list[str]:
     """Writes an array compressed with zstd; the folder is renamed when it is complete.
+
+    Returns the digests of its chunks.
 
     Args:
       read_rows: returns the rows in range(start, stop), in the array's shape.
@@ -104,10 +109,14 @@ def write_compressed(
     (partial / METADATA).write_text(_metadata(shape, dtype, rows, compress=True))
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{partial}/"}}
     array = tensorstore.open(spec, open=True).result()
+    digests = []
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
-        array[start:stop].write(read_rows(start, stop)).result()
+        values = read_rows(start, stop)
+        array[start:stop].write(values).result()
+        digests.append(sha256_of(values))
     partial.rename(folder)
+    return digests
 
 
 def _begin_partial(folder: Path) -> Path:
@@ -171,9 +180,19 @@ def _read_into(file: Any, offset: int, buffer: memoryview) -> int:
         return f.readinto(buffer)
 
 
+def bytes_of(values: np.ndarray) -> memoryview:
+    """Returns an array's bytes in row-major order, without a copy if it is contiguous."""
+    return np.ascontiguousarray(values).view(np.uint8).reshape(-1).data
+
+
+def sha256_of(values: np.ndarray) -> str:
+    """Returns the SHA-256 of an array's bytes in hexadecimal digits."""
+    return hashlib.sha256(bytes_of(values)).hexdigest()
+
+
 def write_all(file: BinaryIO, data: np.ndarray) -> None:
     """Appends an array's bytes to an open file."""
-    view = np.ascontiguousarray(data).view(np.uint8).reshape(-1).data
+    view = bytes_of(data)
     while len(view):
         view = view[file.write(view) :]
 

@@ -138,14 +138,20 @@ class TestConvert:
         done = command("dbrx-convert", "to-hf", checkpoint, tmp_path / "hf", "--max-shard-size", "100KB")
         assert done.returncode == 0, done.stderr
         same_model = command("dbrx-convert", "verify", checkpoint, tmp_path / "hf")
-        assert (same_model.returncode, same_model.stdout) == (0, "every parameter is equal\n")
+        assert (same_model.returncode, same_model.stdout) == (
+            0,
+            "every parameter is equal (23); so are configuration, tokenizer, template and generation settings\n",
+        )
         facts = json.loads(command("dbrx-convert", "inspect", tmp_path / "hf", "--json").stdout)
         assert facts["problems"] == []
         assert facts["kind"] == "fused layout"
         other_model = command("dbrx-convert", "verify", checkpoint, GOLDEN / "unnormalised_mqa", "--json")
         assert other_model.returncode == 1
-        assert {d["kind"] for d in json.loads(other_model.stdout)} == {"shape", "missing"}
-        fails(in_process("dbrx-convert", "verify", checkpoint), "has no SHA-256 digests; convert with --sha256")
+        assert {d["kind"] for d in json.loads(other_model.stdout)} == {"setting", "shape", "missing"}
+        fails(
+            in_process("dbrx-convert", "verify", tmp_path / "hf"),
+            "safetensors have no digests; dbrx-convert to-orbax makes",
+        )
         fails(
             in_process("dbrx-convert", "verify", checkpoint, checkpoint, "--logits"), "give two checkpoints and --text"
         )

@@ -15,10 +15,12 @@ from dbrx_convert.to_orbax import to_orbax
 from dbrx_convert.verify import check_digests, compare
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.checkpoint.folder import shape_of
+from dbrx_jax.checkpoint.manifest import MANIFEST
 from dbrx_jax.checkpoint.open import open_folder
-from dbrx_jax.checkpoint.orbax import MANIFEST, PARAMS, STATE
+from dbrx_jax.checkpoint.orbax import PARAMS, STATE
 from dbrx_jax.checkpoint.parameters import array_layouts, flatten, parameter_specs, parameters_of
 from dbrx_jax.checkpoint.raw_arrays import METADATA
+from dbrx_jax.checkpoint.write_orbax import _Writer
 from dbrx_jax.demo import source_folder
 from dbrx_jax.errors import CheckpointError, DbrxError, QuantizationError
 from dbrx_jax.quantization import Quantization, QuantizedArray, quantize
@@ -38,7 +40,7 @@ def converted(tmp_path_factory):
     def convert(text):
         if text not in folders:
             folders[text] = folder / text.replace("=", "-").replace(",", "-")
-            to_orbax(DEMO, folders[text], quantization=text, sha256=True)
+            to_orbax(DEMO, folders[text], quantization=text)
         return folders[text]
 
     return convert
@@ -53,7 +55,7 @@ def test_stored_bytes_match_quantised_weights(text, converted):
     folder, source, q = converted(text), open_folder(DEMO), Quantization.parse(text)
     opened, tree, names = open_folder(folder), load_tree(folder), set()
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert (manifest["format_version"], manifest["quantization"], manifest["dtype"]) == (2, str(q), "bfloat16")
+    assert (manifest["format_version"], manifest["quantization"], manifest["dtype"]) == (3, str(q), "bfloat16")
     for name, spec in parameter_specs(opened.config).items():
         want = source.rows(name, 0, shape_of(source, name)[0]).reshape(spec.shape)
         weight_format = q.format_of(name)
@@ -116,17 +118,15 @@ def test_float32_load_keeps_values_and_scales(converted):
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_conversion_interrupted_between_values_and_scales_resumes(tmp_path, monkeypatch, compress, converted):
-    import dbrx_convert.to_orbax as module
-
-    write, remaining = module._write, [25]
+    write, remaining = _Writer._write, [25]
 
     def write_until_killed(*args):
         remaining[0] -= 1
         if remaining[0] < 0:
             raise KeyboardInterrupt
-        write(*args)
+        return write(*args)
 
-    monkeypatch.setattr(module, "_write", write_until_killed)
+    monkeypatch.setattr(_Writer, "_write", write_until_killed)
     with pytest.raises(KeyboardInterrupt):
         to_orbax(DEMO, tmp_path / "out", compress=compress, workers=1, quantization="int4")
     monkeypatch.undo()
@@ -227,7 +227,7 @@ def test_to_hf_writes_dequantised_weights(converted, tmp_path):
     assert list(compare(open_folder(converted("int4")), exported)) == []
     differences = list(compare(open_folder(DEMO), exported))
     assert 0 < max(d.relative for d in differences) < 0.4
-    assert not {d.parameter for d in differences} & {"norm_f.scale", "blocks.0.moe.router"}
+    assert not {d.name for d in differences} & {"norm_f.scale", "blocks.0.moe.router"}
 
 
 def test_inspect_reports_quantisation_and_sizes(converted):

@@ -42,8 +42,8 @@ def upload(source, target):
 
 def test_remote_round_trip_matches_local_conversion(bucket, tmp_path):
     source = upload(GOLDEN / "fused", bucket / "source")
-    to_orbax(source, str(bucket / "orbax"), sha256=True)
-    to_orbax(GOLDEN / "fused", tmp_path / "orbax", sha256=True)
+    to_orbax(source, str(bucket / "orbax"))
+    to_orbax(GOLDEN / "fused", tmp_path / "orbax")
     remote, local = open_folder(bucket / "orbax"), open_folder(tmp_path / "orbax")
     assert list(compare(remote, local)) == []
     assert remote.manifest == local.manifest

@@ -1,5 +1,6 @@
 """Tests of the conversion from Hugging Face to Orbax: its result, refused sources, and interrupted conversions."""
 
+import base64
 import json
 import os
 import shutil
@@ -16,10 +17,14 @@ from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
 from dbrx_jax.checkpoint.huggingface import INDEX
 from dbrx_jax.checkpoint.layouts import FUSED, expand
-from dbrx_jax.checkpoint.orbax import MANIFEST, PARAMS
+from dbrx_jax.checkpoint.manifest import MANIFEST
+from dbrx_jax.checkpoint.orbax import PARAMS
 from dbrx_jax.checkpoint.parameters import flatten, parameter_specs
+from dbrx_jax.demo import source_folder
 from dbrx_jax.errors import CheckpointError, ConfigError, DbrxError
 from tests.conftest import GOLDEN
+
+DEMO = source_folder()
 
 
 def source_tensors(folder):
@@ -78,7 +83,7 @@ class TestConvertedCheckpoint:
 
     def test_manifest_lists_source_files_and_config_is_unchanged(self, converted_golden):
         manifest = json.loads((converted_golden[0] / MANIFEST).read_text())
-        assert manifest["format_version"] == 1
+        assert manifest["format_version"] == 3
         assert manifest["source"] == "fused layout"
         assert set(manifest["source_files"]) == {p.name for p in (GOLDEN / "fused").glob("*.safetensors")}
         for name, entry in manifest["source_files"].items():
@@ -106,14 +111,12 @@ def test_to_orbax_casts_to_the_requested_dtype(tmp_path, expected):
 
 
 def test_to_orbax_copies_tokenizer_files(fused_copy, tmp_path):
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "cl100k_base.tiktoken",
-        "notes.txt",
-    ):
-        (fused_copy / name).write_text('{"eos_token_id": 3}')
+    (fused_copy / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (fused_copy / "generation_config.json").write_text('{"eos_token_id": 3}')
+    for name, source in (("tokenizer.json", "tokenizer.json"), ("notes.txt", "config.json")):
+        (fused_copy / name).write_bytes((DEMO / source).read_bytes())
+    tokens = (f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256))
+    (fused_copy / "cl100k_base.tiktoken").write_text("\n".join(tokens))
     to_orbax(fused_copy, tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "cl100k_base.tiktoken"}
@@ -256,10 +259,10 @@ def test_mutated_header_is_rejected_or_keeps_shapes(tmp_path_factory, data):
 
 
 def test_rerun_removes_files_of_an_interrupted_conversion(tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dbrx_convert.to_orbax._manifest", stop)
+    monkeypatch.setattr("dbrx_convert.to_orbax.finish_orbax", stop)
     with pytest.raises(KeyboardInterrupt):
         to_orbax(GOLDEN / "dense", tmp_path / "out")
     monkeypatch.undo()
@@ -325,16 +328,16 @@ CHUNK = "blocks.1.moe.experts.0.w2/0.0"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / MANIFEST).unlink(), "holds no *.safetensors"),
-        (lambda f: (f / MANIFEST).write_text('{"format_version": 99}'), "format_version: expected 1 or 2, got 99"),
-        (lambda f: shutil.rmtree(f / PARAMS), "holds no *.safetensors"),
+        (lambda f: (f / MANIFEST).unlink(), "out: its manifest dbrx_jax.json is missing"),
+        (lambda f: (f / MANIFEST).write_text('{"format_version": 99}'), "format_version: expected 1, 2 or 3, got 99"),
+        (lambda f: shutil.rmtree(f / PARAMS), "params/state: the weights are missing"),
         (lambda f: (f / PARAMS / "state" / CHUNK).unlink(), f"{CHUNK}: is missing or not 36864 bytes long"),
         (lambda f: os.truncate(f / PARAMS / "state" / CHUNK, 36863), f"{CHUNK}: is missing or not 36864 bytes long"),
         (lambda f: (f / PARAMS / "state" / "lm_head" / ".zarray").write_text("{}"), "not the description of an array"),
         (lambda f: (f / PARAMS / "state" / "lm_head" / ".zarray").unlink(), "there is no such file"),
         (lambda f: (f / "config.json").unlink(), "config.json: there is no such file"),
-        (edit_config(n_layers=3), "blocks.2.attention.key/.zarray: there is no such file"),
-        (edit_config(vocab_size=271), "config.json asks for shape (271, 64), got (270, 64)"),
+        (edit_config(n_layers=3), "n_layers is 3, but 2 when the weights were written"),
+        (edit_config(vocab_size=271), "vocab_size is 271, but 270 when the weights were written"),
     ],
 )
 def test_damaged_orbax_folder_is_rejected(tmp_path, damage, message):

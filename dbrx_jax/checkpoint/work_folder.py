@@ -1,4 +1,4 @@
-"""Folder of a conversion: becomes the destination when it is complete; a killed conversion resumes in it."""
+"""Folder that a checkpoint is written in: becomes the destination when it is complete; a killed run resumes in it."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""Copies and checks rows of a checkpoint's parameters, and counts progress in bytes."""
+"""Copies rows of a checkpoint's parameters, counts and hashes them, and counts progress in bytes."""
 
 import hashlib
 import io
@@ -8,7 +8,7 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 
 from dbrx_jax.checkpoint.folder import CheckpointFolder, rows_per_block, shape_of
-from dbrx_jax.checkpoint.raw_arrays import copy_range, count_not_finite, read_bytes, write_all
+from dbrx_jax.checkpoint.raw_arrays import bytes_of, copy_range, count_not_finite, read_bytes, write_all
 from dbrx_jax.files import is_remote
 
 Progress: TypeAlias = Callable[[int], None]  # called with the number of bytes done since the last call
@@ -17,12 +17,21 @@ CHECK_BLOCK = 1 << 20  # bytes of a copied file that are checked at a time; fits
 
 
 def append_rows(
-    checkpoint: CheckpointFolder, parameter: str, start: int, stop: int, dtype: np.dtype, file: BinaryIO
+    checkpoint: CheckpointFolder,
+    parameter: str,
+    start: int,
+    stop: int,
+    dtype: np.dtype,
+    file: BinaryIO,
+    sha256: "hashlib._Hash | None" = None,
 ) -> int:
     """Appends rows of a parameter, in its published shape, to an open file.
 
     Returns the number of infinite or NaN values. Bytes that need no change are copied by the operating system;
     others go through memory in blocks.
+
+    Args:
+      sha256: a hash to update with the rows' bytes.
 
     Raises:
       CheckpointError: a file of the checkpoint has become shorter, or cannot be read any more.
@@ -34,13 +43,17 @@ def append_rows(
     if pieces is None:
         for rows in _blocks(checkpoint, parameter, start, stop, dtype):
             write_all(file, rows)
+            if sha256 is not None:
+                sha256.update(bytes_of(rows))
             count += count_not_finite(rows)
         return count
     for source, offset, length in pieces:
         copy_range(source, offset, length, file)
         for first in range(offset, offset + length, CHECK_BLOCK):
-            block = (source, first, min(CHECK_BLOCK, offset + length - first))
-            count += count_not_finite(read_bytes([block]).view(dtype))
+            block = read_bytes([(source, first, min(CHECK_BLOCK, offset + length - first))])
+            if sha256 is not None:
+                sha256.update(block.data)
+            count += count_not_finite(block.view(dtype))
     return count
 
 
@@ -59,14 +72,6 @@ def not_finite(checkpoint: CheckpointFolder, parameter: str, dtype: np.dtype) ->
     """Returns the number of a parameter's values that are infinite or NaN after a cast to `dtype`."""
     rows = shape_of(checkpoint, parameter)[0]
     return sum(count_not_finite(block) for block in _blocks(checkpoint, parameter, 0, rows, dtype))
-
-
-def digest(checkpoint: CheckpointFolder, parameter: str, dtype: np.dtype) -> str:
-    """Returns the SHA-256 of a parameter's bytes, cast to `dtype`."""
-    result = hashlib.sha256()
-    for rows in _blocks(checkpoint, parameter, 0, shape_of(checkpoint, parameter)[0], dtype):
-        result.update(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data)
-    return result.hexdigest()
 
 
 def _blocks(
