@@ -1,0 +1,56 @@
+"""Tests that a conversion reads all that loading needs before it writes anything."""
+
+import json
+import shutil
+
+import pytest
+
+from dbrx_convert.to_hf import to_hf
+from dbrx_convert.to_orbax import to_orbax
+from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
+from dbrx_jax.demo import source_folder
+from dbrx_jax.errors import DbrxError
+from tests.conftest import GOLDEN
+
+DAMAGE = {
+    "half a vocabulary": ("tokenizer.json", "{", "tokenizer.json: not valid JSON"),
+    "vocabulary of another kind": ("tokenizer.json", '{"model": {"type": "WordPiece"}}', "expected 'BPE'"),
+    "ranks that are none": ("cl100k_base.tiktoken", "x", "not a tiktoken ranks file"),
+    "special token without an id": (
+        "tokenizer_config.json",
+        '{"added_tokens_decoder": {"x": {"content": "<|a|>"}}}',
+        "the id of '<|a|>' must be a whole number",
+    ),
+    "number as a template": ("tokenizer_config.json", '{"chat_template": 5}', "chat_template: expected a text"),
+    "half a map of special tokens": ("special_tokens_map.json", '{"a"', "special_tokens_map.json: not valid JSON"),
+    "list of generation settings": ("generation_config.json", "[]", "generation_config.json: expected a JSON object"),
+    "text as an end token": ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json: expected"),
+}
+
+
+@pytest.mark.parametrize("convert", [to_orbax, to_hf])
+@pytest.mark.parametrize("source", [source_folder(), GOLDEN / "dense"], ids=["vocabulary", "none"])
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_file_beside_the_weights_is_refused_before_writing(name, source, convert, tmp_path):
+    file, text, message = DAMAGE[name]
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / file).write_text(text)
+    with pytest.raises(DbrxError) as error:
+        convert(tmp_path / "source", tmp_path / "out")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("convert", [to_orbax, to_hf])
+def test_source_without_vocabulary_converts(convert, tmp_path, monkeypatch):
+    """As published: the settings of the tokenizer are there, and its ranks are cl100k_base's."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    shutil.copytree(GOLDEN / "dense", tmp_path / "source")
+    settings = {"added_tokens_decoder": {"100257": {"content": "<|endoftext|>"}}, "chat_template": "{{ messages }}"}
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(tmp_path / "source", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
+    assert DbrxForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_ids == (100257,)
+    with pytest.raises(DbrxError, match="holds no vocabulary"):
+        DbrxTokenizer.from_pretrained(tmp_path / "out")
