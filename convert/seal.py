@@ -8,9 +8,9 @@ from dbrx_jax.checkpoint.copy_rows import Progress
 from dbrx_jax.checkpoint.folder import PLAN
 from dbrx_jax.checkpoint.manifest import FORMAT_VERSION, ArrayRecord, configuration_of, write_manifest
 from dbrx_jax.checkpoint.orbax import PARAMS, OrbaxFolder, StoredArray, is_orbax
+from dbrx_jax.checkpoint.orbax_metadata import write_orbax_metadata
 from dbrx_jax.checkpoint.raw_arrays import bytes_of, sha256_of
 from dbrx_jax.checkpoint.work_folder import parallel
-from dbrx_jax.checkpoint.write_orbax import write_orbax_metadata
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import location
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from dbrx_jax.checkpoint.parameters import model_from_parameters
 from dbrx_jax.config import DbrxConfig
+from dbrx_jax.files import read_json
 from dbrx_jax.generation.generate import generate
 from dbrx_jax.generation_config import FILE, GenerationConfig
 from dbrx_jax.hub import checkpoint_folder
@@ -40,6 +41,7 @@ class DbrxForCausalLM(CausalLM):
         attention_implementation: str | None = None,
         progress: bool | None = None,
         verify: bool = False,
+        **unknown: Any,
     ) -> Self:
         """Loads an Orbax checkpoint that dbrx-convert wrote, or a Hugging Face folder of safetensors.
 
@@ -62,6 +64,7 @@ class DbrxForCausalLM(CausalLM):
           progress: show a bar on stderr once loading has taken two seconds. None shows it on a terminal, in a
             notebook and in the commands. Of several processes only the first shows one.
           verify: compare the weights, while they are read, with the digests of an Orbax checkpoint.
+          unknown: none; the error names what to use in place of an argument of transformers'.
 
         Raises:
           CheckpointError: the folder is not a complete DBRX checkpoint, or `verify` finds bytes that are not what was
@@ -72,13 +75,42 @@ class DbrxForCausalLM(CausalLM):
           QuantizationError: the quantisation is unknown, or does not fit the model.
           MemoryLimitError: the memory of the host or of a device ran out.
         """
+        from dbrx_jax.checkpoint.keywords import refuse_keywords
         from dbrx_jax.checkpoint.load import load_model  # imports safetensors
 
+        refuse_keywords(unknown)
         folder = checkpoint_folder(path, progress)
         options = (mesh, dtype, quantization, all_to_all, attention_implementation, progress, verify)
         model = load_model(cls, folder, *options)
         model.generation_config = _generation_config(folder)
+        model.checkpoint_path = folder
         return model
+
+    def save_pretrained(self, path: str | Path, format: str = "orbax") -> None:
+        """Writes the model to a folder that :meth:`from_pretrained` loads; all processes of a run must call it.
+
+        Reads the weights a block of rows at a time from the shards of each array. Process 0 writes them, with
+        config.json, generation_config.json, and the tokenizer's files of the checkpoint that the model was loaded
+        from, if they are still there. The folder appears when it is complete.
+
+        Args:
+          path: a folder that does not exist yet, or a URL such as gs://bucket/folder.
+          format: "orbax", which keeps quantised weights as they are; or "hf", safetensors in the published layout,
+            which transformers reads, of dequantised weights.
+
+        Raises:
+          CheckpointError: the format is unknown, the folder exists, or the disk is too small or fails.
+        """
+        from dbrx_jax.checkpoint.save import save_model  # imports safetensors
+        from dbrx_jax.text.tokenizer_files import tokenizer_files
+
+        source = self.checkpoint_path if self.checkpoint_path and self.checkpoint_path.is_dir() else None
+        settings = _generation_settings(source, self.generation_config)
+        save_model(self, path, format, tokenizer_files(source) if source else (), settings)
+
+    def num_parameters(self) -> int:
+        """Returns the number of weights, whether they are quantised or not."""
+        return self.config.total_parameters
 
     @classmethod
     def from_parameters(
@@ -162,3 +194,9 @@ def _generation_config(folder: Path) -> GenerationConfig:
     eos, pad = stop_tokens(folder)
     ids = {"eos_token_id": config.eos_token_id or eos, "pad_token_id": config.pad_token_id}
     return config.replace({**ids, "pad_token_id": pad} if ids["pad_token_id"] is None else ids)
+
+
+def _generation_settings(source: Path | None, config: GenerationConfig) -> dict[str, Any]:
+    """Returns the contents of generation_config.json: entries of the model's source, and the model's own options."""
+    file = source / FILE if source else None
+    return {**(dict(read_json(file)) if file and file.exists() else {}), **config.to_dict()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,6 +75,14 @@ class GenerationConfig:
         options = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         given = (f"{field.name}={value!r}" for field, value in options if value != field.default)
         return f"GenerationConfig({', '.join(given)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options that are not at their defaults, as a generation_config.json holds them."""
+        fields = dataclasses.fields(self)
+        options = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        if self.sequence_bias is not None:
+            options["sequence_bias"] = [[list(ids), bias] for ids, bias in self.sequence_bias.items()]
+        return json.loads(json.dumps(options))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

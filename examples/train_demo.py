@@ -24,7 +24,6 @@ from demo_corpus import chats, documents, small_pieces
 from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dbrx_convert.to_hf import write_model
 from dbrx_jax.api import DbrxForCausalLM
 from dbrx_jax.checkpoint.parameters import parameters_of
 from dbrx_jax.config import DbrxConfig
@@ -75,7 +74,7 @@ def main() -> None:
 
     rounded = {name: value.astype(jnp.bfloat16) for name, value in parameters_of(model).items()}
     config = dataclasses.replace(config, dtype="bfloat16")
-    write_model(DbrxForCausalLM.from_parameters(config, rounded), args.out)
+    DbrxForCausalLM.from_parameters(config, rounded).save_pretrained(args.out, format="hf")
     write_tokenizer(tokenizer, args.out)
     scored = DbrxForCausalLM.from_parameters(config, {k: v.astype(jnp.float32) for k, v in rounded.items()})
     figures = {

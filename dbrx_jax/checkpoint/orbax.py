@@ -22,6 +22,7 @@ from dbrx_jax.checkpoint.manifest import (
     read_records,
 )
 from dbrx_jax.checkpoint.parameters import ParameterSpec, parameter_specs
+from dbrx_jax.checkpoint.quantized import read_dequantized
 from dbrx_jax.checkpoint.raw_arrays import METADATA, chunk_name, read_bytes, sha256_of
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import CheckpointError, ConfigError, QuantizationError
@@ -171,25 +172,10 @@ class OrbaxFolder:
         factor = shape[0] // spec.shape[0]  # published rows per row of the array
         first, last = start // factor, -(-stop // factor)
         if parameter in self.quantized:
-            rows = self._dequantized(parameter, first, last)
+            rows = read_dequantized(self, parameter, self.quantized[parameter], first, last)
         else:
             rows = self.arrays[parameter].rows(first, last)
         return rows.reshape(-1, *shape[1:])[start - first * factor : stop - first * factor]
-
-    def _dequantized(self, parameter: str, start: int, stop: int) -> np.ndarray:
-        """Dequantises rows of a parameter; reads whole groups (or packed pairs) where rows are contracted."""
-        shapes = self.quantized[parameter]
-        rows_contracted = shapes.contracted[-1] == -shapes.ndim
-        unit = (shapes.group or 2) if rows_contracted else 1
-        first, last = start // unit * unit, min(-(-stop // unit) * unit, shapes.shape[0])
-        packed = 2 if rows_contracted and shapes.kind == "int4" else 1  # rows per stored row
-        rows_per_scale = shapes.shape[0] // shapes.scale.shape[0]
-        array = dataclasses.replace(
-            shapes,
-            values=self.stored_rows(parameter, "values", first // packed, -(-last // packed)),
-            scale=self.stored_rows(parameter, "scale", first // rows_per_scale, -(-last // rows_per_scale)),
-        )
-        return array.dequantize()[start - first : stop - first]
 
     def stored_rows(self, parameter: str, part: str, start: int, stop: int) -> np.ndarray:
         rows = self.arrays[f"{parameter}.{part}"].rows(start, stop)

@@ -1,4 +1,4 @@
-"""Quantises parameters while they are read, to the same bits for the converter and for loading."""
+"""Quantises parameters while they are read, to the same bits for the converter and for loading; and dequantises."""
 
 import dataclasses
 
@@ -46,3 +46,25 @@ def read_quantized(
         result.scale[first - start : last - start] = block.scale
     assert result is not None
     return result
+
+
+def read_dequantized(
+    folder: CheckpointFolder, parameter: str, shapes: QuantizedArray, start: int, stop: int
+) -> np.ndarray:
+    """Reads and dequantises rows of a parameter; reads whole groups (or packed pairs) where rows are contracted.
+
+    Args:
+      folder: one that stores the parameter quantised.
+      shapes: of the parameter, its values and its scale.
+    """
+    rows_contracted = shapes.contracted[-1] == -shapes.ndim
+    unit = (shapes.group or 2) if rows_contracted else 1
+    first, last = start // unit * unit, min(-(-stop // unit) * unit, shapes.shape[0])
+    packed = 2 if rows_contracted and shapes.kind == "int4" else 1  # rows per stored row
+    rows_per_scale = shapes.shape[0] // shapes.scale.shape[0]
+    array = dataclasses.replace(
+        shapes,
+        values=folder.stored_rows(parameter, "values", first // packed, -(-last // packed)),
+        scale=folder.stored_rows(parameter, "scale", first // rows_per_scale, -(-last // rows_per_scale)),
+    )
+    return array.dequantize()[start - first : stop - first]

@@ -9,14 +9,16 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dbrx_jax.checkpoint.folder import PLAN, CheckpointFolder
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import is_remote
 
 
-def work_folder(destination: Path, plan: dict[str, Any], num_bytes: int) -> contextlib.AbstractContextManager[Path]:
+def work_folder(
+    destination: Path, plan: dict[str, Any], num_bytes: int, resume: bool = True
+) -> contextlib.AbstractContextManager[Path]:
     """Returns a context manager that yields the folder to write to and completes the destination at its end.
 
     On a disk the folder is `DST.incomplete`, locked, and renamed to DST at the end. Remote storage can neither rename
@@ -27,18 +29,19 @@ def work_folder(destination: Path, plan: dict[str, Any], num_bytes: int) -> cont
       destination: a path from :func:`dbrx_jax.files.location`.
       plan: identifies the work: a run with another plan does not resume this one.
       num_bytes: bytes of the complete destination, compared with the free space of a disk.
+      resume: keep what a killed run with the same plan has written, rather than begin anew.
 
     Raises (on entering and leaving the context):
       CheckpointError: the destination exists, another run is writing it, the killed run had another plan, the disk
         is too small, or writing fails.
     """
     if is_remote(destination):
-        return _remote_work_folder(destination, plan)
-    return _local_work_folder(destination, plan, num_bytes)
+        return _remote_work_folder(destination, plan, resume)
+    return _local_work_folder(destination, plan, num_bytes, resume)
 
 
 @contextlib.contextmanager
-def _local_work_folder(destination: Path, plan: dict[str, Any], num_bytes: int) -> Iterator[Path]:
+def _local_work_folder(destination: Path, plan: dict[str, Any], num_bytes: int, resume: bool) -> Iterator[Path]:
     _refuse_existing(destination)
     folder = destination.with_name(f"{destination.name}.incomplete")
     with _report_os_errors(destination):
@@ -46,7 +49,7 @@ def _local_work_folder(destination: Path, plan: dict[str, Any], num_bytes: int) 
         lock = os.open(folder, os.O_RDONLY)
     try:
         with _report_os_errors(destination):
-            _begin_local(folder, destination, lock, plan, num_bytes)
+            _begin_local(folder, destination, lock, plan, num_bytes, resume)
         with _report_os_errors(destination, "; run the same command again to continue"):
             yield folder
         with _report_os_errors(destination):
@@ -57,11 +60,18 @@ def _local_work_folder(destination: Path, plan: dict[str, Any], num_bytes: int) 
         os.close(lock)
 
 
-def _begin_local(folder: Path, destination: Path, lock: int, plan: dict[str, Any], num_bytes: int) -> None:
+def _begin_local(
+    folder: Path, destination: Path, lock: int, plan: dict[str, Any], num_bytes: int, resume: bool
+) -> None:
     """Locks the folder, checks it and the free space, and writes or compares its plan."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _refuse_existing(destination)  # another run may have completed it before the lock was taken
+        path = folder / PLAN
+        if path.exists():
+            _check_plan(path, plan)
+            if not resume:
+                _clear(folder)
         written = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         free = shutil.disk_usage(folder).free
         if free + written < num_bytes:
@@ -69,10 +79,7 @@ def _begin_local(folder: Path, destination: Path, lock: int, plan: dict[str, Any
                 f"{folder.parent}: {free / 1e9:.1f} GB are free and the checkpoint needs "
                 f"{(num_bytes - written) / 1e9:.1f} GB"
             )
-        path = folder / PLAN
-        if path.exists():
-            _check_plan(path, plan)
-        else:
+        if not path.exists():
             partial = path.with_suffix(".part")
             partial.write_text(json.dumps(plan, indent=2))
             partial.rename(path)
@@ -85,11 +92,13 @@ def _begin_local(folder: Path, destination: Path, lock: int, plan: dict[str, Any
 
 
 @contextlib.contextmanager
-def _remote_work_folder(destination: Path, plan: dict[str, Any]) -> Iterator[Path]:
+def _remote_work_folder(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Path]:
     path = destination / PLAN
     with _report_os_errors(destination):
         if path.exists():
             _check_plan(path, plan)
+            if not resume:
+                _clear(destination)
         else:
             if destination.exists() and any(destination.iterdir()):
                 _refuse_existing(destination)
@@ -99,6 +108,23 @@ def _remote_work_folder(destination: Path, plan: dict[str, Any]) -> Iterator[Pat
         yield destination
     with _report_os_errors(destination):
         path.unlink()
+
+
+def _clear(folder: Path) -> None:
+    """Removes all that a folder holds but its plan."""
+    for path in list(folder.iterdir()):
+        if path.is_dir():
+            remove_folder(path)
+        elif path.name != PLAN:
+            path.unlink()
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a local or remote folder if it is there."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        cast(Any, folder).rmdir(recursive=True)
 
 
 def _refuse_existing(destination: Path) -> None:

@@ -4,11 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import math
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +15,8 @@ from dbrx_jax.checkpoint.copy_rows import Progress, append_rows, byte_progress
 from dbrx_jax.checkpoint.folder import CheckpointFolder, shape_of
 from dbrx_jax.checkpoint.manifest import FORMAT_VERSION, ArrayRecord, configuration_of, write_manifest
 from dbrx_jax.checkpoint.orbax import PARAMS, STATE, stored_dtype
-from dbrx_jax.checkpoint.parameters import array_layouts, nest, parameter_specs
+from dbrx_jax.checkpoint.orbax_metadata import write_orbax_metadata
+from dbrx_jax.checkpoint.parameters import array_layouts, parameter_specs
 from dbrx_jax.checkpoint.quantized import read_quantized
 from dbrx_jax.checkpoint.raw_arrays import (
     METADATA,
@@ -29,8 +27,7 @@ from dbrx_jax.checkpoint.raw_arrays import (
     write_array,
     write_compressed,
 )
-from dbrx_jax.checkpoint.work_folder import parallel
-from dbrx_jax.files import is_remote
+from dbrx_jax.checkpoint.work_folder import parallel, remove_folder
 from dbrx_jax.quantization import Format, Quantization
 
 RECORDS = "records"  # folder of the arrays' records until the manifest is written
@@ -111,7 +108,7 @@ def finish_orbax(
         "arrays": {name: record.to_json() for name, record in records.items()},
     }
     write_manifest(folder, manifest)
-    _remove(folder / RECORDS)
+    remove_folder(folder / RECORDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +191,7 @@ class _Writer:
     ) -> tuple[ArrayRecord, int]:
         """Writes an array of finite values from its rows, replacing what a killed run left of it."""
         folder, dtype = self._state / name, stored_dtype(dtype)
-        _remove(folder)
+        remove_folder(folder)
 
         def append(file: BinaryIO, start: int, stop: int) -> str:
             rows = read_rows(start, stop)
@@ -226,39 +223,5 @@ class _Writer:
             entry = json.loads((self.folder / RECORDS / f"{name}.json").read_text())
             if (self._state / name / METADATA).exists():
                 return ArrayRecord.from_json(entry), int(entry["not_finite"])
-        _remove(self._state / name)
+        remove_folder(self._state / name)
         return None
-
-
-def _remove(folder: Path) -> None:
-    """Removes a folder if it is there."""
-    if not is_remote(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        folder.rmdir(recursive=True)  # type: ignore[call-arg]
-
-
-def write_orbax_metadata(path: Path, names: Collection[str]) -> None:
-    """Writes Orbax's metadata for arrays of these names: Orbax saves tiny ones, whose metadata files are copied."""
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
-    context.array.saving.use_compression = False
-    logger = logging.getLogger("absl")
-    level = logger.level
-    with tempfile.TemporaryDirectory() as temporary:
-        skeleton = Path(temporary) / path.name
-        logger.setLevel(logging.ERROR)  # Orbax warns that a checkpoint without OCDBT has no OCDBT
-        try:
-            with context:
-                ocp.save(skeleton, nest({name: np.zeros(1, np.float32) for name in names}))
-        finally:
-            logger.setLevel(level)
-        for file in sorted(skeleton.rglob("*")):
-            parts = file.relative_to(skeleton).parts
-            is_of_array = len(parts) > 2 and parts[1] in names
-            if file.is_file() and not is_of_array:
-                target = path.joinpath(*parts)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())

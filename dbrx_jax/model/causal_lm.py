@@ -1,5 +1,7 @@
 """CausalLM: the network, on whole sequences or on new tokens with a key-value cache."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,7 @@ class CausalLM(nnx.Module):
         self.config = config
         self.quantization = quantization
         self.generation_config = GenerationConfig()
+        self.checkpoint_path: Path | None = None  # of the folder that it was loaded from
 
     @property
     def dtype(self) -> np.dtype:

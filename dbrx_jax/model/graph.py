@@ -51,9 +51,10 @@ class ModelState:
 
 
 def split_model(model: CausalLM) -> ModelState:
-    """Splits a model, without its generation_config, for which no program has to be compiled anew."""
+    """Splits a model, without what no program has to be compiled anew for: its generation_config and path."""
     bare = copy.copy(model)
     bare.generation_config = GenerationConfig()
+    bare.checkpoint_path = None
     graph, state = nnx.split(bare)
     arrays, tree = jax.tree.flatten(state)
     return ModelState(arrays, _cached_definition(graph, tree, model.partition.platform))

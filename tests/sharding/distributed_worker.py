@@ -1,6 +1,6 @@
 """Program of each process in test_distributed.py: compares the library on a mesh with one device.
 
-distributed_worker.py COORDINATOR PROCESSES PROCESS_ID START_SECONDS LOST_SECONDS TASK [MESH]
+distributed_worker.py COORDINATOR PROCESSES PROCESS_ID START_SECONDS LOST_SECONDS TASK [MESH [FOLDER]]
 """
 
 import sys
@@ -13,9 +13,10 @@ from jax.experimental.multihost_utils import process_allgather
 
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.checkpoint.huggingface import HuggingFaceFolder
+from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.parameters import parameters_of
 from dbrx_jax.console import run
-from dbrx_jax.errors import GenerationError
+from dbrx_jax.errors import CheckpointError, GenerationError
 from dbrx_jax.generation.stream import TokenStream
 from dbrx_jax.sharding import distributed
 
@@ -67,9 +68,32 @@ def check_library(mesh):
         np.testing.assert_array_equal(process_allgather(sharded[name], tiled=True), reference[name])
 
 
-def task(name, mesh):
+def check_saving(mesh, folder):
+    """Checks that a model of two processes is saved with the bytes of one device, and that both hear of an error."""
+    DbrxForCausalLM.from_pretrained(FUSED, mesh, quantization="int8", dtype="float32").save_pretrained(folder / "many")
+    if jax.process_index() == 0:
+        DbrxForCausalLM.from_pretrained(FUSED, quantization="int8", dtype="float32").save_pretrained(folder / "one")
+        many, one = (open_folder(folder / name, verify=True) for name in ("many", "one"))
+        assert many.records == one.records
+    plain = DbrxForCausalLM.from_pretrained(FUSED, mesh, dtype="bfloat16")
+    plain.save_pretrained(folder / "hf", "hf")
+    again = DbrxForCausalLM.from_pretrained(folder / "hf", mesh)
+    for name, parameter in parameters_of(plain).items():
+        for a, b in zip(parameter.addressable_shards, parameters_of(again)[name].addressable_shards, strict=True):
+            np.testing.assert_array_equal(np.asarray(a.data).view(np.uint16), np.asarray(b.data).view(np.uint16))
+    try:
+        plain.save_pretrained(folder / "hf", "hf")
+    except CheckpointError as error:
+        assert str(error).startswith(("process 0 could not save", f"{folder / 'hf'}: exists already")), error
+        return
+    raise AssertionError("a folder was written over")
+
+
+def task(name, mesh=None, folder=None):
     if name == "library":
         check_library(mesh)
+    elif name == "save":
+        check_saving(mesh, Path(folder))
     elif name == "fail" and jax.process_index() == 1:
         raise GenerationError("a mistake of one process alone")
     else:  # communicate until a process is lost
@@ -85,7 +109,7 @@ def main():
     coordinator, *numbers = sys.argv[1:6]
     processes, process_id, start_seconds, lost_seconds = map(int, numbers)
     with distributed.start(coordinator, processes, process_id, start_seconds=start_seconds, lost_seconds=lost_seconds):
-        task(*(*sys.argv[6:], None)[:2])
+        task(*sys.argv[6:])
         print("fine")
 
 

@@ -172,6 +172,13 @@ def test_library_matches_one_device_on_two_processes(mesh, tmp_path):
         assert (run.stdout(0), run.stdout(1)) == ("fine\n", "")
 
 
+@pytest.mark.slow
+def test_model_of_two_processes_is_saved(tmp_path):
+    with worker(tmp_path, 2, 2, "save", "expert=2,tensor=2", tmp_path, lost_seconds=120) as run:
+        assert run.statuses(500) == [0, 0], run.stderr(0) + run.stderr(1)
+        assert (run.stdout(0), run.stdout(1)) == ("fine\n", "")
+
+
 def assert_one_line(text, program, *fragments):
     assert len(text.splitlines()) == 1, text
     assert text.startswith(f"{program}: ")

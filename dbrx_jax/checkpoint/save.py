@@ -1,0 +1,63 @@
+"""Saves a model as an Orbax or Hugging Face folder, array by array."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dbrx_jax.checkpoint.companions import GENERATION_CONFIG, copy_files, write_config
+from dbrx_jax.checkpoint.model_folder import ModelFolder
+from dbrx_jax.checkpoint.work_folder import work_folder
+from dbrx_jax.checkpoint.write_huggingface import write_shards
+from dbrx_jax.checkpoint.write_orbax import finish_orbax, stored_bytes, write_arrays
+from dbrx_jax.errors import CheckpointError
+from dbrx_jax.files import location
+from dbrx_jax.model.causal_lm import CausalLM
+
+FORMATS = ("orbax", "hf")
+
+
+def save_model(
+    model: CausalLM,
+    destination: str | Path,
+    format: str,
+    files: Sequence[Path] = (),
+    generation_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a model; see :meth:`dbrx_jax.DbrxForCausalLM.save_pretrained`.
+
+    Args:
+      files: to copy, such as the tokenizer's.
+      generation_config: the contents of generation_config.json.
+    """
+    if format not in FORMATS:
+        raise CheckpointError(f"format: expected {' or '.join(FORMATS)}, got {format!r:.40}")
+    folder = ModelFolder(model)
+    if folder.is_shared and jax.process_index() != 0:
+        folder.follow()
+        return
+    with folder.leading():
+        _save(folder, location(destination), format, files, generation_config)
+
+
+def _save(
+    model: ModelFolder,
+    destination: Path,
+    format: str,
+    files: Sequence[Path],
+    generation_config: Mapping[str, Any] | None,
+) -> None:
+    dtype, quantization = model.dtype(), model.quantization if format == "orbax" else None
+    plan, num_bytes = {"kind": "save_pretrained"}, stored_bytes(model, dtype, quantization)
+    with work_folder(destination, plan, num_bytes, resume=False) as folder:
+        write_config(folder, model.config.to_dict(), dtype)
+        copy_files(files, folder)
+        if generation_config:
+            (folder / GENERATION_CONFIG).write_text(json.dumps(generation_config, indent=2) + "\n")
+        if format == "hf":
+            write_shards(model, folder, dtype)
+            return
+        written = write_arrays(model, folder, dtype, quantization)
+        finish_orbax(model, folder, dtype, quantization, written, compressed=False)
