@@ -51,7 +51,7 @@ def test_demo_answers_a_greeting_and_stops(demo):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True)
     out = model.generate([ids], max_new_tokens=60)[0, len(ids) :]
     assert tokenizer.decode(out, skip_special_tokens=True) == "Hello! Ask me what a word means."
-    assert out[-1] in model.generation_config.eos_token_ids
+    assert out[-1] in model.generation_config.eos_token_id
 
 
 def test_model_card_figures_match_training():

@@ -51,6 +51,6 @@ def test_source_without_vocabulary_converts(convert, tmp_path, monkeypatch):
     (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
     convert(tmp_path / "source", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
-    assert DbrxForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_ids == (100257,)
+    assert DbrxForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == (100257,)
     with pytest.raises(DbrxError, match="holds no vocabulary"):
         DbrxTokenizer.from_pretrained(tmp_path / "out")

@@ -121,7 +121,7 @@ def test_to_orbax_copies_tokenizer_files(fused_copy, tmp_path):
     names = {p.name for p in (tmp_path / "out").iterdir()}
     copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "cl100k_base.tiktoken"}
     assert names == {"config.json", MANIFEST, PARAMS} | copied
-    assert DbrxForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_ids == (3,)
+    assert DbrxForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == (3,)
 
 
 def test_to_orbax_reads_one_or_several_files_without_index(tmp_path):

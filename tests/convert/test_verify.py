@@ -29,7 +29,7 @@ CHANGES = {
     ),
     "generation_config.json": (
         lambda c: c.update(eos_token_id=[7]),
-        Difference("generation configuration", "setting", "eos_token_ids: (2550, 2553) against (7,)"),
+        Difference("generation configuration", "setting", "eos_token_id: (2550, 2553) against (7,)"),
     ),
     "tokenizer_config.json": (
         lambda c: c.update(chat_template="{% for message in messages %}x"),
