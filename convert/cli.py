@@ -32,10 +32,10 @@ class ToOrbax:
     destination: Destination
     """Folder or URL to make; it can be loaded when it is complete."""
     dtype: Dtype | None = None
-    """Cast the weights, or with --quantize the scales; unchanged by default."""
+    """Cast the weights, or with --quantization the scales; unchanged by default."""
     compress: bool = False
     """Compress with zstd: slower, and trained weights hardly get smaller."""
-    quantize: str | None = None
+    quantization: str | None = None
     """Quantise to int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32), fp8, or parts such as
     experts=int4-64,attention=int8,head=int8."""
     workers: int | None = None
@@ -45,10 +45,10 @@ class ToOrbax:
         from dbrx_convert.to_orbax import to_orbax
 
         def convert(advance: Callable[[int], None]) -> dict[str, int]:
-            options = (self.dtype, self.compress, self.workers, advance, self.quantize)
+            options = (self.dtype, self.compress, self.workers, advance, self.quantization)
             return to_orbax(self.source, self.destination, *options)
 
-        _convert(self.source, self.destination, convert, self.quantize)
+        _convert(self.source, self.destination, convert, self.quantization)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_commands_show_progress_in_bytes_of_the_source(tmp_path, monkeypatch):
     plain, low, quantised = (GOLDEN / "fused", tmp_path / "low", tmp_path / "int8")
     for source, *arguments in (
         (plain, "to-orbax", plain, low, "--dtype", "bfloat16"),
-        (low, "to-orbax", low, quantised, "--quantize", "int8"),
+        (low, "to-orbax", low, quantised, "--quantization", "int8"),
         (low, "to-hf", low, tmp_path / "float32", "--dtype", "float32"),
         (quantised, "to-hf", quantised, tmp_path / "dequantised"),
         (low, "verify", low),

@@ -214,7 +214,7 @@ class TestErrors:
         assert not list(tmp_path.iterdir())
 
     def test_command_rejects_invalid_quantisation(self, tmp_path):
-        done = command("dbrx-convert", "to-orbax", str(DEMO), str(tmp_path / "out"), "--quantize", "int2")
+        done = command("dbrx-convert", "to-orbax", str(DEMO), str(tmp_path / "out"), "--quantization", "int2")
         assert done.returncode == 2
         assert "expected int8, int4" in done.stderr
         assert "Traceback" not in done.stderr
