@@ -13,16 +13,21 @@ import dbrx_jax.cli.main
 import dbrx_jax.runtime
 
 
-def in_process(name, *arguments):
-    """Runs a command in this process, for errors that are detected before anything is computed."""
+def in_process(name, *arguments, stdin=b""):
+    """Runs a command in this process, which has imported JAX and shares what it compiles."""
     main = {"dbrx-jax": dbrx_jax.cli.main.main, "dbrx-convert": dbrx_convert.cli.main}[name]
-    out, errors = io.StringIO(), io.StringIO()
+    out, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         # The command would change these settings of the process.
         patch.setattr(dbrx_jax.runtime, "enable_compilation_cache", lambda print_status: None)
-        patch.setattr(dbrx_jax.cli.main, "set_process_defaults", lambda: None)
+        patch.setattr(dbrx_jax.runtime, "set_process_defaults", lambda: None)
+        patch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
         patch.setattr(warnings, "showwarning", warnings.showwarning)
         with pytest.raises(SystemExit) as exit_info:
             main()
-    return subprocess.CompletedProcess(arguments, exit_info.value.code, out.getvalue(), errors.getvalue())
+    out.flush()
+    return subprocess.CompletedProcess(
+        arguments, exit_info.value.code, out.buffer.getvalue().decode(), errors.getvalue()
+    )

@@ -1,18 +1,73 @@
-"""Conversation with a model in a terminal."""
+"""The command dbrx-jax chat: a conversation with a model in a terminal."""
 
 import contextlib
+import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
+from dbrx_jax.cli import sampling_options
+from dbrx_jax.cli.generate import stream_completion
+from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
+from dbrx_jax.cli.options import Given, Options
+from dbrx_jax.cli.rates import Rates
 from dbrx_jax.console import print_status
-from dbrx_jax.errors import DbrxError
+from dbrx_jax.errors import DbrxError, GenerationError
+
+# Positions of a conversation's cache, at most the model's. One length for all turns shares the compiled programs.
+CACHE_LENGTH = 4096
+TEMPERATURE = 0.6  # where neither the user nor the checkpoint says whether and how to sample
 
 HELP = """/system TEXT  set the system message and begin anew (no TEXT removes it)
 /reset        begin anew
 /help         show this
 /exit         leave (so does Ctrl-D)
 Ctrl-C        stop the answer"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat(Options):
+    """Chat with a model. Without CHECKPOINT the included demo is used."""
+
+    system: Given[str] = None
+    """System message of the conversation."""
+    temperature: Given[float] = None
+    """0 is greedy; above 0 samples, more at random the higher. The checkpoint's settings by default, else 0.6."""
+
+    def run(self) -> None:
+        given = self.sampling()
+        checkpoint = open_checkpoint(self)
+        options = self._options(given, checkpoint)
+        conversation = Conversation(self.system)
+        # A template that fails does so with the first message too.
+        checkpoint.tokenizer.apply_chat_template([*conversation.messages, {"role": "user", "content": "Hi"}], True)
+        positions = min(CACHE_LENGTH, checkpoint.config.max_seq_len)
+        model = load_weights(checkpoint, self, 1, positions)
+
+        def answer(messages: list[dict[str, str]]) -> Iterator[str]:
+            ids = checkpoint.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            remaining = checkpoint.config.max_seq_len - len(ids)
+            if remaining < 1:
+                raise GenerationError(
+                    f"the conversation fills the model's {checkpoint.config.max_seq_len} tokens; /reset begins anew"
+                )
+            arguments = options | {"max_new_tokens": min(options["max_new_tokens"], remaining)}
+            rates = Rates()
+            yield from stream_completion(model, checkpoint, ids, rates, arguments | {"cache_length": positions})
+            print_status(f"\n[{rates.summary()}]")
+
+        converse(conversation, answer)
+
+    def _options(self, given: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+        """Returns the keyword arguments of TokenStream."""
+        settings = checkpoint.generation
+        if "temperature" not in given and settings.get("do_sample") is None and settings.get("temperature") is None:
+            given = given | {"temperature": TEMPERATURE}
+        merged = sampling_options.merge(given, {}, settings)
+        arguments = sampling_options.arguments(merged, checkpoint.tokenizer) | self.cache_arguments()
+        arguments["max_new_tokens"] = sampling_options.max_new_tokens(merged, settings)
+        return arguments | ({} if self.seed is None else {"seed": self.seed})
 
 
 class Conversation:

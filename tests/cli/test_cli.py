@@ -40,19 +40,8 @@ def fails(result, *fragments):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(source, tmp_path_factory):
     """An Orbax checkpoint of golden/dense with a vocabulary of single bytes."""
-    from dbrx_jax.text.vocabulary import _byte_characters
-
-    source = tmp_path_factory.mktemp("source")
-    for file in ("config.json", "model.safetensors"):
-        (source / file).write_bytes((GOLDEN / "dense" / file).read_bytes())
-    (source / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(_byte_characters())}))
-    (source / "merges.txt").write_text("")
-    special = {
-        str(i): {"content": t} for i, t in {260: "<|endoftext|>", 261: "<|im_start|>", 262: "<|im_end|>"}.items()
-    }
-    (source / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
     destination = tmp_path_factory.mktemp("orbax") / "dense"
     done = command("dbrx-convert", "to-orbax", source, destination)
     assert done.returncode == 0, done.stderr
@@ -75,55 +64,10 @@ class TestGenerate:
         assert "; decode 5 tokens, " in lines[1]
         assert len(lines) == 2
 
-    def test_generate_reads_and_writes_json_lines(self, checkpoint, tmp_path, models, expected):
-        prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
-        jobs = [{"prompt": "abc", "id": 7}, "x", {"messages": [{"role": "user", "content": "hi"}]}]
-        prompts.write_text("\n".join(map(json.dumps, jobs)) + "\n\n")
-        arguments = ("--file", prompts, "--output", out, "--max-new-tokens", 5, "--batch-size", 2)
-        done = command("dbrx-jax", "generate", checkpoint, *arguments)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == ""
-        results = [json.loads(line) for line in out.read_text().splitlines()]
-        assert [r.get("id") for r in results] == [7, None, None]
-        assert results[1]["prompt"] == "x"
-        assert results[2]["messages"] == jobs[2]["messages"]
-        # The same tokens as from the Python interface.
-        for result, prompt in zip(results, (b"abc", b"x"), strict=False):
-            ids = models("dense").generate([list(prompt)], max_new_tokens=5, eos_token_id=[260, 262])[0, len(prompt) :]
-            assert result["new_tokens"] == len(ids)
-            assert result["completion"] == bytes(i for i in ids.tolist() if i < 256).decode(errors="replace")
-            assert result["finish_reason"] == ("stop" if ids[-1] in (260, 262) else "length")
-        assert not list(tmp_path.glob("*.incomplete"))
-
     def test_generate_repeats_samples_of_a_seed(self, checkpoint):
         arguments = ("generate", checkpoint, "--prompt", "abc", "--max-new-tokens", 8, "--temperature", 1.5, "--seed")
         a, b, c = (command("dbrx-jax", *arguments, seed).stdout for seed in (1, 1, 2))
         assert a == b != c
-
-    def test_generate_rejects_invalid_arguments(self, checkpoint, tmp_path):
-        fails(in_process("dbrx-jax", "generate", checkpoint), "give either --prompt TEXT or --file")
-        fails(in_process("dbrx-jax", "generate", "/nowhere", "--prompt", "x"), "/nowhere: there is no such folder")
-        prompts = tmp_path / "bad.jsonl"
-        prompts.write_text('"x"\n{"prompt": 5}\n')
-        fails(in_process("dbrx-jax", "generate", checkpoint, "--file", prompts), "bad.jsonl, line 2: expected a text")
-        prompts.write_text('"x"\n"' + "long " * 200 + '"\n')
-        done = in_process(
-            "dbrx-jax", "generate", checkpoint, "--file", prompts, "--output", tmp_path / "o", "--max-new-tokens", 20
-        )
-        assert done.returncode == 2
-        assert "prompt 2: with 20 new tokens it is" in done.stderr.splitlines()[-1]
-        assert not (tmp_path / "o").exists()
-        done = in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--top-p", "0.5")
-        assert done.returncode == 2
-        assert "give --temperature above 0" in done.stderr.splitlines()[-1]
-        prompts.write_text("{\n")
-        fails(in_process("dbrx-jax", "generate", checkpoint, "--file", prompts), "bad.jsonl, line 1: not JSON")
-        done = in_process("dbrx-jax", "generate", checkpoint, "--prompt", "x", "--max-new-tokens", 999)
-        assert done.returncode == 2
-        assert done.stderr.splitlines()[-1].startswith(
-            "dbrx-jax: max_new_tokens: 999 after a prompt of 1 tokens is beyond"
-        )
-        assert in_process("dbrx-jax", "generate", "--frob").returncode == 2
 
 
 class TestConvert:
@@ -185,24 +129,15 @@ class TestConvert:
         assert lines[0].startswith("dbrx-convert: warning: config.json gives rope_theta 500000.0 in attn_config")
 
 
-def test_help_lists_commands_and_options():
+def test_convert_help_lists_commands_and_options():
     for arguments, fragments in (
-        (("dbrx-jax", "--help"), ("generate", "chat", "info")),
-        (("dbrx-jax", "generate", "--help"), ("CHECKPOINT", "--prompt", "--file", "--temperature")),
-        (("dbrx-convert", "--help"), ("to-orbax", "to-hf", "verify", "inspect")),
-        (("dbrx-convert", "to-orbax", "--help"), ("SRC", "DST", "--dtype")),
+        (("--help",), ("to-orbax", "to-hf", "verify", "inspect")),
+        (("to-orbax", "--help"), ("SRC", "DST", "--dtype", "--quantization")),
     ):
-        done = command(*arguments, env={"COLUMNS": "80"})
+        done = command("dbrx-convert", *arguments, env={"COLUMNS": "80"})
         assert done.returncode == 0
         assert all(fragment in done.stdout for fragment in fragments)
         assert "\x1b" not in done.stdout
-
-
-def test_info_prints_versions_and_devices():
-    facts = json.loads(command("dbrx-jax", "info", "--json").stdout)
-    assert any(v.startswith("jax ") for v in facts["versions"])
-    assert facts["devices"] == [f"{i}: cpu" for i in range(8)]  # conftest.py asks for them
-    assert "CPUs" in command("dbrx-jax", "info").stdout
 
 
 class TestConversation:
@@ -259,9 +194,9 @@ class TestConversation:
 class Terminal:
     """A process on a new pseudo-terminal."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, term="dumb"):
         self.fd, slave = pty.openpty()
-        env = {**os.environ, "TERM": "dumb", "COLUMNS": "80"}
+        env = {**os.environ, "TERM": term, "COLUMNS": "80", "NO_COLOR": ""}
         streams = {"stdin": slave, "stdout": slave, "stderr": slave}
         self.process = subprocess.Popen(list(map(str, arguments)), env=env, start_new_session=True, **streams)
         os.close(slave)
@@ -293,6 +228,14 @@ class Terminal:
         status = self.process.wait(60)
         os.close(self.fd)
         return status
+
+
+def test_prompt_is_shown_dimly_on_a_terminal(checkpoint):
+    arguments = ("--prompt", "ab\x1b[2Jc", "--max-new-tokens", "3")
+    generate = Terminal(BIN / "dbrx-jax", "generate", checkpoint, *arguments, term="xterm")
+    generate.read_until("\x1b[2mab\ufffd[2Jc\x1b[0m")
+    generate.read_until("prefill 7 tokens")
+    assert generate.exit_status() == 0
 
 
 def test_chat_answers_on_a_terminal(checkpoint):

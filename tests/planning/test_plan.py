@@ -237,7 +237,7 @@ class TestCommand:
         assert in_process("dbrx-jax", "plan", "--dtype", "int8").returncode == 2
 
     def test_plan_takes_a_checkpoints_quantisation(self, tmp_path):
-        done = command("dbrx-convert", "to-orbax", GOLDEN / "dense", tmp_path / "small", "--quantize", "int8")
+        done = command("dbrx-convert", "to-orbax", GOLDEN / "dense", tmp_path / "small", "--quantization", "int8")
         assert done.returncode == 0, done.stderr
         assert facts_of(tmp_path / "small", "--on", "v5e-1")["quantization"] == "int8"
         done = in_process("dbrx-jax", "plan", tmp_path / "small", "--on", "v5e-1", "--quantization", "int4")

@@ -15,6 +15,7 @@ import pytest
 
 from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxTokenizer
+from dbrx_jax.cli.batch import derive_seed
 from dbrx_jax.errors import DistributedError
 from dbrx_jax.sharding.distributed import _check, _is_connection_error, start
 from dbrx_jax.sharding.native_log import ENDING, FATAL, MARK, NOISE, explain
@@ -150,7 +151,8 @@ def test_processes_match_one_from_hugging_face(processes, devices, mesh, folder,
     sampled = ("--file", folder.with_name("prompts.jsonl"), "--temperature", 0.9, "--top-p", 0.95, "--seed", 7)
     with Processes(tmp_path, processes, devices, *GENERATE, folder, *sampled, *options, *run_flags(processes)) as run:
         assert run.statuses() == [0] * processes, run.stderr(0)
-        assert read_completions(run.stdout(0)) == completions(do_sample=True, temperature=0.9, top_p=0.95, seed=7)
+        seeds = [derive_seed(7, line, 0) for line in range(1, len(PROMPTS) + 1)]
+        assert read_completions(run.stdout(0)) == completions(do_sample=True, temperature=0.9, top_p=0.95, seed=seeds)
         assert "".join(map(run.stdout, range(1, processes))) == ""
     with Processes(
         tmp_path, processes, devices, *EXAMPLE, folder, "--prompt", *PROMPTS, *options, *run_flags(processes)

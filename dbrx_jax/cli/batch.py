@@ -1,0 +1,182 @@
+"""Completes a file of prompts in batches."""
+
+import contextlib
+import json
+import secrets
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dbrx_jax.cli import sampling_options
+from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
+from dbrx_jax.cli.options import GenerateOptions
+from dbrx_jax.cli.output import Output, check_output, open_output
+from dbrx_jax.cli.prompts import Item, PromptsFile, Survey
+from dbrx_jax.cli.rates import Rates, row_progress
+from dbrx_jax.console import print_status
+from dbrx_jax.errors import GenerationError
+
+if TYPE_CHECKING:
+    from dbrx_jax.api import DbrxForCausalLM
+    from dbrx_jax.generation.generate import TokenStream
+
+
+def complete_file(command: GenerateOptions, first: bool) -> bool:
+    """Completes the prompts of a file; returns whether every row has a completion.
+
+    Args:
+      first: this is the only process, or the first: it alone writes the results.
+
+    Raises:
+      DbrxError: the options or the checkpoint cannot be used; a row that cannot be used gets an error in its result.
+    """
+    assert command.file is not None
+    options = command.sampling()
+    if first:
+        check_output(command.output, command.file)
+    with contextlib.closing(PromptsFile(command.file)) as prompts:
+        checkpoint = open_checkpoint(command)
+        survey = prompts.survey(checkpoint, options)
+        if survey.errors:
+            print_status(f"{prompts.name}: {survey.errors} rows get an error for a completion; {survey.first_error}")
+        command.check_same_on_all_processes(survey.sha256)
+        identity = {"prompts": survey.sha256} | command.result_options()
+        with contextlib.closing(open_output(command.output if first else None, identity)) as output:
+            runner = _Runner(command, checkpoint, survey, output.num_done)
+            try:
+                num_errors = _run(runner, prompts.items(checkpoint, options, runner.start), output, survey)
+            except BaseException:
+                if line := output.explain(survey.num_items):
+                    print_status(line)
+                raise
+            output.finish()
+    print_status(runner.rates.summary())
+    if num_errors:
+        print_status(f"{num_errors} of {survey.num_items} rows have an error")
+    return not num_errors
+
+
+def _run(runner: "_Runner", items: Iterator[Item], output: Output, survey: Survey) -> int:
+    """Completes the items and writes their results; returns how many have an error."""
+    done, num_errors = runner.start, 0
+    # A bar and results on the same terminal would mix.
+    with row_progress(survey.num_items, runner.rates, bar=not sys.stdout.isatty()) as advance:
+        for batch in batches(items, runner.rows):
+            results = runner.results(batch)
+            output.write([json.dumps(result, ensure_ascii=False) for result in results])
+            num_errors += sum("error" in result for result in results)
+            done += len(batch)
+            advance(done)
+    return num_errors
+
+
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yields consecutive items, at most `size`, which have the same options but for the seed."""
+    batch: list[Item] = []
+    shared: dict[str, Any] | None = None
+    for item in items:
+        options = None if item.error else {k: v for k, v in item.options.items() if k != "seed"}
+        if batch and (len(batch) == size or (shared is not None and options not in (None, shared))):
+            yield batch
+            batch, shared = [], None
+        batch.append(item)
+        shared = options if shared is None else shared
+    if batch:
+        yield batch
+
+
+class _Runner:
+    """Completes batches with the model, which it loads.
+
+    Attributes:
+      rows: that the programs are compiled for.
+      start: number of the first item to complete, after those of an earlier run.
+      rates: of what has run.
+    """
+
+    def __init__(self, command: GenerateOptions, checkpoint: Checkpoint, survey: Survey, num_done: int):
+        from dbrx_jax.generation.decode import same_on_all_processes
+
+        self._command, self._checkpoint, self._survey = command, checkpoint, survey
+        self.rows = min(command.batch_size, survey.num_items)
+        self._model: DbrxForCausalLM = load_weights(checkpoint, command, self.rows, survey.positions)
+        # The first process alone has read the results of an earlier run.
+        self.start = same_on_all_processes(self._model.partition, num_done)
+        seed = secrets.randbits(32) if command.seed is None else command.seed
+        self._seed = same_on_all_processes(self._model.partition, seed)
+        self.rates = Rates()
+
+    def results(self, batch: list[Item]) -> list[dict[str, Any]]:
+        """Returns the results of items with the same options, in their order."""
+        good = [item for item in batch if item.error is None]
+        completed = iter(self._complete(good))
+        return [_result(item, {"error": item.error}) if item.error else next(completed) for item in batch]
+
+    def _complete(self, items: list[Item]) -> list[dict[str, Any]]:
+        """Returns the results of items without errors; if they fail together, of each alone."""
+        if not items:
+            return []
+        try:
+            stream = self._stream(items)
+            for _ in stream:
+                pass
+        except GenerationError as error:
+            if len(items) == 1:
+                return [_result(items[0], {"error": f"line {items[0].row.line}: {error}"})]
+            return [result for item in items for result in self._complete([item])]
+        self.rates.add(stream, len(items))
+        return [_result(item, self._fields(stream, row, item)) for row, item in enumerate(items)]
+
+    def _stream(self, items: list[Item]) -> "TokenStream":
+        from dbrx_jax.generation.generate import TokenStream
+
+        options, tokenizer = items[0].options, self._checkpoint.tokenizer
+        items = items + items[-1:] * (self.rows - len(items))  # a smaller batch would be compiled anew
+        arguments = sampling_options.arguments(options, tokenizer) | self._command.cache_arguments()
+        arguments["max_new_tokens"] = sampling_options.max_new_tokens(options, self._checkpoint.generation)
+        if sampling_options.samples(options, self._checkpoint.generation):
+            arguments["seed"] = [item_seed(item, self._seed) for item in items]
+        padded: dict[str, Any] = tokenizer.pad([item.ids for item in items])
+        stream = TokenStream(self._model, **padded, burst=None, cache_length=self._survey.positions, **arguments)
+        stream.compile()
+        return stream
+
+    def _fields(self, stream: "TokenStream", row: int, item: Item) -> dict[str, Any]:
+        """Returns the fields of one row's result."""
+        from dbrx_jax.generation.text_stream import completion_text
+
+        length = int(stream.lengths[row])
+        ids = stream.sequences[row, stream.sequences.shape[1] - stream.logprobs.shape[1] :][:length].tolist()
+        fields: dict[str, Any] = {
+            "completion": completion_text(self._checkpoint.tokenizer, ids, item.options.get("stop", ())),
+            "finish_reason": "stop" if stream.ended[row] else "length",
+            "usage": {"prompt_tokens": len(item.ids), "completion_tokens": length},
+        }
+        if self._command.token_ids:
+            fields["token_ids"] = ids
+        if self._command.logprobs:
+            fields["logprobs"] = [round(value, 6) for value in stream.logprobs[row, :length].tolist()]
+        return fields
+
+
+def item_seed(item: Item, seed: int) -> int:
+    """Returns the seed of a completion: the row's own, else one derived from the command's seed.
+
+    It depends on the row alone, not on its batch or on where an earlier run ended.
+    """
+    own = item.row.options.get("seed")
+    if own is None:
+        return derive_seed(seed, item.row.line, item.index)
+    return derive_seed(own, item.index) if item.index else own
+
+
+def derive_seed(*numbers: int) -> int:
+    """Returns a seed of 32 bits for a seed and numbers of a line and a completion."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _result(item: Item, fields: dict[str, Any]) -> dict[str, Any]:
+    several = item.options.get("num_return_sequences", 1) > 1
+    return item.row.fields | ({"index": item.index} if several else {}) | fields

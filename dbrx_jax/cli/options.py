@@ -1,0 +1,131 @@
+"""Options of generate and chat."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from dbrx_jax.cli import sampling_options
+
+T = TypeVar("T")
+# An option that need not be given. The help shows no default: None would say nothing.
+Given = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+CheckpointArgument = Annotated[
+    tyro.conf.Positional[str | None], tyro.conf.arg(metavar="CHECKPOINT", help_behavior_hint="")
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of both generate and chat."""
+
+    checkpoint: CheckpointArgument = None
+    """Orbax folder made by dbrx-convert, or Hugging Face folder of safetensors."""
+    dtype: Given[Literal["float32", "bfloat16"]] = None
+    """Cast the weights on loading; unchanged by default."""
+    quantization: Given[str] = None
+    """Quantise the weights on loading: int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32),
+    fp8, or parts such as experts=int4-64,attention=int8."""
+    mesh: Given[str] = None
+    """Device mesh: a recipe such as v5e-64, or axes such as expert=16,tensor=4; one device by default."""
+    ranks_file: Given[Path] = None
+    """A tiktoken ranks file, for checkpoints without a vocabulary."""
+    cache_dtype: Given[Literal["int8"]] = None
+    """int8 halves the memory of a bfloat16 model's key-value cache."""
+    batch_invariant: bool = False
+    """Make each prompt's result bit-identical in batches of any size; slower, most of all for few prompts."""
+    max_new_tokens: Given[int] = None
+    """Maximum number of new tokens per prompt; the checkpoint's by default, else 256."""
+    min_new_tokens: Given[int] = None
+    """Do not stop before so many new tokens."""
+    max_time: Given[float] = None
+    """Stop after so many seconds."""
+    top_k: Given[int] = None
+    """Sample from the k most probable tokens."""
+    top_p: Given[float] = None
+    """Sample from the most probable tokens that together reach this probability."""
+    min_p: Given[float] = None
+    """Sample from tokens at least this fraction as probable as the most probable."""
+    typical_p: Given[float] = None
+    """Sample from the most typical tokens that together reach this probability."""
+    repetition_penalty: Given[float] = None
+    """Above 1 makes tokens already in the text less probable."""
+    frequency_penalty: Given[float] = None
+    """Above 0 makes new tokens less probable with each time they have come."""
+    presence_penalty: Given[float] = None
+    """Above 0 makes new tokens that have come less probable."""
+    no_repeat_ngram_size: Given[int] = None
+    """Let no sequence of so many tokens come twice."""
+    seed: Given[int] = None
+    """Random seed; the same one gives the same text."""
+
+    def sampling(self) -> dict[str, Any]:
+        """Returns the sampling options that were given, checked.
+
+        Raises:
+          GenerationError: a value is out of its range.
+        """
+        values = {name: getattr(self, name, None) for name in sampling_options.NAMES}
+        given = {name: value for name, value in values.items() if value not in (None, ())}
+        sampling_options.check(given, "--")
+        return given
+
+    def cache_arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of generate that are not about sampling."""
+        return {"cache_dtype": self.cache_dtype, "batch_invariant": self.batch_invariant}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Options):
+    """Options of generate."""
+
+    prompt: Given[str] = None
+    """Prompt to complete; its completion streams to stdout."""
+    file: Given[Path] = None
+    """JSON lines, each a text, {"prompt": …} or {"messages": [{"role": …, "content": …}, …]}; - is stdin. An object may
+    hold options for its row, such as "max_new_tokens": 20, "temperature": 0.7, "seed": 1 or "stop": ["."], and other
+    fields, which its result repeats. A row that cannot be used gets the field error, and the exit status is 1."""
+    output: Given[Path] = None
+    """File to write the results of --file to, as JSON lines in the same order; stdout, or -, by default. The file grows
+    as OUTPUT.incomplete; if the command is ended before it is complete, the same command goes on behind its rows."""
+    chat: bool = False
+    """Apply the checkpoint's chat template to --prompt as a user message."""
+    temperature: Given[float] = None
+    """0 is greedy; above 0 samples, more at random the higher. The checkpoint's settings by default, else greedy."""
+    stop: tuple[str, ...] = ()
+    """Stop strings: each ends a completion and is cut off."""
+    num_return_sequences: Given[int] = None
+    """Completions of each row of --file, with the field index; give --temperature too."""
+    token_ids: bool = False
+    """Write each completion of --file also as token ids."""
+    logprobs: bool = False
+    """Write the log-probability of each token of --file's completions."""
+    batch_size: int = 8
+    """Number of rows of --file in a batch."""
+    distributed: bool = False
+    """Run as one of several processes, each started with this command; only the first prints and writes."""
+    coordinator: Given[str] = None
+    """HOST:PORT of the first process. Cloud TPU, GKE and SLURM provide this and the next two options."""
+    processes: Given[int] = None
+    """Number of processes."""
+    process_id: Given[int] = None
+    """Index of this process, from 0."""
+
+    def result_options(self) -> dict[str, Any]:
+        """Returns the options that the results of --file depend on, as JSON values."""
+        other = {"prompt", "file", "output", "chat", "mesh", "batch_size"}
+        other |= {"distributed", "coordinator", "processes", "process_id"}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in other}
+        return json.loads(json.dumps(values, default=str))
+
+    def check_same_on_all_processes(self, prompts: str) -> None:
+        """Checks that all processes of a distributed run have the same options and prompts."""
+        if not self.distributed:
+            return
+        from dbrx_jax.sharding.distributed import check_same
+
+        may_differ = ("process_id", "coordinator", "checkpoint", "ranks_file", "file", "output")
+        unset: dict[str, Any] = dict.fromkeys(may_differ)
+        check_same("options and prompts", repr((dataclasses.replace(self, **unset), prompts)))

@@ -1,0 +1,192 @@
+"""Results files of generate --file: rows are kept whatever ends the command, which goes on behind them.
+
+OUTPUT.incomplete grows and becomes OUTPUT when it is complete. OUTPUT.incomplete.json says which prompts and options
+the rows are from.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+from dbrx_jax.cli.prompts import STANDARD_STREAM
+from dbrx_jax.errors import ConfigError, GenerationError
+from dbrx_jax.files import read_json
+
+BLOCK = 1 << 20  # bytes
+
+
+class Output(Protocol):
+    """Where the lines of results go."""
+
+    num_done: int  # lines of an earlier run
+
+    def write(self, lines: Sequence[str]) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def explain(self, total: int) -> str | None:
+        """Returns a line for the user about what an unfinished run leaves."""
+
+
+def check_output(path: Path | None, prompts: Path) -> None:
+    """Checks that results can be written here, before anything is read.
+
+    Raises:
+      GenerationError: they cannot.
+    """
+    if path is None or path == STANDARD_STREAM:
+        return
+    if path.is_dir():
+        raise GenerationError(f"{path}: is a folder; name a file")
+    for file in (path, incomplete_path(path), identity_path(path)):
+        if prompts != STANDARD_STREAM and file.resolve() == prompts.resolve():
+            raise GenerationError(f"--output {path}: would overwrite the prompts of --file; name another file")
+    if path.is_file():
+        raise GenerationError(f"{path}: exists already; remove it, or name another file")
+    if not path.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
+        reason = "not yours to write to" if path.parent.is_dir() else "there is no such folder"
+        raise GenerationError(f"{path}: cannot be written ({path.parent}: {reason})")
+
+
+def open_output(path: Path | None, identity: dict[str, Any]) -> Output:
+    """Opens stdout, a device or pipe, or a file in which an earlier run's rows are kept.
+
+    Args:
+      identity: what the results depend on: "prompts", a digest, and options by their names; JSON values.
+
+    Raises:
+      GenerationError: the file cannot be written, or its rows are of other prompts or options.
+    """
+    if path is None or path == STANDARD_STREAM:
+        return StreamOutput()
+    try:
+        return StreamOutput(path) if path.exists() else ResumableOutput(path, identity)
+    except OSError as error:
+        raise GenerationError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def incomplete_path(path: Path) -> Path:
+    return path.with_name(path.name + ".incomplete")
+
+
+def identity_path(path: Path) -> Path:
+    return path.with_name(path.name + ".incomplete.json")
+
+
+class StreamOutput:
+    """Results on stdout, a pipe or a device, which keep nothing of an earlier run."""
+
+    num_done = 0
+
+    def __init__(self, path: Path | None = None):
+        # JSON may hold half of a surrogate pair, which is written as an escape.
+        file: Any = sys.stdout if path is None else path.open("w", encoding="utf-8")
+        file.reconfigure(errors="backslashreplace")
+        self._file = file
+
+    def write(self, lines: Sequence[str]) -> None:
+        self._file.write("".join(f"{line}\n" for line in lines))
+        self._file.flush()
+
+    def finish(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not sys.stdout:
+            self._file.close()
+
+    def explain(self, total: int) -> str | None:
+        return None
+
+
+class ResumableOutput:
+    """Results in a file that grows as OUTPUT.incomplete and is renamed when it is complete."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]):
+        self._path, self._incomplete = path, incomplete_path(path)
+        if self._incomplete.exists():
+            self._check_identity(identity)
+        else:
+            identity_path(path).write_text(json.dumps(identity, indent=1) + "\n")
+        self._file = _open_alone(self._incomplete)
+        self.num_done, self._end = _complete_lines(self._file)
+        self._file.truncate(self._end)  # half a line, if the last run was killed
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Appends lines, all of them or none.
+
+        Raises:
+          GenerationError: the disk is full or fails.
+        """
+        data = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            raise GenerationError(f"{self._incomplete}: cannot be written ({error.strerror})") from None
+        self._end += len(data)
+        self.num_done += len(lines)
+
+    def finish(self) -> None:
+        """Gives the complete file its name."""
+        self._incomplete.replace(self._path)
+        identity_path(self._path).unlink()
+
+    def close(self) -> None:
+        self._file.close()
+        if self.num_done == 0:  # nothing to keep
+            for file in (self._incomplete, identity_path(self._path)):
+                file.unlink(missing_ok=True)
+
+    def explain(self, total: int) -> str | None:
+        return f"{self._incomplete} holds {self.num_done} of {total} rows; the same command goes on behind them"
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        """Checks that the rows of an earlier run are from the same prompts and options."""
+        remedy = f"give the same, or remove {self._incomplete} to begin anew"
+        try:
+            before = read_json(identity_path(self._path))
+        except ConfigError:
+            before = None
+        if not isinstance(before, dict):
+            raise GenerationError(f"{self._incomplete}: is of an unknown run; remove it to begin anew")
+        for name, value in identity.items():
+            if (other := before.get(name)) != value:
+                shown = "" if name == "prompts" else f" ({other!r:.40}, and now {value!r:.40})"
+                raise GenerationError(f"{self._incomplete}: is from a run with other {name}{shown}; {remedy}")
+
+
+def _open_alone(path: Path) -> FileIO:
+    """Opens a file to read and append, which no other process may do at the same time."""
+    file = path.open("a+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise GenerationError(f"{path}: another process is writing it") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _complete_lines(file: FileIO) -> tuple[int, int]:
+    """Returns the number of complete lines of a file, and the position behind the last of them."""
+    file.seek(0)
+    lines = position = end = 0
+    while block := file.read(BLOCK):
+        lines += block.count(b"\n")
+        if (last := block.rfind(b"\n")) >= 0:
+            end = position + last + 1
+        position += len(block)
+    return lines, end

@@ -1,0 +1,326 @@
+"""Tests of generate --file: results, options and errors of rows, and what is left when it is interrupted."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from dbrx_jax.cli.batch import batches, derive_seed
+from dbrx_jax.cli.output import ResumableOutput
+from dbrx_jax.cli.prompts import Item, PromptsFile, Row, parse_row
+from dbrx_jax.errors import GenerationError
+from dbrx_jax.generation.generate import TokenStream
+from tests.cli.test_cli import BIN
+from tests.commands import in_process
+from tests.generation.test_generate import count_compilations
+
+
+@pytest.fixture
+def run(source, tmp_path):
+    """A function that writes rows to a prompts file and completes it to the output."""
+    prompts = tmp_path / "prompts.jsonl"
+
+    def run(rows, *options, output="out.jsonl"):
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        prompts.write_bytes(b"\n".join(lines) + b"\n")
+        return in_process("dbrx-jax", "generate", source, "--file", prompts, "--output", tmp_path / output, *options)
+
+    return run
+
+
+def results(tmp_path, name="out.jsonl"):
+    return [json.loads(line) for line in (tmp_path / name).read_bytes().splitlines()]
+
+
+def interrupt_at(monkeypatch, number, error=KeyboardInterrupt):
+    """Raises an error where the batch of this number, from 1, would be completed."""
+    streams = []
+
+    def following(stream, original=TokenStream.__next__):
+        if stream not in streams:
+            streams.append(stream)
+        if len(streams) == number:
+            raise error
+        return original(stream)
+
+    monkeypatch.setattr(TokenStream, "__next__", following)
+
+
+class TestResults:
+    def test_rows_have_their_own_options(self, run, tmp_path, models):
+        rows = [
+            {"prompt": "abc", "id": 7},
+            {"prompt": "abc", "max_new_tokens": 3, "n": None},
+            {"prompt": "xy", "temperature": 1.5, "top_k": 20, "seed": 9, "max_new_tokens": 6},
+            {"prompt": "abc", "stop": "a"},
+        ]
+        done = run(rows, "--max-new-tokens", 5, "--token-ids", "--logprobs", "--batch-size", 1)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        first, short, sampled, stopped = results(tmp_path)
+        assert (first["id"], short["n"], stopped["stop"]) == (7, None, "a")
+
+        def expected(prompt, **options):
+            options |= {"return_dict_in_generate": True, "output_logprobs": True, "eos_token_id": [260, 262]}
+            return models("dense").generate([list(prompt)], **options)
+
+        for result, prompt, options in (
+            (first, b"abc", {"max_new_tokens": 5}),
+            (short, b"abc", {"max_new_tokens": 3}),
+            (sampled, b"xy", {"max_new_tokens": 6, "do_sample": True, "temperature": 1.5, "top_k": 20, "seed": [9]}),
+        ):
+            answer = expected(prompt, **options)
+            ids = answer.sequences[0, len(prompt) :].tolist()
+            assert result["token_ids"] == ids
+            assert result["completion"] == bytes(i for i in ids if i < 256).decode(errors="replace")
+            assert result["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
+            assert result["finish_reason"] == ("stop" if ids[-1] in (260, 262) else "length")
+            np.testing.assert_allclose(result["logprobs"], answer.logprobs[0], atol=2e-5)
+
+    def test_bad_rows_get_an_error_and_the_rest_a_completion(self, run, tmp_path):
+        rows = [
+            {"prompt": "abc"},
+            b"{",
+            {"id": 3, "prompt": 5},
+            {"prompt": "long" * 40},
+            {"prompt": "abc", "temperature": -1, "error": "of an earlier run"},
+            {"prompt": "abc", "top_p": 0.5},
+            {"messages": [{"role": "user"}]},
+            b'"\xff"',
+            {"prompt": "abc", "error": "of an earlier run"},
+        ]
+        done = run(rows, "--max-new-tokens", 5, "--batch-size", 3)
+        assert done.returncode == 1
+        lines = done.stderr.splitlines()
+        assert "prompts.jsonl: 7 rows get an error for a completion; line 2: not JSON" in lines[0]
+        assert lines[-1] == "7 of 9 rows have an error"
+        found = results(tmp_path)
+        assert found[0]["completion"] == found[-1]["completion"] != ""
+        assert "error" not in found[0]
+        assert "error" not in found[-1]
+        fragments = (
+            "line 2: not JSON",
+            "line 3: expected a text",
+            "line 4: max_new_tokens: 5 after a prompt of 160 tokens is beyond the model's 128",
+            "line 5: temperature: expected 0 or a number from 0.001, got -1",
+            "line 6: --top-p draws at random",
+            "line 7: message 0: expected an object",
+            "line 8: not JSON",
+        )
+        for result, fragment in zip(found[1:-1], fragments, strict=True):
+            assert fragment in result["error"]
+            assert "completion" not in result
+        assert found[2]["id"] == 3
+
+    def test_error_of_a_batch_is_of_the_row_that_has_it(self, run, tmp_path, monkeypatch):
+        original = TokenStream.__next__
+
+        def fail(stream):
+            if stream.prompt_lengths.max() > 3:
+                raise GenerationError("row 1: its logits are not finite")
+            return original(stream)
+
+        monkeypatch.setattr(TokenStream, "__next__", fail)
+        done = run(["abc", "abcd", "abc"], "--max-new-tokens", 2)
+        assert done.returncode == 1
+        assert [r.get("error") for r in results(tmp_path)] == [None, "line 2: row 1: its logits are not finite", None]
+
+    def test_several_completions_of_a_row(self, run, tmp_path):
+        rows = ["abc", {"prompt": "xy", "num_return_sequences": 1}, "abc"]
+        options = ("--temperature", 2, "--seed", 3, "--num-return-sequences", 2, "--max-new-tokens", 8)
+        assert run(rows, *options, "--batch-size", 3).returncode == 0
+        found = results(tmp_path)
+        assert [(r["prompt"], r.get("index")) for r in found] == [
+            ("abc", 0), ("abc", 1), ("xy", None), ("abc", 0), ("abc", 1)
+        ]  # fmt: skip
+        assert len({r["completion"] for r in found if r["prompt"] == "abc"}) == 4
+
+    def test_samples_do_not_depend_on_the_batch_size(self, run, tmp_path):
+        options = ("--temperature", 1.5, "--seed", 4, "--max-new-tokens", 6)
+        for size in (1, 3):
+            assert run(["abc"] * 5, *options, "--batch-size", size, output=f"{size}").returncode == 0
+        assert results(tmp_path, "1") == results(tmp_path, "3")
+        assert len({r["completion"] for r in results(tmp_path, "1")}) > 1
+
+    def test_smaller_batch_compiles_nothing(self, run, monkeypatch):
+        options = ("--max-new-tokens", 6, "--batch-size", 3)
+        assert run(["abc", "abcdefgh", "ab"], *options).returncode == 0
+        rows = ["abc", "abcdefgh", "ab", "x", {"prompt": "xy", "repetition_penalty": 1.1}]
+        assert count_compilations(lambda: run(rows, *options, output="second")) == 0
+
+    def test_stdin_and_stdout(self, source):
+        arguments = ("generate", source, "--file", "-", "--output", "-", "--max-new-tokens", 2)
+        done = in_process("dbrx-jax", *arguments, stdin='"abc"\n\n{"prompt": "é", "id": "ü"}'.encode())
+        assert done.returncode == 0, done.stderr
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [r["prompt"] for r in found] == ["abc", "é"]
+        assert found[1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 2}
+
+    def test_progress_shows_rows_rate_and_time_left(self, run):
+        done = run(["abc"] * 7, "--max-new-tokens", 4, "--batch-size", 3)
+        lines = [line for line in done.stderr.splitlines() if " rows, " in line]
+        assert [line.split(",")[0] for line in lines] == [f"{n} of 7 rows" for n in (3, 6, 7)]
+        assert all("tokens/s" in line and line.endswith(" s left") for line in lines)
+        assert lines[-1].endswith(", 0 s left")
+
+
+ROWS = tuple({"prompt": "abc"[: 1 + i % 3], "id": i} for i in range(8))
+OPTIONS = ("--temperature", "1.5", "--seed", "5", "--max-new-tokens", "5", "--batch-size", "3")
+
+
+class TestInterrupted:
+    def test_same_command_goes_on_behind_finished_rows(self, run, tmp_path, monkeypatch):
+        assert run(ROWS, *OPTIONS, output="whole").returncode == 0
+        incomplete = tmp_path / "out.jsonl.incomplete"
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 2)
+            done = run(ROWS, *OPTIONS)
+        assert done.returncode == 130
+        assert f"{incomplete} holds 3 of 8 rows; the same command goes on behind them" in done.stderr
+        assert not (tmp_path / "out.jsonl").exists()
+        with incomplete.open("a") as file:
+            file.write('{"prompt": "a", "comple')  # a run that was killed while it wrote
+        prefilled = []
+        original = TokenStream._prefill
+        monkeypatch.setattr(TokenStream, "_prefill", lambda s: (prefilled.append(s.prompt_lengths), original(s))[1])
+        assert run(ROWS, *OPTIONS).returncode == 0
+        assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole").read_bytes()
+        assert len(prefilled) == 2  # rows 3 to 5, 6 and 7
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl", "whole"]
+
+    def test_run_goes_on_between_the_completions_of_a_row(self, run, tmp_path, monkeypatch):
+        options = (*OPTIONS, "--num-return-sequences", "2")
+        assert run(ROWS, *options, output="whole").returncode == 0
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 2)
+            assert run(ROWS, *options).returncode == 130
+        assert len(results(tmp_path, "out.jsonl.incomplete")) == 3
+        assert run(ROWS, *options).returncode == 0
+        assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole").read_bytes()
+
+    def test_unforeseen_error_keeps_finished_rows(self, run, tmp_path, monkeypatch):
+        interrupt_at(monkeypatch, 3, RuntimeError("of the device"))
+        with pytest.raises(RuntimeError, match="of the device"):
+            run(ROWS, *OPTIONS)
+        assert [r["id"] for r in results(tmp_path, "out.jsonl.incomplete")] == list(range(6))
+
+    @pytest.mark.parametrize(
+        ("rows", "options", "message"),
+        [
+            (["other"], (), "is from a run with other prompts; give the same, or remove"),
+            (ROWS, ("--temperature", "1.4"), "other temperature (1.5, and now 1.4)"),
+            (ROWS, ("--logprobs",), "other logprobs (False, and now True)"),
+        ],
+    )
+    def test_rows_of_other_prompts_or_options_are_not_mixed(self, run, tmp_path, monkeypatch, rows, options, message):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 2)
+            run(ROWS, *OPTIONS)
+        before = (tmp_path / "out.jsonl.incomplete").read_bytes()
+        done = run(rows, *OPTIONS, *options)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert (tmp_path / "out.jsonl.incomplete").read_bytes() == before
+
+    def test_incomplete_file_of_an_unknown_run_is_refused(self, run, tmp_path):
+        (tmp_path / "out.jsonl.incomplete").write_text("mine\n")
+        done = run(["abc"], "--max-new-tokens", 2)
+        assert done.returncode == 2
+        assert "is of an unknown run; remove it" in done.stderr
+        assert (tmp_path / "out.jsonl.incomplete").read_text() == "mine\n"
+
+    @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+    def test_killed_run_leaves_its_rows(self, source, tmp_path, kind):
+        prompts, out = tmp_path / "p", tmp_path / "out.jsonl"
+        prompts.write_text('"abc"\n' * 20_000)
+        options = ("--file", prompts, "--output", out, "--max-new-tokens", "3", "--batch-size", "2")
+        process = subprocess.Popen([BIN / "dbrx-jax", "generate", source, *options], stderr=subprocess.DEVNULL)
+        incomplete = tmp_path / "out.jsonl.incomplete"
+        end = time.monotonic() + 120
+        while not incomplete.exists() or incomplete.stat().st_size < 1000:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(kind)
+        assert process.wait(60) != 0
+        lines = incomplete.read_bytes().split(b"\n")
+        assert {json.loads(line)["prompt"] for line in lines[:-1]} == {"abc"}
+
+
+class TestOutput:
+    def test_full_disk_keeps_whole_lines(self, tmp_path):
+        output = ResumableOutput(tmp_path / "out", {"prompts": "x"})
+        output.write(["a" * 50, "b" * 50])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))  # the third line fits in part
+        try:
+            with pytest.raises(GenerationError, match=r"out\.incomplete: cannot be written"):
+                output.write(["c" * 100])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert (tmp_path / "out.incomplete").read_text() == "a" * 50 + "\n" + "b" * 50 + "\n"
+        output.write(["d"])
+        output.finish()
+        output.close()
+        assert (tmp_path / "out").read_text() == "a" * 50 + "\n" + "b" * 50 + "\nd\n"
+        assert os.listdir(tmp_path) == ["out"]
+
+    def test_file_that_another_process_writes_is_refused(self, tmp_path):
+        first = ResumableOutput(tmp_path / "out", {"prompts": "x"})
+        first.write(["a"])
+        with pytest.raises(GenerationError, match="another process is writing it"):
+            ResumableOutput(tmp_path / "out", {"prompts": "x"})
+        assert (tmp_path / "out.incomplete").read_text() == "a\n"
+        first.close()
+
+    def test_run_without_rows_leaves_nothing(self, tmp_path):
+        ResumableOutput(tmp_path / "out", {"prompts": "x"}).close()
+        assert os.listdir(tmp_path) == []
+
+
+class TestPrompts:
+    def test_rows_are_read_as_they_are_needed(self, tmp_path):
+        import tracemalloc
+
+        path = tmp_path / "p"
+        path.write_text((json.dumps({"text": "a" * 10_000}) + "\n") * 500)  # 5 MB of rows without a prompt
+        tracemalloc.start()
+        try:
+            with contextlib.closing(PromptsFile(path)) as prompts:
+                assert sum(item.error is not None for item in prompts.items(None, {})) == 500
+            assert tracemalloc.get_traced_memory()[1] < 1e6
+        finally:
+            tracemalloc.stop()
+
+    def test_line_without_end_is_an_error_of_its_row(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("dbrx_jax.cli.prompts.MAX_LINE", 1 << 20)
+        path = tmp_path / "p"
+        path.write_bytes(b'"' + b"a" * (3 << 20) + b'"\n[]\n')
+        with contextlib.closing(PromptsFile(path)) as prompts:
+            first, second = prompts.items(None, {})
+        assert first.error == "line 1: longer than 1 MiB"
+        assert second.row.line == 2
+
+    def test_numbers_outside_json_are_refused(self):
+        assert parse_row(3, b'{"prompt": "a", "x": NaN}').error == "line 3: not JSON (NaN is none of its numbers)"
+
+    def test_batches_share_options_but_for_the_seed(self):
+        def item(line, error=None, **options):
+            return Item(Row(line, {}), 0, [1], options, error)
+
+        items = [item(0, seed=1), item(1, seed=2), item(2, "bad"), item(3, top_k=1), item(4, "bad"), item(5), item(6)]
+        lines = [[i.row.line for i in batch] for batch in batches(items, 3)]
+        assert lines == [[0, 1, 2], [3, 4], [5, 6]]
+
+    def test_seeds_of_rows_differ(self):
+        seeds = {derive_seed(5, line, index) for line in range(100) for index in range(10)}
+        assert len(seeds) == 1000
+        assert all(0 <= seed < 1 << 32 for seed in seeds)
