@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dbrx_jax.cli import sampling_options
 from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
 from dbrx_jax.cli.options import GenerateOptions
@@ -174,6 +172,8 @@ def item_seed(item: Item, seed: int) -> int:
 
 def derive_seed(*numbers: int) -> int:
     """Returns a seed of 32 bits for a seed and numbers of a line and a completion."""
+    import numpy as np
+
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
