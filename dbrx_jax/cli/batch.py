@@ -1,7 +1,6 @@
 """Completes a file of prompts in batches."""
 
 import contextlib
-import json
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
@@ -42,32 +41,29 @@ def complete_file(command: GenerateOptions, first: bool) -> bool:
         command.check_same_on_all_processes(survey.sha256)
         identity = {"prompts": survey.sha256} | command.result_options()
         with contextlib.closing(open_output(command.output if first else None, identity)) as output:
-            runner = _Runner(command, checkpoint, survey, output.num_done)
+            runner = _Runner(command, checkpoint, survey, output)
             try:
-                num_errors = _run(runner, prompts.items(checkpoint, options, runner.start), output, survey)
+                _run(runner, prompts.items(checkpoint, options, runner.start), output)
             except BaseException:
                 if line := output.explain(survey.num_items):
                     print_status(line)
                 raise
             output.finish()
     print_status(runner.rates.summary())
-    if num_errors:
-        print_status(f"{num_errors} of {survey.num_items} rows have an error")
-    return not num_errors
+    if output.num_errors:
+        print_status(f"{output.num_errors} of {survey.num_items} rows have an error")
+    return not output.num_errors
 
 
-def _run(runner: "_Runner", items: Iterator[Item], output: Output, survey: Survey) -> int:
-    """Completes the items and writes their results; returns how many have an error."""
-    done, num_errors = runner.start, 0
+def _run(runner: "_Runner", items: Iterator[Item], output: Output) -> None:
+    """Completes the items and writes their results."""
+    done = runner.start
     # A bar and results on the same terminal would mix.
-    with row_progress(survey.num_items, runner.rates, bar=not sys.stdout.isatty()) as advance:
+    with row_progress(runner.num_items, runner.rates, bar=not sys.stdout.isatty()) as advance:
         for batch in batches(items, runner.rows):
-            results = runner.results(batch)
-            output.write([json.dumps(result, ensure_ascii=False) for result in results])
-            num_errors += sum("error" in result for result in results)
+            output.write(runner.results(batch))
             done += len(batch)
             advance(done)
-    return num_errors
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -89,21 +85,24 @@ class _Runner:
     """Completes batches with the model, which it loads.
 
     Attributes:
+      num_items: of the whole file.
       rows: that the programs are compiled for.
       start: number of the first item to complete, after those of an earlier run.
       rates: of what has run.
     """
 
-    def __init__(self, command: GenerateOptions, checkpoint: Checkpoint, survey: Survey, num_done: int):
+    def __init__(self, command: GenerateOptions, checkpoint: Checkpoint, survey: Survey, output: Output):
         from dbrx_jax.generation.decode import same_on_all_processes
 
-        self._command, self._checkpoint, self._survey = command, checkpoint, survey
+        self._command, self._checkpoint = command, checkpoint
+        self.num_items, self._positions = survey.num_items, survey.positions
         self.rows = min(command.batch_size, survey.num_items)
         self._model: DbrxForCausalLM = load_weights(checkpoint, command, self.rows, survey.positions)
+        partition = self._model.partition
         # The first process alone has read the results of an earlier run.
-        self.start = same_on_all_processes(self._model.partition, num_done)
-        seed = secrets.randbits(32) if command.seed is None else command.seed
-        self._seed = same_on_all_processes(self._model.partition, seed)
+        self.start = same_on_all_processes(partition, output.num_done)
+        output.num_errors = same_on_all_processes(partition, output.num_errors)
+        self._seed = same_on_all_processes(partition, secrets.randbits(32) if command.seed is None else command.seed)
         self.rates = Rates()
 
     def results(self, batch: list[Item]) -> list[dict[str, Any]]:
@@ -137,7 +136,7 @@ class _Runner:
         if sampling_options.samples(options, self._checkpoint.generation):
             arguments["seed"] = [item_seed(item, self._seed) for item in items]
         padded: dict[str, Any] = tokenizer.pad([item.ids for item in items])
-        stream = TokenStream(self._model, **padded, burst=None, cache_length=self._survey.positions, **arguments)
+        stream = TokenStream(self._model, **padded, burst=None, cache_length=self._positions, **arguments)
         stream.compile()
         return stream
 

@@ -18,15 +18,14 @@ from dbrx_jax.cli.prompts import STANDARD_STREAM
 from dbrx_jax.errors import ConfigError, GenerationError
 from dbrx_jax.files import read_json
 
-BLOCK = 1 << 20  # bytes
-
 
 class Output(Protocol):
     """Where the lines of results go."""
 
-    num_done: int  # lines of an earlier run
+    num_done: int  # lines, at first those of an earlier run
+    num_errors: int  # of these, rows with an error
 
-    def write(self, lines: Sequence[str]) -> None: ...
+    def write(self, results: Sequence[dict[str, Any]]) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -84,7 +83,7 @@ def identity_path(path: Path) -> Path:
 class StreamOutput:
     """Results on stdout, a pipe or a device, which keep nothing of an earlier run."""
 
-    num_done = 0
+    num_done = num_errors = 0
 
     def __init__(self, path: Path | None = None):
         # JSON may hold half of a surrogate pair, which is written as an escape.
@@ -92,9 +91,10 @@ class StreamOutput:
         file.reconfigure(errors="backslashreplace")
         self._file = file
 
-    def write(self, lines: Sequence[str]) -> None:
-        self._file.write("".join(f"{line}\n" for line in lines))
+    def write(self, results: Sequence[dict[str, Any]]) -> None:
+        self._file.write(_json_lines(results))
         self._file.flush()
+        self.num_errors += _count_errors(results)
 
     def finish(self) -> None:
         self._file.flush()
@@ -117,16 +117,16 @@ class ResumableOutput:
         else:
             identity_path(path).write_text(json.dumps(identity, indent=1) + "\n")
         self._file = _open_alone(self._incomplete)
-        self.num_done, self._end = _complete_lines(self._file)
+        self.num_done, self.num_errors, self._end = _complete_lines(self._incomplete)
         self._file.truncate(self._end)  # half a line, if the last run was killed
 
-    def write(self, lines: Sequence[str]) -> None:
-        """Appends lines, all of them or none.
+    def write(self, results: Sequence[dict[str, Any]]) -> None:
+        """Appends the lines of results, all of them or none.
 
         Raises:
           GenerationError: the disk is full or fails.
         """
-        data = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+        data = _json_lines(results).encode(errors="backslashreplace")
         try:
             written = 0
             while written < len(data):
@@ -136,7 +136,8 @@ class ResumableOutput:
                 self._file.truncate(self._end)
             raise GenerationError(f"{self._incomplete}: cannot be written ({error.strerror})") from None
         self._end += len(data)
-        self.num_done += len(lines)
+        self.num_done += len(results)
+        self.num_errors += _count_errors(results)
 
     def finish(self) -> None:
         """Gives the complete file its name."""
@@ -180,13 +181,24 @@ def _open_alone(path: Path) -> FileIO:
     return file
 
 
-def _complete_lines(file: FileIO) -> tuple[int, int]:
-    """Returns the number of complete lines of a file, and the position behind the last of them."""
-    file.seek(0)
-    lines = position = end = 0
-    while block := file.read(BLOCK):
-        lines += block.count(b"\n")
-        if (last := block.rfind(b"\n")) >= 0:
-            end = position + last + 1
-        position += len(block)
-    return lines, end
+def _complete_lines(path: Path) -> tuple[int, int, int]:
+    """Returns the number of complete lines of results, of those with an error, and the position behind them."""
+    lines = errors = end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                result = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                result = None
+            if not isinstance(result, dict):
+                break
+            lines, errors, end = lines + 1, errors + ("error" in result), end + len(line)
+    return lines, errors, end
+
+
+def _json_lines(results: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+
+
+def _count_errors(results: Sequence[dict[str, Any]]) -> int:
+    return sum("error" in result for result in results)

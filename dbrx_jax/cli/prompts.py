@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_LINE = 64 << 20  # bytes
 STANDARD_STREAM = Path("-")  # stdin or stdout
 # Fields of a result. A row's own fields of these names are left out, so that results can be prompts again.
-RESULT_FIELDS = ("index", "completion", "finish_reason", "usage", "token_ids", "logprobs", "error")
+RESULT_FIELDS = ("completion", "finish_reason", "usage", "token_ids", "logprobs", "error")
 
 
 @dataclasses.dataclass(frozen=True)

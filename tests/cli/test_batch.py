@@ -132,12 +132,12 @@ class TestResults:
         assert [r.get("error") for r in results(tmp_path)] == [None, "line 2: row 1: its logits are not finite", None]
 
     def test_several_completions_of_a_row(self, run, tmp_path):
-        rows = ["abc", {"prompt": "xy", "num_return_sequences": 1}, "abc"]
+        rows = ["abc", {"prompt": "xy", "num_return_sequences": 1, "index": "own"}, "abc"]
         options = ("--temperature", 2, "--seed", 3, "--num-return-sequences", 2, "--max-new-tokens", 8)
         assert run(rows, *options, "--batch-size", 3).returncode == 0
         found = results(tmp_path)
         assert [(r["prompt"], r.get("index")) for r in found] == [
-            ("abc", 0), ("abc", 1), ("xy", None), ("abc", 0), ("abc", 1)
+            ("abc", 0), ("abc", 1), ("xy", "own"), ("abc", 0), ("abc", 1)
         ]  # fmt: skip
         assert len({r["completion"] for r in found if r["prompt"] == "abc"}) == 4
 
@@ -204,6 +204,15 @@ class TestInterrupted:
         assert run(ROWS, *options).returncode == 0
         assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole").read_bytes()
 
+    def test_errors_of_an_earlier_run_count(self, run, tmp_path, monkeypatch):
+        rows = [[], *ROWS]
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 2)
+            assert run(rows, *OPTIONS).returncode == 130
+        done = run(rows, *OPTIONS)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "1 of 9 rows have an error"
+
     def test_unforeseen_error_keeps_finished_rows(self, run, tmp_path, monkeypatch):
         interrupt_at(monkeypatch, 3, RuntimeError("of the device"))
         with pytest.raises(RuntimeError, match="of the device"):
@@ -256,30 +265,42 @@ class TestInterrupted:
 class TestOutput:
     def test_full_disk_keeps_whole_lines(self, tmp_path):
         output = ResumableOutput(tmp_path / "out", {"prompts": "x"})
-        output.write(["a" * 50, "b" * 50])
+        output.write([{"a": 1}, {"b": 2}])
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))  # the third line fits in part
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))  # the third line fits in part
         try:
             with pytest.raises(GenerationError, match=r"out\.incomplete: cannot be written"):
-                output.write(["c" * 100])
+                output.write([{"c": "c" * 100}])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
-        assert (tmp_path / "out.incomplete").read_text() == "a" * 50 + "\n" + "b" * 50 + "\n"
-        output.write(["d"])
+        assert (tmp_path / "out.incomplete").read_text() == '{"a": 1}\n{"b": 2}\n'
+        output.write([{"d": 4}])
         output.finish()
         output.close()
-        assert (tmp_path / "out").read_text() == "a" * 50 + "\n" + "b" * 50 + "\nd\n"
+        assert (tmp_path / "out").read_text() == '{"a": 1}\n{"b": 2}\n{"d": 4}\n'
         assert os.listdir(tmp_path) == ["out"]
 
     def test_file_that_another_process_writes_is_refused(self, tmp_path):
         first = ResumableOutput(tmp_path / "out", {"prompts": "x"})
-        first.write(["a"])
+        first.write([{"a": 1}])
         with pytest.raises(GenerationError, match="another process is writing it"):
             ResumableOutput(tmp_path / "out", {"prompts": "x"})
-        assert (tmp_path / "out.incomplete").read_text() == "a\n"
+        assert (tmp_path / "out.incomplete").read_text() == '{"a": 1}\n'
         first.close()
+
+    @pytest.mark.parametrize("damage", [b'{"c": 3', b"{\n", b"\0\0\0", b"3\n", b'\xff\n{"c": 3}\n'])
+    def test_lines_from_a_damaged_one_on_are_cut_off(self, tmp_path, damage):
+        first = ResumableOutput(tmp_path / "out", {"prompts": "x"})
+        first.write([{"a": 1}, {"error": "\ud800 é"}])
+        first.close()
+        whole = (tmp_path / "out.incomplete").read_bytes()
+        (tmp_path / "out.incomplete").write_bytes(whole + damage)
+        again = ResumableOutput(tmp_path / "out", {"prompts": "x"})
+        assert (again.num_done, again.num_errors) == (2, 1)
+        again.close()
+        assert (tmp_path / "out.incomplete").read_bytes() == whole
 
     def test_run_without_rows_leaves_nothing(self, tmp_path):
         ResumableOutput(tmp_path / "out", {"prompts": "x"}).close()
