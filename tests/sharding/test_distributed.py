@@ -1,5 +1,6 @@
 """Tests of several processes connected by gloo: results equal to one process, and shutdown when one is lost."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ import pytest
 
 from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxTokenizer
+from dbrx_jax.cli.arguments import parse
 from dbrx_jax.cli.batch import derive_seed
+from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.errors import DistributedError
 from dbrx_jax.sharding.distributed import _check, _is_connection_error, start
 from dbrx_jax.sharding.native_log import ENDING, FATAL, MARK, NOISE, explain
@@ -139,6 +142,23 @@ def test_two_processes_match_one_from_orbax(orbax, completions, tmp_path):
         lines = run.stderr(0).splitlines()
         assert lines[0].startswith(f"Loaded {orbax} (0.9M parameters, float32) in ")
         assert len(lines) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_behind_the_rows_of_an_earlier_run(folder, completions, tmp_path):
+    """Process 0 alone has them, and tells the other where to begin."""
+    prompts, out = folder.with_name("prompts.jsonl"), tmp_path / "{i}.jsonl"
+    options = ("--file", str(prompts), "--max-new-tokens", "12")
+    identity = {"prompts": hashlib.sha256(prompts.read_bytes()).hexdigest()}
+    earlier = ResumableOutput(
+        tmp_path / "0.jsonl", identity | parse(["generate", str(folder), *options]).result_options()
+    )
+    earlier.write([{"completion": "kept"}])
+    earlier.close()
+    command = (*GENERATE, folder, *options, "--output", out, "--mesh", "expert=2", *run_flags(2))
+    with Processes(tmp_path, 2, 1, *command) as run:
+        assert run.statuses() == [0, 0], run.stderr(0)
+    assert read_completions((tmp_path / "0.jsonl").read_text()) == ["kept", *completions()[1:]]
 
 
 @pytest.mark.slow
