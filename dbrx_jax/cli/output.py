@@ -89,19 +89,25 @@ class StreamOutput:
         # JSON may hold half of a surrogate pair, which is written as an escape.
         file: Any = sys.stdout if path is None else path.open("w", encoding="utf-8")
         file.reconfigure(errors="backslashreplace")
-        self._file = file
+        self._path, self._file = path, file
 
     def write(self, results: Sequence[dict[str, Any]]) -> None:
-        self._file.write(_json_lines(results))
-        self._file.flush()
+        try:
+            self._file.write(_json_lines(results))
+            self._file.flush()
+        except OSError as error:
+            if self._path is None:  # the commands report what happens to stdout
+                raise
+            raise GenerationError(f"{self._path}: cannot be written ({error.strerror})") from None
         self.num_errors += _count_errors(results)
 
     def finish(self) -> None:
         self._file.flush()
 
     def close(self) -> None:
-        if self._file is not sys.stdout:
-            self._file.close()
+        if self._path is not None:
+            with contextlib.suppress(OSError):  # write reported it
+                self._file.close()
 
     def explain(self, total: int) -> str | None:
         return None

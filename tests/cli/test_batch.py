@@ -162,6 +162,11 @@ class TestResults:
         assert [r["prompt"] for r in found] == ["abc", "é"]
         assert found[1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 2}
 
+    def test_full_device_is_one_line(self, run):
+        done = run(["abc"], "--max-new-tokens", 2, output="/dev/full")
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == "dbrx-jax: /dev/full: cannot be written (No space left on device)"
+
     def test_progress_shows_rows_rate_and_time_left(self, run):
         done = run(["abc"] * 7, "--max-new-tokens", 4, "--batch-size", 3)
         lines = [line for line in done.stderr.splitlines() if " rows, " in line]
