@@ -17,7 +17,7 @@ from dbrx_jax.errors import GenerationError
 
 if TYPE_CHECKING:
     from dbrx_jax.api import DbrxForCausalLM
-    from dbrx_jax.generation.generate import TokenStream
+    from dbrx_jax.generation.stream import TokenStream
 
 
 def complete_file(command: GenerateOptions, first: bool) -> bool:
@@ -127,7 +127,7 @@ class _Runner:
         return [_result(item, self._fields(stream, row, item)) for row, item in enumerate(items)]
 
     def _stream(self, items: list[Item]) -> "TokenStream":
-        from dbrx_jax.generation.generate import TokenStream
+        from dbrx_jax.generation.stream import TokenStream
 
         options, tokenizer = items[0].options, self._checkpoint.tokenizer
         items = items + items[-1:] * (self.rows - len(items))  # a smaller batch would be compiled anew

@@ -103,7 +103,7 @@ def stream_completion(
       rates: the stream is added at its end.
       arguments: keyword arguments of TokenStream.
     """
-    from dbrx_jax.generation.generate import TokenStream
+    from dbrx_jax.generation.stream import TokenStream
     from dbrx_jax.generation.text_stream import stream_text
 
     stream = TokenStream(model, [ids], **arguments)

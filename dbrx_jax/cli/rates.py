@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dbrx_jax.console import LINE_SECONDS, print_status
 
 if TYPE_CHECKING:
-    from dbrx_jax.generation.generate import TokenStream
+    from dbrx_jax.generation.stream import TokenStream
 
 
 class Rates:
