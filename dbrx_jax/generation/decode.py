@@ -84,11 +84,13 @@ def program_specs(
     config, partition: Partition, int8: bool, settings: Settings | None = None, options: Options | None = None
 ) -> ProgramSpecs:
     """Returns the partition specs for an int8 or other cache; without settings, those of greedy decoding."""
-    settings, options = settings or Settings(()), options or Options()
+    settings, options = settings or Settings(0), options or Options()
     cache, logits = cache_specs(config, partition, int8), partition.array_spec(BATCH_AXES, VOCAB_AXES)
     vector, matrix = partition.array_spec(BATCH_AXES), partition.array_spec(BATCH_AXES, None)
     replicated, saved = partition.array_spec(), partition.array_spec(None, BATCH_AXES, VOCAB_AXES)
-    state = DecodeState(
+    processors = settings.processors
+    make_state: Any = DecodeState  # of partition specs rather than arrays
+    state = make_state(
         cache=cache,
         token=vector,
         position=vector,
@@ -97,18 +99,15 @@ def program_specs(
         step=replicated,
         tokens=matrix,
         logprobs=matrix,
-        seen=None if settings.processors.repetition_penalty is None else logits,
-        counts=None if settings.processors.frequency_penalty is None else logits,
+        seen=None if processors.repetition_penalty is None else logits,
+        counts=None if processors.penalties is None else logits,
         saved_logits=saved if options.saved_logits else None,
         saved_scores=saved if options.saved_scores else None,
     )
-    sampling = jax.tree.map(lambda _: replicated, settings.sampling)
-    specs = Settings(
-        eos=replicated,
-        processors=processor_specs(settings.processors, partition),
-        sampling=sampling and sampling._replace(keys=matrix),
-        renormalize=None if settings.renormalize is None else replicated,
-    )
+    specs = jax.tree.map(lambda _: replicated, settings)
+    specs = specs._replace(processors=processor_specs(processors, partition))
+    if specs.sampling is not None:
+        specs = specs._replace(sampling=specs.sampling._replace(keys=matrix))
     return ProgramSpecs(cache, logits, state, specs, vector, matrix, replicated)
 
 
@@ -213,7 +212,7 @@ def first_token(config, partition, options, settings, cache, logits, prompts, le
         if settings.processors.repetition_penalty is not None:
             in_prompt = jnp.arange(positions) < lengths[:, None]
             seen = _mark_seen(jnp.zeros(logits.shape, bool), prompts, in_prompt, partition)
-        if settings.processors.frequency_penalty is not None:
+        if settings.processors.penalties is not None:
             counts = jnp.zeros(logits.shape, jnp.int32)
         state = DecodeState(
             cache=cache,
@@ -350,7 +349,9 @@ def _append_token(
     def sample(rows: tuple) -> tuple:
         x, keys, row_state = rows
         logits = head(x)
-        scores = process_logits(logits, settings.processors, row_state, settings.eos, state.step, partition)
+        scores = process_logits(
+            logits, settings.processors, row_state, jnp.asarray(settings.eos), state.step, partition
+        )
         scores = apply_functions(scores, options.functions, row_state, vocab_size, partition)
         if settings.sampling is None:
             token = argmax(scores, partition)
@@ -373,7 +374,9 @@ def _append_token(
     token, logprob, saved = results
 
     def put(array: Array | None, new: Array | None) -> Array | None:
-        return array if array is None else lax.dynamic_update_slice(array, new[None], (state.step - first_step, 0, 0))
+        if array is None or new is None:
+            return None
+        return lax.dynamic_update_slice(array, new[None], (state.step - first_step, 0, 0))
 
     done = state.done | jnp.any(token[:, None] == settings.eos, axis=1) | ~jnp.isfinite(logprob)
     at_position = jnp.where(state.done, state.tokens.shape[1], position)  # past the end, which is dropped

@@ -28,6 +28,13 @@ class Sequences(NamedTuple):
     bias: Float[ArrayLike, "W"]
 
 
+class CountPenalties(NamedTuple):
+    """Penalties of tokens that have been generated: for each time, and once."""
+
+    frequency: ArrayLike
+    presence: ArrayLike
+
+
 class LengthPenalty(NamedTuple):
     """Exponential growth of the end-of-sequence logits after `start` new tokens."""
 
@@ -44,8 +51,7 @@ class Processors(NamedTuple):
     bias: Float[ArrayLike, "V"] | None = None
     sequence_bias: Sequences | None = None
     repetition_penalty: ArrayLike | None = None
-    frequency_penalty: ArrayLike | None = None
-    presence_penalty: ArrayLike | None = None
+    penalties: CountPenalties | None = None
     no_repeat_ngram_size: ArrayLike | None = None  # int32
     bad_words: Sequences | None = None
     bad_tokens: Float[ArrayLike, "V"] | None = None  # bad words of one token: -inf
@@ -96,11 +102,11 @@ def process_logits(
         logits = logits + p.bias
     if p.sequence_bias is not None:
         logits = _add_sequence_bias(logits, p.sequence_bias, rows, partition)
-    if p.repetition_penalty is not None:
+    if p.repetition_penalty is not None and rows.seen is not None:
         penalised = jnp.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
         logits = jnp.where(rows.seen, penalised, logits)
-    if p.frequency_penalty is not None and rows.counts is not None:
-        logits = logits - p.frequency_penalty * rows.counts - p.presence_penalty * (rows.counts > 0)
+    if p.penalties is not None and rows.counts is not None:
+        logits = logits - p.penalties.frequency * rows.counts - p.penalties.presence * (rows.counts > 0)
     if p.no_repeat_ngram_size is not None:
         logits = _ban_repeated_ngrams(logits, p.no_repeat_ngram_size, rows, partition)
     if p.bad_words is not None:

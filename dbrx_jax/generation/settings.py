@@ -9,7 +9,7 @@ import numpy as np
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation.decode import Settings, same_on_all_processes
 from dbrx_jax.generation.filters import Filters, Nucleus
-from dbrx_jax.generation.processors import LengthPenalty, Processors, Sequences
+from dbrx_jax.generation.processors import CountPenalties, LengthPenalty, Processors, Sequences
 from dbrx_jax.generation.sampling import Sampling, row_keys
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.sharding.partition import Partition
@@ -62,12 +62,11 @@ def _make_filters(config: GenerationConfig, vocab_size: int) -> Filters:
 
 
 def _make_processors(config: GenerationConfig, vocab_size: int, prompt_width: int, max_new_tokens: int) -> Processors:
-    biases = [*({(i,): bias for i, bias in (config.logit_bias or {}).items()}).items()]
-    biases += [*(config.sequence_bias or {}).items()]
+    biases: list[tuple[tuple[int, ...], float]] = [((i,), bias) for i, bias in (config.logit_bias or {}).items()]
+    biases += list((config.sequence_bias or {}).items())
     eos = set(config.eos_token_id)
     bad_words = [(word, -np.inf) for word in config.bad_words_ids if not (len(word) == 1 and word[0] in eos)]
-    frequency, presence = config.frequency_penalty or 0.0, config.presence_penalty or 0.0
-    has_penalty = bool(frequency or presence)
+    penalties = CountPenalties(np.float32(config.frequency_penalty or 0), np.float32(config.presence_penalty or 0))
     min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_width)
     forced = None
     if config.forced_eos_token_id:
@@ -81,8 +80,7 @@ def _make_processors(config: GenerationConfig, vocab_size: int, prompt_width: in
         bias=_vector(vocab_size, biases) if any(len(ids) == 1 for ids, _ in biases) else None,
         sequence_bias=_sequences(biases),
         repetition_penalty=_unless(config.repetition_penalty, 1),
-        frequency_penalty=np.float32(frequency) if has_penalty else None,
-        presence_penalty=np.float32(presence) if has_penalty else None,
+        penalties=penalties if any(penalties) else None,
         no_repeat_ngram_size=np.int32(config.no_repeat_ngram_size) if config.no_repeat_ngram_size else None,
         bad_words=_sequences(bad_words),
         bad_tokens=banned([word[0] for word, _ in bad_words if len(word) == 1]),

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
+from dbrx_jax.console import announce
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation.decode import (
     DecodeState,
@@ -187,8 +188,9 @@ class TokenStream(Iterator[np.ndarray]):
         compiled = _compiled.setdefault(self._model_state.definition, set())
         if key in compiled:
             return
-        begin = time.perf_counter()
-        with ThreadPoolExecutor() as pool:
+        begin, (rows, positions) = time.perf_counter(), sizes[:2]
+        line = f"Compiling for {rows} rows and {positions} positions; programs of these sizes are compiled once"
+        with announce(line), ThreadPoolExecutor() as pool:
             for program in [pool.submit(program.compile) for _, program in self.lowered()]:
                 program.result()
         compiled.add(key)
@@ -235,7 +237,7 @@ class TokenStream(Iterator[np.ndarray]):
         tokens = all_tokens[rows, np.minimum(self.prompt_lengths[:, None] + steps, self._positions - 1)]
         logprobs = all_logprobs[: len(rows), start:stop].copy()
         is_eos = np.isin(tokens, self.config.eos_token_id)
-        has_eos = is_eos.any(axis=1)
+        has_eos = np.asarray(is_eos.any(axis=1))
         num_valid = np.where(self._ended, 0, np.where(has_eos, is_eos.argmax(axis=1) + 1, stop - start))
         self._check_finite(logprobs, num_valid)
         tokens[steps - start >= num_valid[:, None]] = self.pad_token_id

@@ -218,7 +218,7 @@ def write_cache(
     return _map_in_place(write, platform, cache, new)
 
 
-def _map_in_place(update: Callable[[Array, Array], Array], platform: str, cache: LayerCache, new: LayerCache):
+def _map_in_place(update: Callable[[Array, Array], Array], platform: str, cache: Any, new: Any) -> Any:
     """Maps a function that writes the new elements of each array into the cache's.
 
     On CPUs it gets bfloat16 as integers: XLA of JAX 0.10 would convert the whole array to float32 and back.
