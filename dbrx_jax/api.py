@@ -13,14 +13,18 @@ from jaxtyping import Float, Int
 
 from dbrx_jax.checkpoint.parameters import model_from_parameters
 from dbrx_jax.config import DbrxConfig
+from dbrx_jax.errors import GenerationError
 from dbrx_jax.files import read_json
-from dbrx_jax.generation.generate import generate
+from dbrx_jax.generation.generate import GenerationOutput, run_to_end
+from dbrx_jax.generation.stream import BURST, TokenStream
 from dbrx_jax.generation_config import FILE, GenerationConfig
 from dbrx_jax.hub import checkpoint_folder
+from dbrx_jax.memory import report_memory_errors
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.forward import CausalLMOutput, forward
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.model.inputs import check_ids, pad_rows, same_shape
+from dbrx_jax.planning.memory_check import Request, check_memory, fit_advice
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding.partition import BATCH_AXES
 from dbrx_jax.text.tokenizer import stop_tokens
@@ -174,10 +178,44 @@ class DbrxForCausalLM(CausalLM):
         return out if output_hidden_states or output_router_probs else out.logits
 
     def generate(
-        self, input_ids: Int[ArrayLike, "B T"], attention_mask: Int[ArrayLike, "B T"] | None = None, **options: Any
-    ) -> Any:
-        """Continues each row; see :func:`dbrx_jax.generation.generate.generate` for the options."""
-        return generate(self, input_ids, attention_mask, **options)
+        self,
+        input_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]],
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+        *,
+        streamer: Any = None,
+        **options: Any,
+    ) -> np.ndarray | GenerationOutput:
+        """Continues each prompt and returns the prompts as given with their new tokens: (B, T + N).
+
+        N is the number of steps until the last row ended, at most max_new_tokens. A row keeps the token
+        that ended it and is padded with the pad token after it. Prompts of unequal length are padded on the left.
+
+        Args:
+          input_ids, attention_mask: as in :class:`dbrx_jax.generation.stream.TokenStream`.
+          streamer: a function that is called with new tokens (B, n) as they are generated, or an object with
+            the methods put and end of transformers' streamers.
+          **options: those of TokenStream but `burst`; docs/generation.md describes all. With return_dict_in_generate
+            the result is an object with sequences, and with logprobs, scores and logits as requested.
+
+        Raises:
+          GenerationError: the arguments do not fit each other or the model.
+          MemoryLimitError: the memory of the host or of a device is too small; the message says what would fit.
+        """
+        if "burst" in options:
+            raise GenerationError("burst: an option of TokenStream; generate takes streamer")
+        burst = None if streamer is None else BURST
+        stream = TokenStream(self, input_ids, attention_mask, burst=burst, **options)
+        rows, positions = stream.cache_size
+        cache_dtype = "int8" if stream.cache_dtype == np.int8 else None
+        request = Request(self.config, self._mesh, self.dtype, self.quantization, rows, positions, cache_dtype)
+        check_memory(request, weights_loaded=True)
+        what = f"generating {rows} rows of up to {positions} tokens"
+        with report_memory_errors(what, lambda: fit_advice(request, weights_loaded=True)):
+            return run_to_end(stream, streamer)
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        return self.partition.mesh if isinstance(self.partition.mesh, Mesh) else None
 
 
 def _numpy_of(array: Any) -> Any:

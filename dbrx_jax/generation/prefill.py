@@ -9,24 +9,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax import Array
 
+from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation.decode import empty_cache, empty_logits, insert_chunk, prefill_chunk
-from dbrx_jax.model.cache import prefill_chunks
+from dbrx_jax.model.cache import Cache, prefill_chunks
 from dbrx_jax.model.graph import ModelState
-from dbrx_jax.sharding.partition import BATCH_AXES
+from dbrx_jax.sharding.partition import BATCH_AXES, Partition
 
 
-def prefill(model_state: ModelState, rows: Sequence[np.ndarray], positions: int, cache_dtype: np.dtype) -> tuple:
+def prefill(
+    model_state: ModelState,
+    config: DbrxConfig,
+    partition: Partition,
+    rows: Sequence[np.ndarray],
+    positions: int,
+    cache_dtype: np.dtype,
+) -> tuple[Cache, Array]:
     """Returns a cache with all prompts, and the logits (B, V) of their last tokens.
 
     Equal prompts within a group of rows are computed once.
 
     Args:
+      model_state, config, partition: of one model.
       rows: token ids of each row; none for padding.
       positions: of the cache.
     """
-    model = model_state.merge()
-    config, partition = model.config, model.partition
     num_groups = partition.size(*BATCH_AXES)
     rows_per_group = len(rows) // num_groups
     cache = empty_cache(config, partition, len(rows), positions, cache_dtype)

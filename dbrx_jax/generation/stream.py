@@ -105,7 +105,7 @@ class TokenStream(Iterator[np.ndarray]):
         base = _base_config(model.generation_config, generation_config)
         config = self.config = base.replace(options)
         _warn_without_effect(config, options)
-        self._model_state, self._partition = split_model(model), model.partition
+        self._model_state, self._model_config, self._partition = split_model(model), model.config, model.partition
         self.pad_token_id = _pad_id(config)
         self.prompt, rows = unpadded(model, input_ids, attention_mask, self.pad_token_id)
         copies = _num_copies(config)
@@ -118,7 +118,7 @@ class TokenStream(Iterator[np.ndarray]):
         _check_count("batch_size", batch_size, MAX_ROWS)
         if cache_dtype not in (None, "int8"):
             raise GenerationError(f"cache_dtype: expected int8 or None, got {cache_dtype!r:.40}")
-        self._cache_dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
+        self.cache_dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         self._set_stops(tokenizer, stopping_criteria, options)
         saves = config.output_logits or config.output_scores
         looks = bool(self._stop_searches or self._criteria or self._deadline or saves)
@@ -140,7 +140,6 @@ class TokenStream(Iterator[np.ndarray]):
             saved_logits=self._burst if config.output_logits else 0,
             saved_scores=self._burst if config.output_scores else 0,
         )
-        self._vocab_size = model.config.vocab_size
         self._lengths = np.zeros(num_rows, np.int32)  # new tokens of each row so far
         self._ended = np.zeros(num_rows, bool)
         self._steps = 0
@@ -164,13 +163,7 @@ class TokenStream(Iterator[np.ndarray]):
     def lowered(self) -> Iterator[tuple[str, Any]]:
         """Yields the programs that this stream will run, by name; each is traced when it is needed, not compiled."""
         return lower(
-            self._model_state,
-            self._settings,
-            self._options,
-            len(self._rows) + self._padding_rows,
-            self._positions,
-            self._cache_dtype,
-            self._chunk_lengths(),
+            self._model_state, self._settings, self._options, *self.cache_size, self.cache_dtype, self._chunk_lengths()
         )
 
     def _chunk_lengths(self) -> list[int]:
@@ -183,7 +176,7 @@ class TokenStream(Iterator[np.ndarray]):
         A second stream of the same shapes has nothing left to compile.
         """
         shapes = jax.tree.map(lambda a: (np.shape(a), np.asarray(a).dtype.name), self._settings)
-        sizes = (len(self._rows) + self._padding_rows, self._positions, self._cache_dtype, *self._chunk_lengths())
+        sizes = (*self.cache_size, self.cache_dtype, *self._chunk_lengths())
         key = (str(shapes), jax.tree.structure(self._settings), self._options, sizes)
         compiled = _compiled.setdefault(self._model_state.definition, set())
         if key in compiled:
@@ -218,13 +211,13 @@ class TokenStream(Iterator[np.ndarray]):
     def _prefill(self) -> DecodeState:
         """Runs the model on all prompts and samples each row's first token."""
         rows = [*self._rows, *[np.zeros(0, np.int32)] * self._padding_rows]
-        cache, logits = prefill(self._model_state, rows, self._positions, self._cache_dtype)
+        model = (self._model_state, self._model_config, self._partition)
+        cache, logits = prefill(*model, rows, self._positions, self.cache_dtype)
         prompts = np.stack([np.pad(ids, (0, self._positions - len(ids))) for ids in rows])
         lengths = np.array([max(1, len(ids)) for ids in rows], np.int32)
         done = np.array([not len(ids) for ids in rows])
-        config = self._model_state.merge().config
         arrays = (self._settings, cache, logits, prompts, lengths, done)
-        return first_token(config, self._partition, self._options, *arrays)
+        return first_token(self._model_config, self._partition, self._options, *arrays)
 
     def _collect(self, state: DecodeState) -> np.ndarray:
         """Returns the tokens since the last call (B, n), and ends rows that the host has to end."""
@@ -252,7 +245,7 @@ class TokenStream(Iterator[np.ndarray]):
         self._chunks.append((tokens[:, :num_tokens], logprobs[:, :num_tokens]))
         wanted = ((self.config.output_logits, self.logits), (self.config.output_scores, self.scores))
         for array, target in zip(saved, [target for is_wanted, target in wanted if is_wanted], strict=True):
-            target += [a[: len(rows), : self._vocab_size].copy() for a in array[:num_tokens]]
+            target += [a[: len(rows), : self._model_config.vocab_size].copy() for a in array[:num_tokens]]
         if self._deadline is not None:
             self._is_over = bool(same_on_all_processes(self._partition, int(self._deadline.is_over())))
         return tokens[:, :num_tokens]
@@ -282,6 +275,11 @@ class TokenStream(Iterator[np.ndarray]):
             self._lengths[row] += num_valid[row] if length is None else min(length, num_valid[row])
             self._ended[row] = stopped[row] or has_eos[row]
         return stopped
+
+    @property
+    def cache_size(self) -> tuple[int, int]:
+        """Rows and positions of the cache."""
+        return len(self._rows) + self._padding_rows, self._positions
 
     @property
     def prompt_lengths(self) -> np.ndarray:

@@ -293,6 +293,21 @@ class TestCompilation:
         assert count_compilations(lambda: model.generate(e["tokens"], max_new_tokens=3)) == 0
         assert count_compilations(lambda: model.generate(e["tokens"], max_new_tokens=3, eos_token_id=[1, 2])) == 0
 
+    def test_a_session_of_random_calls_compiles_few_programs(self, models):
+        """Batches of 1 to 8 rows, prompts of 1 to 300 tokens: few sizes of chunks, caches and batches."""
+        model, rng = models("fused"), np.random.default_rng(0)
+
+        def session():
+            for _ in range(20):
+                rows, length, new = rng.integers(1, 9), rng.integers(1, 300), rng.integers(1, 5)
+                ids = rng.integers(0, model.config.vocab_size, (rows, min(length, model.config.max_seq_len - 5)))
+                model.generate(ids, max_new_tokens=int(new), eos_token_id=None)
+
+        # For each of 6 batch sizes a decode step, a first token, a cache and logits; chunks of 16 and 128 tokens, which
+        # are inserted into each; the cache of one row; and what moves arrays.
+        assert 20 < count_compilations(session) <= 6 * 4 + 2 + 6 * 2 + 1 + 4
+        assert count_compilations(session) == 0
+
     def test_compile_compiles_every_program_ahead(self, models, expected):
         model, e = models("dense"), expected["dense"]
         stream = TokenStream(model, e["tokens"][:1], max_new_tokens=5, eos_token_id=None)

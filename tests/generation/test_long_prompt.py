@@ -68,5 +68,6 @@ def test_last_logits_of_32768_tokens_match_reference():
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, TOKENS))
     want = np.asarray(reference_last_logits(model, ids))
     assert want.std() > 0.5
-    _, logits = prefill(split_model(model), [ids[0]], cache_capacity(TOKENS, ONE_DEVICE), np.dtype("float32"))
+    positions = cache_capacity(TOKENS, ONE_DEVICE)
+    _, logits = prefill(split_model(model), CONFIG, ONE_DEVICE, [ids[0]], positions, np.dtype("float32"))
     np.testing.assert_allclose(logits, want, rtol=0, atol=1e-4)
