@@ -17,7 +17,7 @@ from dbrx_jax.backend import kernel_backend
 from dbrx_jax.checkpoint.parameters import ArrayLayout, array_layouts
 from dbrx_jax.config import DTYPES, DbrxConfig
 from dbrx_jax.errors import MeshError, PlanError, QuantizationError
-from dbrx_jax.model.cache import cache_capacity, prefill_chunk_lengths
+from dbrx_jax.model.cache import cache_capacity, prefill_chunk_lengths, round_up_size
 from dbrx_jax.planning.targets import Target
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding.partition import AXES, BATCH_AXES, CONTEXT_AXIS, VOCAB_AXES, Partition, axis_names_of, check_mesh
@@ -108,7 +108,7 @@ class Setting:
     @property
     def rows(self) -> int:
         """Rows of one data-parallel group, padding included."""
-        return -(-self.batch // self.partition.size(*BATCH_AXES))
+        return round_up_size(-(-self.batch // self.partition.size(*BATCH_AXES)))
 
     @property
     def positions(self) -> int:
@@ -145,7 +145,7 @@ def memory(setting: Setting) -> Memory:
         shards = (shard_bytes(leaf, spec, partition) for _, leaf, spec in array.leaves())
         groups[group] = groups.get(group, 0) + sum(shards)
     vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCAB_AXES)
-    state = setting.rows * (vocabulary * 5 + setting.positions * 8)  # logits and seen; tokens and log-probabilities
+    state = setting.rows * (vocabulary * 4 + setting.positions * 8)  # logits; tokens and log-probabilities
     working = max(_working(setting, setting.rows, 1), _working(setting, 1, setting.chunk))
     return Memory(groups, cache_bytes(setting), _cache_row_bytes(setting), state, working)
 
