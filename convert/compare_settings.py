@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_convert.verify import Difference
-from dbrx_jax.checkpoint.companions import GENERATION_CONFIG
+from dbrx_jax.api import read_generation_config
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.errors import TokenizerError
-from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
@@ -17,11 +16,12 @@ def compare_settings(a: CheckpointFolder, b: CheckpointFolder) -> Iterator[Diffe
     """Yields the settings that differ, as loading reads them; the dtype of weights is not one.
 
     Raises:
-      ConfigError: a generation_config.json cannot be used.
+      ConfigError, TokenizerError: a file of the generation settings cannot be used.
     """
     configs = [dataclasses.asdict(folder.config) | {"dtype": None} for folder in (a, b)]
     yield from _compare_entries("configuration", *configs)
-    yield from _compare_entries("generation configuration", *map(_generation_config, (a.path, b.path)))
+    settings = [read_generation_config(folder.path).to_dict() for folder in (a, b)]
+    yield from _compare_entries("generation configuration", *settings)
     x, y = map(_tokenizer, (a.path, b.path))
     if isinstance(x, DbrxTokenizer) and isinstance(y, DbrxTokenizer):
         yield from _compare_entries("tokenizer", *map(_vocabulary, (x, y)))
@@ -38,11 +38,6 @@ def _compare_entries(name: str, x: Mapping[Any, Any], y: Mapping[Any, Any]) -> I
     if keys:
         others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         yield Difference(name, "setting", f"{keys[0]}: {x.get(keys[0])!r:.80} against {y.get(keys[0])!r:.80}{others}")
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    file = folder / GENERATION_CONFIG
-    return dataclasses.asdict(GenerationConfig.from_file(file) if file.exists() else GenerationConfig())
 
 
 def _tokenizer(folder: Path) -> DbrxTokenizer | str:

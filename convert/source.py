@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from dbrx_jax.checkpoint.companions import GENERATION_CONFIG, check_files
+from dbrx_jax.api import read_generation_config
+from dbrx_jax.checkpoint.companions import check_files
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.checkpoint.open import open_folder
-from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.generation_config import FILE as GENERATION_CONFIG
 from dbrx_jax.text.tokenizer_files import check_tokenizer, tokenizer_files
 
 
@@ -23,7 +24,6 @@ def open_source(source: Path) -> tuple[CheckpointFolder, list[Path]]:
     if generation_config.is_symlink() or generation_config.exists():
         files.append(generation_config)
     check_files(files)
-    if generation_config in files:
-        GenerationConfig.from_file(generation_config)
     check_tokenizer(source)
+    read_generation_config(source)
     return checkpoint, files

@@ -1,5 +1,6 @@
 """DbrxForCausalLM: the public model class, which loads checkpoints, computes logits and generates."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -86,7 +87,7 @@ class DbrxForCausalLM(CausalLM):
         folder = checkpoint_folder(path, progress)
         options = (mesh, dtype, quantization, all_to_all, attention_implementation, progress, verify)
         model = load_model(cls, folder, *options)
-        model.generation_config = _generation_config(folder)
+        model.generation_config = read_generation_config(folder)
         model.checkpoint_path = folder
         return model
 
@@ -223,8 +224,12 @@ def _numpy_of(array: Any) -> Any:
     return np if isinstance(array, np.ndarray) else jnp
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
-    """Reads generation_config.json, or without one config.json's token ids; ids that it lacks are the tokenizer's."""
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """Reads generation_config.json, or without one config.json's token ids; ids that it lacks are the tokenizer's.
+
+    Raises:
+      ConfigError, TokenizerError: a file is damaged, or has a value that cannot be used.
+    """
     if (folder / FILE).exists():
         config = GenerationConfig.from_file(folder)
     else:
@@ -235,6 +240,8 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def _generation_settings(source: Path | None, config: GenerationConfig) -> dict[str, Any]:
-    """Returns the contents of generation_config.json: entries of the model's source, and the model's own options."""
+    """Returns the contents of generation_config.json: the model's options, and its source's entries of other names."""
     file = source / FILE if source else None
-    return {**(dict(read_json(file)) if file and file.exists() else {}), **config.to_dict()}
+    entries = read_json(file) if file and file.exists() else {}
+    options = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in entries.items() if name not in options} | config.to_dict()

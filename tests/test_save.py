@@ -82,15 +82,17 @@ def test_quantised_model_is_saved_to_the_same_bits(tmp_path, quantization, mesh)
 @pytest.mark.parametrize("format", ["orbax", "hf"])
 def test_saved_folder_has_all_that_generating_needs(tmp_path, format):
     shutil.copytree(DEMO, tmp_path / "source")
-    (tmp_path / "source" / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 3}')
+    (tmp_path / "source" / "generation_config.json").write_text(
+        '{"temperature": 0.5, "eos_token_id": 3, "transformers_version": "5"}'
+    )
     model = load(tmp_path / "source")
-    model.generation_config = GenerationConfig((2, 5), 7)
+    model.generation_config = GenerationConfig(eos_token_id=(2, 5), pad_token_id=7)
     model.save_pretrained(tmp_path / "saved", format)
     again = load(tmp_path / "saved")
     assert_same_model(model, again)
     assert again.generation_config == model.generation_config
     settings = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
-    assert settings == {"temperature": 0.5, "eos_token_id": [2, 5], "pad_token_id": 7}
+    assert settings == {"transformers_version": "5", "eos_token_id": [2, 5], "pad_token_id": 7}
     assert DbrxTokenizer.from_pretrained(tmp_path / "saved").encode("hello") == DbrxTokenizer.from_pretrained(
         DEMO
     ).encode("hello")

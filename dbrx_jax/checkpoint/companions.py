@@ -10,8 +10,6 @@ import numpy as np
 from dbrx_jax.checkpoint.huggingface import check_link
 from dbrx_jax.errors import CheckpointError
 
-GENERATION_CONFIG = "generation_config.json"
-
 
 def write_config(folder: Path, config: Mapping[str, Any], dtype: np.dtype) -> None:
     """Writes config.json for weights of a dtype, without entries about how other weights are stored."""

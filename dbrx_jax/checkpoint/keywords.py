@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from dbrx_jax.errors import CheckpointError
 
-OURS = ("mesh", "dtype", "quantization", "all_to_all", "attention_implementation", "verify")
+OURS = ("mesh", "dtype", "quantization", "all_to_all", "attention_implementation", "verify", "progress")
 _MESH = 'mesh="expert=8" splits a model over devices'
 _QUANTIZATION = 'quantization="int8", "int4" or "fp8" quantises'
 _MEMORY = "each shard is read directly to its device"

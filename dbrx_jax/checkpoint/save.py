@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 
-from dbrx_jax.checkpoint.companions import GENERATION_CONFIG, copy_files, write_config
+from dbrx_jax.checkpoint.companions import copy_files, write_config
 from dbrx_jax.checkpoint.model_folder import ModelFolder
 from dbrx_jax.checkpoint.work_folder import work_folder
 from dbrx_jax.checkpoint.write_huggingface import write_shards
 from dbrx_jax.checkpoint.write_orbax import finish_orbax, stored_bytes, write_arrays
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import location
+from dbrx_jax.generation_config import FILE as GENERATION_CONFIG
 from dbrx_jax.model.causal_lm import CausalLM
 
 FORMATS = ("orbax", "hf")

@@ -22,9 +22,19 @@ DAMAGE = {
         "the id of '<|a|>' must be a whole number",
     ),
     "number as a template": ("tokenizer_config.json", '{"chat_template": 5}', "chat_template: expected a text"),
+    "template with a syntax error": (
+        "tokenizer_config.json",
+        '{"chat_template": "{% if %}"}',
+        "Expected an expression",
+    ),
+    "template file with a syntax error": ("chat_template.jinja", "{% for x in %}", "Expected an expression"),
     "half a map of special tokens": ("special_tokens_map.json", '{"a"', "special_tokens_map.json: not valid JSON"),
     "list of generation settings": ("generation_config.json", "[]", "generation_config.json: expected a JSON object"),
-    "text as an end token": ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json: expected"),
+    "text as an end token": (
+        "generation_config.json",
+        '{"eos_token_id": "x"}',
+        "generation_config.json: eos_token_id: expected",
+    ),
 }
 
 
@@ -40,6 +50,15 @@ def test_damaged_file_beside_the_weights_is_refused_before_writing(name, source,
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_token_ids_of_the_configuration_are_read_too(tmp_path):
+    """They stand for those of generation_config.json where that is missing."""
+    shutil.copytree(GOLDEN / "dense", tmp_path / "source")
+    data = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**data, "eos_token_id": "x"}))
+    with pytest.raises(DbrxError, match=r"config\.json: eos_token_id"):
+        to_orbax(tmp_path / "source", tmp_path / "out")
 
 
 @pytest.mark.parametrize("convert", [to_orbax, to_hf])

@@ -29,12 +29,14 @@ CHANGES = {
     ),
     "generation_config.json": (
         lambda c: c.update(eos_token_id=[7]),
-        Difference("generation configuration", "setting", "eos_token_id: (2550, 2553) against (7,)"),
+        Difference("generation configuration", "setting", "eos_token_id: [2550, 2553] against [7]"),
     ),
     "tokenizer_config.json": (
-        lambda c: c.update(chat_template="{% for message in messages %}x"),
+        lambda c: c.update(chat_template="{% for message in messages %}x{% endfor %}"),
         Difference(
-            "chat template", "setting", """from character 29 on: "{% if not loop.first %}{{ '\\\\n'" against 'x'"""
+            "chat template",
+            "setting",
+            """from character 29 on: "{% if not loop.first %}{{ '\\\\n'" against 'x{% endfor %}'""",
         ),
     ),
     "tokenizer.json": (
