@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import shutil
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,9 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("fused", "bf16", "unnormalised_mqa", "dense")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start jobs in the background; tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: compilation makes the first example slow.
 hypothesis.settings.register_profile("dbrx", deadline=None, print_blob=True)

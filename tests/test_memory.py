@@ -102,4 +102,4 @@ except ValueError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     match = re.fullmatch(r"filling: out of memory; (\S+) GB of 4.3 GB were free on this host\n", done.stdout)
     assert match, done
-    assert 1 < float(match[1]) < 4.3
+    assert 1 < float(match[1]) <= 4.3
