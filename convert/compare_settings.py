@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_convert.verify import Difference
-from dbrx_jax.api import read_generation_config
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.errors import TokenizerError
+from dbrx_jax.generation.checkpoint_config import read_generation_config
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 

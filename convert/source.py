@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from dbrx_jax.api import read_generation_config
 from dbrx_jax.checkpoint.companions import check_files
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.checkpoint.open import open_folder
+from dbrx_jax.generation.checkpoint_config import read_generation_config
 from dbrx_jax.generation_config import FILE as GENERATION_CONFIG
 from dbrx_jax.text.tokenizer_files import check_tokenizer, tokenizer_files
 

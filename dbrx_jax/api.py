@@ -16,6 +16,7 @@ from dbrx_jax.checkpoint.parameters import model_from_parameters
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.files import read_json
+from dbrx_jax.generation.checkpoint_config import read_generation_config
 from dbrx_jax.generation.generate import GenerationOutput, run_to_end
 from dbrx_jax.generation.stream import BURST, TokenStream
 from dbrx_jax.generation_config import FILE, GenerationConfig
@@ -28,7 +29,6 @@ from dbrx_jax.model.inputs import check_ids, pad_rows, same_shape
 from dbrx_jax.planning.memory_check import Request, check_memory, fit_advice
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding.partition import BATCH_AXES
-from dbrx_jax.text.tokenizer import stop_tokens
 
 
 class DbrxForCausalLM(CausalLM):
@@ -222,21 +222,6 @@ class DbrxForCausalLM(CausalLM):
 def _numpy_of(array: Any) -> Any:
     """Returns the module with the functions of an array: numpy, or jax.numpy inside jit."""
     return np if isinstance(array, np.ndarray) else jnp
-
-
-def read_generation_config(folder: Path) -> GenerationConfig:
-    """Reads generation_config.json, or without one config.json's token ids; ids that it lacks are the tokenizer's.
-
-    Raises:
-      ConfigError, TokenizerError: a file is damaged, or has a value that cannot be used.
-    """
-    if (folder / FILE).exists():
-        config = GenerationConfig.from_file(folder)
-    else:
-        config = GenerationConfig.from_model_config(folder / "config.json")
-    eos, pad = stop_tokens(folder)
-    ids = {"eos_token_id": config.eos_token_id or eos, "pad_token_id": config.pad_token_id}
-    return config.replace({**ids, "pad_token_id": pad} if ids["pad_token_id"] is None else ids)
 
 
 def _generation_settings(source: Path | None, config: GenerationConfig) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class GenerationError(DbrxError):
     """Arguments of generate do not fit each other or the model."""
 
 
+class NotFiniteError(GenerationError):
+    """The logits of a row became infinite or NaN while it was generated, as damaged weights make them."""
+
+
 class MeshError(DbrxError):
     """A device mesh does not fit the model or the available devices."""
 

@@ -17,6 +17,10 @@ from dbrx_jax.files import location, read_json
 FILE = "generation_config.json"
 MIN_TEMPERATURE = 1e-3  # logits divided by much less are infinite
 MAX_ID = 1 << 31
+# Options that need do_sample, with the value that turns each off.
+SAMPLING_OPTIONS: Mapping[str, float] = {
+    "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0
+}  # fmt: skip
 _SPECIAL_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 

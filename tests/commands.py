@@ -21,7 +21,7 @@ def in_process(name, *arguments, stdin=b""):
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         # The command would change these settings of the process.
-        patch.setattr(dbrx_jax.runtime, "enable_compilation_cache", lambda print_status: None)
+        patch.setattr(dbrx_jax.runtime, "enable_compilation_cache", lambda: None)
         patch.setattr(dbrx_jax.runtime, "set_process_defaults", lambda: None)
         patch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
         patch.setattr(warnings, "showwarning", warnings.showwarning)

@@ -6,18 +6,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dbrx_jax.cli import sampling_options
-from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
+from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint, report_generation_memory
 from dbrx_jax.cli.options import GenerateOptions
 from dbrx_jax.cli.output import Output, check_output, open_output
 from dbrx_jax.cli.prompts import Item, PromptsFile, Survey
 from dbrx_jax.cli.rates import Rates, row_progress
 from dbrx_jax.console import print_status
-from dbrx_jax.errors import GenerationError
+from dbrx_jax.errors import DbrxError, GenerationError, NotFiniteError
 
 if TYPE_CHECKING:
     from dbrx_jax.api import DbrxForCausalLM
     from dbrx_jax.generation.stream import TokenStream
+    from dbrx_jax.generation_config import GenerationConfig
 
 
 def complete_file(command: GenerateOptions, first: bool) -> bool:
@@ -30,7 +30,7 @@ def complete_file(command: GenerateOptions, first: bool) -> bool:
       DbrxError: the options or the checkpoint cannot be used; a row that cannot be used gets an error in its result.
     """
     assert command.file is not None
-    options = command.sampling()
+    options = command.given_options()
     if first:
         check_output(command.output, command.file)
     with contextlib.closing(PromptsFile(command.file)) as prompts:
@@ -69,14 +69,13 @@ def _run(runner: "_Runner", items: Iterator[Item], output: Output) -> None:
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yields consecutive items, at most `size`, which have the same options but for the seed."""
     batch: list[Item] = []
-    shared: dict[str, Any] | None = None
+    shared: GenerationConfig | None = None
     for item in items:
-        options = None if item.error else {k: v for k, v in item.options.items() if k != "seed"}
-        if batch and (len(batch) == size or (shared is not None and options not in (None, shared))):
+        if batch and (len(batch) == size or (shared is not None and item.config not in (None, shared))):
             yield batch
             batch, shared = [], None
         batch.append(item)
-        shared = options if shared is None else shared
+        shared = item.config if shared is None else shared
     if batch:
         yield batch
 
@@ -106,39 +105,56 @@ class _Runner:
         self.rates = Rates()
 
     def results(self, batch: list[Item]) -> list[dict[str, Any]]:
-        """Returns the results of items with the same options, in their order."""
-        good = [item for item in batch if item.error is None]
-        completed = iter(self._complete(good))
-        return [_result(item, {"error": item.error}) if item.error else next(completed) for item in batch]
+        """Returns the results of items with the same options, in their order.
 
-    def _complete(self, items: list[Item]) -> list[dict[str, Any]]:
-        """Returns the results of items without errors; if they fail together, of each alone."""
+        Raises:
+          NotFiniteError: no item of the first batch has finite logits, so that the model is damaged.
+          MemoryLimitError: the batch does not fit the memory.
+        """
+        good = [item for item in batch if item.error is None]
+        is_first = not self.rates.num_rows
+        outcomes = self._complete(good)
+        if is_first and good and all(isinstance(outcome, NotFiniteError) for outcome in outcomes):
+            raise outcomes[0]
+        completed = iter(outcomes)
+        results = []
+        for item in batch:
+            outcome = next(completed) if item.error is None else {"error": item.error}
+            results.append(_result(item, {"error": str(outcome)} if isinstance(outcome, DbrxError) else outcome))
+        return results
+
+    def _complete(self, items: list[Item]) -> list[dict[str, Any] | GenerationError]:
+        """Returns the fields of results, or their errors; if the items fail together, of each alone."""
         if not items:
             return []
         try:
-            stream = self._stream(items)
-            for _ in stream:
-                pass
+            with report_generation_memory(self._model, self._command, self.rows, self._positions):
+                stream = self._stream(items)
+                for _ in stream:
+                    pass
         except GenerationError as error:
             if len(items) == 1:
-                return [_result(items[0], {"error": f"line {items[0].row.line}: {error}"})]
-            return [result for item in items for result in self._complete([item])]
+                return [type(error)(f"line {items[0].row.line}: {str(error).removeprefix('row 0: ')}")]
+            return [outcome for item in items for outcome in self._complete([item])]
         self.rates.add(stream, len(items))
-        return [_result(item, self._fields(stream, row, item)) for row, item in enumerate(items)]
+        return [self._fields(stream, row, item) for row, item in enumerate(items)]
 
     def _stream(self, items: list[Item]) -> "TokenStream":
         from dbrx_jax.generation.stream import TokenStream
 
-        options, tokenizer = items[0].options, self._checkpoint.tokenizer
-        items = items + items[-1:] * (self.rows - len(items))  # a smaller batch would be compiled anew
-        arguments = sampling_options.arguments(options, tokenizer) | self._command.cache_arguments()
-        arguments["max_new_tokens"] = sampling_options.max_new_tokens(options, self._checkpoint.generation)
-        if sampling_options.samples(options, self._checkpoint.generation):
-            arguments["seed"] = [item_seed(item, self._seed) for item in items]
-        padded: dict[str, Any] = tokenizer.pad([item.ids for item in items])
-        stream = TokenStream(self._model, **padded, burst=None, cache_length=self._positions, **arguments)
-        stream.compile()
-        return stream
+        config = items[0].config
+        assert config is not None
+        return TokenStream(
+            self._model,
+            [item.ids for item in items],
+            generation_config=config.replace({"num_return_sequences": None}),  # each is an item
+            tokenizer=self._checkpoint.tokenizer,
+            seed=[item_seed(item, self._seed) for item in items],
+            burst=None,
+            cache_length=self._positions,
+            batch_size=self.rows,
+            **self._command.cache_arguments(),
+        )
 
     def _fields(self, stream: "TokenStream", row: int, item: Item) -> dict[str, Any]:
         """Returns the fields of one row's result."""
@@ -147,7 +163,7 @@ class _Runner:
         length = int(stream.lengths[row])
         ids = stream.sequences[row, stream.sequences.shape[1] - stream.logprobs.shape[1] :][:length].tolist()
         fields: dict[str, Any] = {
-            "completion": completion_text(self._checkpoint.tokenizer, ids, item.options.get("stop", ())),
+            "completion": completion_text(self._checkpoint.tokenizer, ids, stream.config.stop_strings),
             "finish_reason": "stop" if stream.ended[row] else "length",
             "usage": {"prompt_tokens": len(item.ids), "completion_tokens": length},
         }
@@ -163,7 +179,7 @@ def item_seed(item: Item, seed: int) -> int:
 
     It depends on the row alone, not on its batch or on where an earlier run ended.
     """
-    own = item.row.options.get("seed")
+    own = item.row.seed
     if own is None:
         return derive_seed(seed, item.row.line, item.index)
     return derive_seed(own, item.index) if item.index else own
@@ -177,5 +193,5 @@ def derive_seed(*numbers: int) -> int:
 
 
 def _result(item: Item, fields: dict[str, Any]) -> dict[str, Any]:
-    several = item.options.get("num_return_sequences", 1) > 1
+    several = item.config is not None and (item.config.num_return_sequences or 1) > 1
     return item.row.fields | ({"index": item.index} if several else {}) | fields

@@ -5,11 +5,10 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from dbrx_jax.cli import sampling_options
 from dbrx_jax.cli.generate import stream_completion
-from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
+from dbrx_jax.cli.generation_options import merge
+from dbrx_jax.cli.load import load_weights, open_checkpoint
 from dbrx_jax.cli.options import Given, Options
 from dbrx_jax.cli.rates import Rates
 from dbrx_jax.console import print_status
@@ -17,7 +16,7 @@ from dbrx_jax.errors import DbrxError, GenerationError
 
 # Positions of a conversation's cache, at most the model's. One length for all turns shares the compiled programs.
 CACHE_LENGTH = 4096
-TEMPERATURE = 0.6  # where neither the user nor the checkpoint says whether and how to sample
+TEMPERATURE = 0.6  # where neither the user nor the checkpoint samples
 
 HELP = """/system TEXT  set the system message and begin anew (no TEXT removes it)
 /reset        begin anew
@@ -33,12 +32,14 @@ class Chat(Options):
     system: Given[str] = None
     """System message of the conversation."""
     temperature: Given[float] = None
-    """0 is greedy; above 0 samples, more at random the higher. The checkpoint's settings by default, else 0.6."""
+    """0 is greedy; above 0 samples, more at random the higher. The checkpoint's if it samples by default, else 0.6."""
 
     def run(self) -> None:
-        given = self.sampling()
+        given = self.given_options()
         checkpoint = open_checkpoint(self)
-        options = self._options(given, checkpoint)
+        if "do_sample" not in given and not checkpoint.generation.do_sample:
+            given |= {"do_sample": True, "temperature": TEMPERATURE}
+        options = merge(checkpoint.generation, given).replace({"num_return_sequences": None})
         conversation = Conversation(self.system)
         # A template that fails does so with the first message too.
         checkpoint.tokenizer.apply_chat_template([*conversation.messages, {"role": "user", "content": "Hi"}], True)
@@ -52,22 +53,12 @@ class Chat(Options):
                 raise GenerationError(
                     f"the conversation fills the model's {checkpoint.config.max_seq_len} tokens; /reset begins anew"
                 )
-            arguments = options | {"max_new_tokens": min(options["max_new_tokens"], remaining)}
-            rates = Rates()
-            yield from stream_completion(model, checkpoint, ids, rates, arguments | {"cache_length": positions})
+            # As the conversation grows, fewer new tokens fit than the user asked for.
+            config, rates = checkpoint.with_limits(options, len(ids), given={}), Rates()
+            yield from stream_completion(self, model, checkpoint.tokenizer, ids, config, rates, positions)
             print_status(f"\n[{rates.summary()}]")
 
         converse(conversation, answer)
-
-    def _options(self, given: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-        """Returns the keyword arguments of TokenStream."""
-        settings = checkpoint.generation
-        if "temperature" not in given and settings.get("do_sample") is None and settings.get("temperature") is None:
-            given = given | {"temperature": TEMPERATURE}
-        merged = sampling_options.merge(given, {}, settings)
-        arguments = sampling_options.arguments(merged, checkpoint.tokenizer) | self.cache_arguments()
-        arguments["max_new_tokens"] = sampling_options.max_new_tokens(merged, settings)
-        return arguments | ({} if self.seed is None else {"seed": self.seed})
 
 
 class Conversation:

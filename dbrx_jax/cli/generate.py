@@ -6,18 +6,19 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dbrx_jax.cli import sampling_options
 from dbrx_jax.cli.batch import complete_file
-from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
-from dbrx_jax.cli.options import GenerateOptions
+from dbrx_jax.cli.load import load_weights, open_checkpoint, report_generation_memory
+from dbrx_jax.cli.options import GenerateOptions, Options
 from dbrx_jax.cli.rates import Rates
 from dbrx_jax.console import print_status
 from dbrx_jax.errors import GenerationError
 
 if TYPE_CHECKING:
     from dbrx_jax.api import DbrxForCausalLM
+    from dbrx_jax.generation_config import GenerationConfig
+    from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Generate(GenerateOptions):
             raise GenerationError('--chat goes with --prompt; rows of --file with "messages" are chats')
         if self.batch_size < 1:
             raise GenerationError(f"--batch-size: expected a whole number above 0, got {self.batch_size}")
-        self.sampling()
+        self.given_options()
         if not self.distributed and (self.coordinator, self.processes, self.process_id) != (None, None, None):
             raise GenerationError("--coordinator, --processes and --process-id go with --distributed")
         if self.distributed and self.mesh is None:
@@ -72,20 +73,15 @@ class Generate(GenerateOptions):
 def complete_prompt(command: GenerateOptions) -> None:
     """Completes --prompt on stdout, with the prompt dimly before it on a terminal."""
     checkpoint, prompt = open_checkpoint(command), command.prompt or ""
-    options = sampling_options.merge(command.sampling(), {}, checkpoint.generation)
     if command.chat:
         ids = checkpoint.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], True)
     else:
         ids = checkpoint.tokenizer.encode(prompt)
-    max_new_tokens = sampling_options.max_new_tokens(options, checkpoint.generation)
-    checkpoint.check_length(len(ids), max_new_tokens)
+    config = checkpoint.options(len(ids), command.given_options()).replace({"num_return_sequences": None})
     command.check_same_on_all_processes(prompt)
-    model = load_weights(checkpoint, command, 1, len(ids) + max_new_tokens)
-    arguments = sampling_options.arguments(options, checkpoint.tokenizer) | command.cache_arguments()
-    arguments |= {"max_new_tokens": max_new_tokens}
-    arguments |= {"seed": command.seed} if command.seed is not None else {}
+    model = load_weights(checkpoint, command, 1, len(ids) + (config.max_new_tokens or 0))
     rates = Rates()
-    for number, text in enumerate(stream_completion(model, checkpoint, ids, rates, arguments)):
+    for number, text in enumerate(stream_completion(command, model, checkpoint.tokenizer, ids, config, rates)):
         if number == 0 and _shows_colours():
             shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in prompt)
             print(f"\x1b[2m{shown}\x1b[0m", end="\n" if command.chat else "")
@@ -95,20 +91,35 @@ def complete_prompt(command: GenerateOptions) -> None:
 
 
 def stream_completion(
-    model: "DbrxForCausalLM", checkpoint: Checkpoint, ids: list[int], rates: Rates, arguments: dict[str, Any]
+    command: Options,
+    model: "DbrxForCausalLM",
+    tokenizer: "DbrxTokenizer",
+    ids: list[int],
+    config: "GenerationConfig",
+    rates: Rates,
+    cache_length: int | None = None,
 ) -> Iterator[str]:
     """Yields the completion of one prompt in pieces of text.
 
     Args:
       rates: the stream is added at its end.
-      arguments: keyword arguments of TokenStream.
+      cache_length: as in TokenStream.
     """
     from dbrx_jax.generation.stream import TokenStream
     from dbrx_jax.generation.text_stream import stream_text
 
-    stream = TokenStream(model, [ids], **arguments)
-    stream.compile()
-    yield from stream_text(stream, checkpoint.tokenizer, arguments.get("stop_strings", ()))
+    positions = max(len(ids) + (config.max_new_tokens or 0), cache_length or 0)
+    with report_generation_memory(model, command, 1, positions):
+        stream = TokenStream(
+            model,
+            [ids],
+            generation_config=config,
+            tokenizer=tokenizer,
+            seed=command.seed,
+            cache_length=cache_length,
+            **command.cache_arguments(),
+        )
+        yield from stream_text(stream, tokenizer, config.stop_strings)
     rates.add(stream, 1)
 
 

@@ -3,42 +3,72 @@
 import dataclasses
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbrx_jax.cli.generation_options import OUTPUTS, as_typed, merge
 from dbrx_jax.cli.options import Options
 from dbrx_jax.console import print_status
 from dbrx_jax.errors import GenerationError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from dbrx_jax.api import DbrxForCausalLM
     from dbrx_jax.config import DbrxConfig
+    from dbrx_jax.generation_config import GenerationConfig
     from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint without its weights: the configuration, the tokenizer, and generation_config.json as it is."""
+    """A checkpoint without its weights: the configuration, the tokenizer, and its own options of generation."""
 
-    path: str
+    name: str  # for people
+    folder: Path
     config: "DbrxConfig"
     tokenizer: "DbrxTokenizer"
-    generation: Mapping[str, Any]
+    generation: "GenerationConfig"
 
-    def check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
-        """Checks that a prompt and its new tokens fit the model's positions.
+    def options(
+        self, num_prompt_tokens: int, command: Mapping[str, Any], row: Mapping[str, Any] | None = None
+    ) -> "GenerationConfig":
+        """Returns the options of a prompt: the checkpoint's, the command's over them, and the row's over these.
 
         Raises:
-          GenerationError: they do not, or the prompt is empty.
+          GenerationError: they do not fit each other, the prompt or the model; it names them as the user typed them.
         """
+        row = row or {}
+        config = merge(self.generation, command, row)
+        try:
+            return self.with_limits(config, num_prompt_tokens, {**command, **row})
+        except GenerationError as error:
+            raise as_typed(error, command, row) from None
+
+    def with_limits(
+        self, config: "GenerationConfig", num_prompt_tokens: int, given: Mapping[str, Any]
+    ) -> "GenerationConfig":
+        """Returns the options with numbers of new tokens for this prompt in place of lengths and defaults.
+
+        Args:
+          given: options that the user gave: what does not fit the model is an error if it is given, else cut.
+
+        Raises:
+          GenerationError: prompt and new tokens do not fit the model, or the prompt is empty.
+        """
+        from dbrx_jax.generation.prompts import new_token_limit
+
         if not num_prompt_tokens:
             raise GenerationError("the prompt is empty; give at least one character")
-        available = self.config.max_seq_len - num_prompt_tokens
-        if max_new_tokens > available:
-            raise GenerationError(
-                f"max_new_tokens: {max_new_tokens} after a prompt of {num_prompt_tokens} tokens is beyond the model's "
-                f"{self.config.max_seq_len} positions; "
-                + (f"ask for at most {available}" if available > 0 else "shorten the prompt")
-            )
+        try:
+            limit = new_token_limit(config, given, num_prompt_tokens, num_prompt_tokens, self.config.max_seq_len)
+        except GenerationError as error:
+            raise GenerationError(str(error).removeprefix("input_ids: ")) from None
+        limits = {"max_new_tokens": limit}
+        if config.min_length:
+            limits["min_new_tokens"] = max(config.min_new_tokens or 0, config.min_length - num_prompt_tokens)
+        return config.replace(limits)
 
 
 def open_checkpoint(options: Options) -> Checkpoint:
@@ -49,7 +79,7 @@ def open_checkpoint(options: Options) -> Checkpoint:
     """
     from dbrx_jax.config import DbrxConfig
     from dbrx_jax.demo import source_folder
-    from dbrx_jax.files import read_json
+    from dbrx_jax.generation.checkpoint_config import read_generation_config
     from dbrx_jax.hub import checkpoint_folder
     from dbrx_jax.quantization import Quantization
     from dbrx_jax.sharding.recipes import find_axes
@@ -61,11 +91,8 @@ def open_checkpoint(options: Options) -> Checkpoint:
     folder = checkpoint_folder(options.checkpoint or source_folder())
     config = DbrxConfig.from_file(folder)
     tokenizer = DbrxTokenizer.from_pretrained(folder, options.ranks_file)
-    file = folder / "generation_config.json"
-    generation = read_json(file) if file.exists() else {}
-    if not isinstance(generation, Mapping):
-        raise GenerationError(f"{file}: expected a JSON object")
-    return Checkpoint(options.checkpoint or str(folder), config, tokenizer, generation)
+    generation = read_generation_config(folder).replace(dict.fromkeys(OUTPUTS))
+    return Checkpoint(options.checkpoint or "the demo", folder, config, tokenizer, generation)
 
 
 def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions: int) -> "DbrxForCausalLM":
@@ -74,22 +101,54 @@ def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions:
     Args:
       rows: rows of a batch.
       positions: of a row's key-value cache.
+
+    Raises:
+      MemoryLimitError: the weights and the cache do not fit the memory.
+      DbrxError: as :meth:`DbrxForCausalLM.from_pretrained`.
     """
     from dbrx_jax.api import DbrxForCausalLM
     from dbrx_jax.runtime import enable_compilation_cache
+    from dbrx_jax.sharding.recipes import find_mesh
 
-    _check_memory(checkpoint, options, rows, positions)
-    enable_compilation_cache(print_status)
+    mesh = None if options.mesh is None else find_mesh(options.mesh)
+    _check_memory(checkpoint, options, mesh, rows, positions)
+    enable_compilation_cache()
     begin = time.perf_counter()
     model = DbrxForCausalLM.from_pretrained(
-        checkpoint.path, options.mesh, dtype=options.dtype, quantization=options.quantization
+        checkpoint.folder, mesh, dtype=options.dtype, quantization=options.quantization, verify=options.verify
     )
     seconds = time.perf_counter() - begin
     millions = model.config.total_parameters / 1e6
     stored = str(model.dtype) if model.quantization is None else f"{model.quantization}, {model.dtype}"
-    print_status(f"Loaded {checkpoint.path} ({millions:,.1f}M parameters, {stored}) in {seconds:.1f} s")
+    print_status(f"Loaded {checkpoint.name} ({millions:,.1f}M parameters, {stored}) in {seconds:.1f} s")
     return model
 
 
-def _check_memory(checkpoint: Checkpoint, options: Options, rows: int, positions: int) -> None:
-    """Checks that the model and the cache fit the memory of host and devices."""
+def _check_memory(checkpoint: Checkpoint, options: Options, mesh: "Mesh | None", rows: int, positions: int) -> None:
+    """Checks that the weights and the cache fit the free memory of host and devices."""
+    from dbrx_jax.checkpoint.open import open_folder
+    from dbrx_jax.planning.memory_check import Request, check_memory
+    from dbrx_jax.sharding.partition import check_mesh
+
+    folder = open_folder(checkpoint.folder)
+    if mesh is not None:
+        check_mesh(folder.config, mesh)
+    dtype = options.dtype or folder.dtype()
+    quantization = folder.quantization or options.quantization
+    check_memory(Request(folder.config, mesh, dtype, quantization, rows, positions, options.cache_dtype))
+
+
+def report_generation_memory(
+    model: "DbrxForCausalLM", options: Options, rows: int, positions: int
+) -> AbstractContextManager[None]:
+    """Reports memory that runs out while a batch is generated, in a `with` block, with what would fit.
+
+    Raises:
+      MemoryLimitError: the block ran out of memory.
+    """
+    from dbrx_jax.memory import report_memory_errors
+    from dbrx_jax.planning.memory_check import Request, fit_advice
+
+    mesh = model.partition.mesh
+    request = Request(model.config, mesh, model.dtype, model.quantization, rows, positions, options.cache_dtype)
+    return report_memory_errors("generating", lambda: fit_advice(request, weights_loaded=True))

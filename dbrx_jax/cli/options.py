@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from dbrx_jax.cli import sampling_options
+from dbrx_jax.cli.generation_options import check_seed, read_options
 
 T = TypeVar("T")
 # An option that need not be given. The help shows no default: None would say nothing.
@@ -30,6 +30,8 @@ class Options:
     fp8, or parts such as experts=int4-64,attention=int8."""
     mesh: Given[str] = None
     """Device mesh: a recipe such as v5e-64, or axes such as expert=16,tensor=4; one device by default."""
+    verify: bool = False
+    """Compare the weights, while they are read, with the digests of an Orbax folder."""
     ranks_file: Given[Path] = None
     """A tiktoken ranks file, for checkpoints without a vocabulary."""
     cache_dtype: Given[Literal["int8"]] = None
@@ -37,7 +39,7 @@ class Options:
     batch_invariant: bool = False
     """Make each prompt's result bit-identical in batches of any size; slower, most of all for few prompts."""
     max_new_tokens: Given[int] = None
-    """Maximum number of new tokens per prompt; the checkpoint's by default, else 256."""
+    """Maximum number of new tokens per prompt; the checkpoint's by default, else 256, or what fits the model."""
     min_new_tokens: Given[int] = None
     """Do not stop before so many new tokens."""
     max_time: Given[float] = None
@@ -61,19 +63,18 @@ class Options:
     seed: Given[int] = None
     """Random seed; the same one gives the same text."""
 
-    def sampling(self) -> dict[str, Any]:
-        """Returns the sampling options that were given, checked.
+    def given_options(self) -> dict[str, Any]:
+        """Returns the options of generation that were given, by GenerationConfig's names, checked.
 
         Raises:
           GenerationError: a value is out of its range.
         """
-        values = {name: getattr(self, name, None) for name in sampling_options.NAMES}
-        given = {name: value for name, value in values.items() if value not in (None, ())}
-        sampling_options.check(given, "--")
-        return given
+        check_seed(self.seed, "--seed")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return read_options({name: value for name, value in values.items() if value != ()}, "--")
 
     def cache_arguments(self) -> dict[str, Any]:
-        """Returns the keyword arguments of generate that are not about sampling."""
+        """Returns the keyword arguments of TokenStream that are no options of generation."""
         return {"cache_dtype": self.cache_dtype, "batch_invariant": self.batch_invariant}
 
 
@@ -85,8 +86,9 @@ class GenerateOptions(Options):
     """Prompt to complete; its completion streams to stdout."""
     file: Given[Path] = None
     """JSON lines, each a text, {"prompt": …} or {"messages": [{"role": …, "content": …}, …]}; - is stdin. An object may
-    hold options for its row, such as "max_new_tokens": 20, "temperature": 0.7, "seed": 1 or "stop": ["."], and other
-    fields, which its result repeats. A row that cannot be used gets the field error, and the exit status is 1."""
+    hold any option of generation for its row, such as "max_new_tokens": 20, "temperature": 0.7, "seed": 1 or
+    "stop": ["."], and other fields, which its result repeats. A row that cannot be used gets the field error, and the
+    exit status is 1."""
     output: Given[Path] = None
     """File to write the results of --file to, as JSON lines in the same order; stdout, or -, by default. The file grows
     as OUTPUT.incomplete; if the command is ended before it is complete, the same command goes on behind its rows."""
@@ -115,7 +117,7 @@ class GenerateOptions(Options):
 
     def result_options(self) -> dict[str, Any]:
         """Returns the options that the results of --file depend on, as JSON values."""
-        other = {"prompt", "file", "output", "chat", "mesh", "batch_size"}
+        other = {"prompt", "file", "output", "chat", "mesh", "verify", "batch_size"}
         other |= {"distributed", "coordinator", "processes", "process_id"}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in other}
         return json.loads(json.dumps(values, default=str))

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_jax.cli import sampling_options
+from dbrx_jax.cli.generation_options import check_seed, read_options, refuse_foreign_options
 from dbrx_jax.errors import DbrxError, GenerationError
 
 if TYPE_CHECKING:
     from dbrx_jax.cli.load import Checkpoint
+    from dbrx_jax.generation_config import GenerationConfig
 
 MAX_LINE = 64 << 20  # bytes
 STANDARD_STREAM = Path("-")  # stdin or stdout
@@ -30,24 +31,32 @@ class Row:
     Attributes:
       line: its number, from 1.
       fields: what it holds, for its results.
-      options: its own sampling options, checked.
+      options: its own options of generation, by GenerationConfig's names, checked.
+      seed: its own, if it has one.
       error: what is wrong with it, else None.
     """
 
     line: int
     fields: dict[str, Any]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int | None = None
     error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A completion to make: a row's first, or another one of the same prompt; or what keeps it from being made."""
+    """A completion to make: a row's first, or another one of the same prompt; or what keeps it from being made.
+
+    Attributes:
+      index: which of the row's completions.
+      ids: tokens of the prompt.
+      config: all options of generation; None if there is an error.
+    """
 
     row: Row
     index: int
     ids: list[int]
-    options: dict[str, Any]
+    config: "GenerationConfig | None"
     error: str | None
 
 
@@ -93,8 +102,7 @@ class PromptsFile:
         """Yields the completions to make, from number `start` on, with each row's options over `options`."""
         number = 0
         for row in self._rows():
-            copies = row.options.get("num_return_sequences", options.get("num_return_sequences", 1))
-            copies = 1 if row.error else copies
+            copies = 1 if row.error else _num_copies(row, checkpoint, options)
             if number + copies > start:
                 item = _prepare(row, checkpoint, options)
                 for index in range(max(0, start - number), copies):
@@ -111,9 +119,8 @@ class PromptsFile:
         first_error = None
         for item in self.items(checkpoint, options):
             num_items += 1
-            if item.error is None:
-                new_tokens = sampling_options.max_new_tokens(item.options, checkpoint.generation)
-                positions = max(positions, len(item.ids) + new_tokens)
+            if item.config is not None:
+                positions = max(positions, len(item.ids) + (item.config.max_new_tokens or 0))
             elif item.index == 0:
                 errors += 1
                 first_error = first_error or item.error
@@ -143,15 +150,14 @@ def parse_row(line: int, text: bytes) -> Row:
         if isinstance(data, str):
             data = {"prompt": data}
         _check_prompt(data)
-        options = {name: data[name] for name in sampling_options.NAMES if data.get(name) is not None}
-        if isinstance(options.get("stop"), str):
-            options["stop"] = [options["stop"]]
-        sampling_options.check(options)
+        options, seed = read_options(data), data.get("seed")
+        check_seed(seed)
+        refuse_foreign_options(data)
     except GenerationError as error:
         return Row(line, _kept(data), error=f"line {line}: {error}")
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         return Row(line, {}, error=f"line {line}: not JSON ({error})")
-    return Row(line, _kept(data), options)
+    return Row(line, _kept(data), options, seed)
 
 
 def _refuse_constant(name: str) -> None:
@@ -178,13 +184,17 @@ def _prepare(row: Row, checkpoint: "Checkpoint", command_options: dict[str, Any]
     error = row.error
     if error is None:
         try:
-            options = sampling_options.merge(command_options, row.options, checkpoint.generation)
             ids = prompt_ids(row.fields, checkpoint)
-            checkpoint.check_length(len(ids), sampling_options.max_new_tokens(options, checkpoint.generation))
-            return Item(row, 0, ids, options, None)
+            return Item(row, 0, ids, checkpoint.options(len(ids), command_options, row.options), None)
         except DbrxError as caught:
             error = f"line {row.line}: {caught}"
-    return Item(row, 0, [], {}, error)
+    return Item(row, 0, [], None, error)
+
+
+def _num_copies(row: Row, checkpoint: "Checkpoint", command_options: dict[str, Any]) -> int:
+    """Returns the number of completions of a row."""
+    name = "num_return_sequences"
+    return row.options.get(name) or command_options.get(name) or checkpoint.generation.num_return_sequences or 1
 
 
 def prompt_ids(fields: dict[str, Any], checkpoint: "Checkpoint") -> list[int]:

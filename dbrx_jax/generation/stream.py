@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from dbrx_jax.console import announce
-from dbrx_jax.errors import GenerationError
+from dbrx_jax.errors import GenerationError, NotFiniteError
 from dbrx_jax.generation.decode import (
     DecodeState,
     Options,
@@ -31,7 +31,7 @@ from dbrx_jax.generation.processors import LogitsFunction
 from dbrx_jax.generation.prompts import new_token_limit, unpadded
 from dbrx_jax.generation.settings import make_keys, make_settings, row_seeds
 from dbrx_jax.generation.stops import Deadline, StoppingCriterion, StopSearch, stopped_lengths
-from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.generation_config import SAMPLING_OPTIONS, GenerationConfig
 from dbrx_jax.model.cache import cache_capacity, prefill_chunks, round_up_size
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import GraphDefinition, split_model
@@ -41,10 +41,6 @@ from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 BURST = 8  # decode steps between two transfers to the host, if it has to look at the tokens as they come
 MAX_ROWS = 1 << 20
-# Options that need do_sample, with the value that turns each off.
-SAMPLING_OPTIONS = {
-    "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0
-}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -251,11 +247,11 @@ class TokenStream(Iterator[np.ndarray]):
         return tokens[:, :num_tokens]
 
     def _check_finite(self, logprobs: np.ndarray, num_valid: np.ndarray) -> None:
-        """Raises GenerationError if the logits of a token were infinite or NaN."""
+        """Raises NotFiniteError if the logits of a token were infinite or NaN."""
         is_bad = ~np.isfinite(logprobs) & (np.arange(logprobs.shape[1]) < num_valid[:, None])
         if is_bad.any():
             row, step = np.argwhere(is_bad)[0]
-            raise GenerationError(
+            raise NotFiniteError(
                 f"row {row}: the logits of new token {self._steps + step + 1} are not finite; look for damaged weights "
                 "with dbrx-convert inspect --values"
             )

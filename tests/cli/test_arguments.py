@@ -52,7 +52,7 @@ def test_values_may_begin_with_a_dash():
     assert parse(["generate", "--prompt", "--- a", "--chat"]).prompt == "--- a"
     assert parse(["generate", "--prompt=--file"]).prompt == "--file"
     assert parse(["chat", "--system", "- be brief"]).system == "- be brief"
-    assert parse(["generate", "--frequency-penalty", "-1.5", "--max_new_tokens", "7"]).sampling() == {
+    assert parse(["generate", "--frequency-penalty", "-1.5", "--max_new_tokens", "7"]).given_options() == {
         "frequency_penalty": -1.5,
         "max_new_tokens": 7,
     }

@@ -15,7 +15,8 @@ from dbrx_jax.cli.batch import batches, derive_seed
 from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.cli.prompts import Item, PromptsFile, Row, parse_row
 from dbrx_jax.errors import GenerationError
-from dbrx_jax.generation.generate import TokenStream
+from dbrx_jax.generation.stream import TokenStream
+from dbrx_jax.generation_config import GenerationConfig
 from tests.cli.test_cli import BIN
 from tests.commands import in_process
 from tests.generation.test_generate import count_compilations
@@ -107,9 +108,9 @@ class TestResults:
         fragments = (
             "line 2: not JSON",
             "line 3: expected a text",
-            "line 4: max_new_tokens: 5 after a prompt of 160 tokens is beyond the model's 128",
-            "line 5: temperature: expected 0 or a number from 0.001, got -1",
-            "line 6: --top-p draws at random",
+            "line 4: a prompt of 160 tokens fills the model's 128 positions; shorten it",
+            "line 5: temperature: expected a number above 0, got -1; 0 is greedy",
+            "line 6: top_p draws at random; give temperature above 0",
             "line 7: message 0: expected an object",
             "line 8: not JSON",
         )
@@ -151,7 +152,7 @@ class TestResults:
     def test_smaller_batch_compiles_nothing(self, run, monkeypatch):
         options = ("--max-new-tokens", 6, "--batch-size", 3)
         assert run(["abc", "abcdefgh", "ab"], *options).returncode == 0
-        rows = ["abc", "abcdefgh", "ab", "x", {"prompt": "xy", "repetition_penalty": 1.1}]
+        rows = ["abc", "abcdefgh", "ab", "x", {"prompt": "xy", "max_new_tokens": 3}]
         assert count_compilations(lambda: run(rows, *options, output="second")) == 0
 
     def test_stdin_and_stdout(self, source):
@@ -339,8 +340,9 @@ class TestPrompts:
         assert parse_row(3, b'{"prompt": "a", "x": NaN}').error == "line 3: not JSON (NaN is none of its numbers)"
 
     def test_batches_share_options_but_for_the_seed(self):
-        def item(line, error=None, **options):
-            return Item(Row(line, {}), 0, [1], options, error)
+        def item(line, error=None, seed=None, **options):
+            config = None if error else GenerationConfig(**options)
+            return Item(Row(line, {}, seed=seed), 0, [1], config, error)
 
         items = [item(0, seed=1), item(1, seed=2), item(2, "bad"), item(3, top_k=1), item(4, "bad"), item(5), item(6)]
         lines = [[i.row.line for i in batch] for batch in batches(items, 3)]

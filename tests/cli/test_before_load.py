@@ -42,16 +42,16 @@ def test_damaged_weights_are_reported_without_another_mistake(damaged):
         (("--top-p", 7), "--top-p: expected a number from 0 to 1, got 7.0"),
         (("--top-p", "0.5"), "--top-p draws at random; give --temperature above 0"),
         (("--temperature", "0", "--min-p", "0.5"), "--min-p draws at random"),
-        (("--temperature", "-1"), "--temperature: expected 0 or a number from 0.001, got -1.0"),
+        (("--temperature", "-1"), "--temperature: expected a number above 0, got -1.0; 0 is greedy"),
         (("--temperature", "nan"), "--temperature: expected"),
-        (("--temperature", "0.0001"), "--temperature: expected"),
+        (("--temperature", "0.0001"), "--temperature: expected at least 0.001, got 0.0001; 0 is greedy"),
         (("--max-new-tokens", 0), "--max-new-tokens: expected a whole number above 0, got 0"),
-        (("--max-new-tokens", 999), "max_new_tokens: 999 after a prompt of 3 tokens is beyond the model's 128"),
+        (("--max-new-tokens", 999), "--max-new-tokens: 999 with a prompt of 3 tokens is beyond the model's 128"),
         (("--seed", -1), "--seed: expected a whole number from 0 to 4294967295, got -1"),
         (("--repetition-penalty", 0), "--repetition-penalty: expected a number above 0, got 0.0"),
-        (("--no-repeat-ngram-size", -1), "--no-repeat-ngram-size: expected a whole number from 0"),
-        (("--max-time", 0), "--max-time: expected a number of seconds above 0"),
-        (("--stop", ""), "--stop: expected texts of at least one character"),
+        (("--no-repeat-ngram-size", -1), "--no-repeat-ngram-size: expected a whole number of at least 0"),
+        (("--max-time", 0), "--max-time: expected a number above 0"),
+        (("--stop", ""), "--stop: expected texts that are not empty"),
         (("--quantization", "int3"), "quantization: expected"),
         (("--mesh", "nowhere"), "nowhere"),
         (("--output", "out.jsonl"), "--output goes with --file"),
@@ -66,7 +66,7 @@ def test_options_of_generate(damaged, options, message):
 def test_empty_and_long_prompts(damaged):
     assert_reported(in_process("dbrx-jax", "generate", damaged, "--prompt", ""), "the prompt is empty")
     done = in_process("dbrx-jax", "generate", damaged, "--prompt", "long" * 40, "--max-new-tokens", 2)
-    assert_reported(done, "after a prompt of 160 tokens is beyond the model's 128 positions; shorten the prompt")
+    assert_reported(done, "a prompt of 160 tokens fills the model's 128 positions; shorten it")
 
 
 def test_tokenizer_template_and_configuration(damaged):
@@ -97,7 +97,7 @@ def test_prompts_file(damaged, tmp_path):
     prompts.write_text('{"prompt": 5}\n[]\n')
     assert_reported(generate(), "prompts.jsonl, line 1: expected a text")
     prompts.write_text(json.dumps("long" * 40))
-    assert_reported(generate(), "prompts.jsonl, line 1: max_new_tokens: 3 after a prompt of 160 tokens")
+    assert_reported(generate(), "prompts.jsonl, line 1: a prompt of 160 tokens fills")
     prompts.write_text('"abc"\n[]\n')  # one row is good: only its weights are missing
     lines = generate().stderr.splitlines()
     assert "prompts.jsonl: 1 rows get an error for a completion; line 2: expected a text" in lines[0]
