@@ -1,4 +1,4 @@
-"""The command dbrx-convert: to-orbax, to-hf, verify, inspect and seal."""
+"""The commands of dbrx-convert: to-orbax, to-hf, verify, inspect and seal."""
 
 import dataclasses
 import json
@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from dbrx_jax.console import one_line, print_status, progress, run
+from dbrx_jax.cli.arguments import Given, Program
+from dbrx_jax.console import one_line, print_status, progress
 from dbrx_jax.errors import CheckpointError, TokenizerError
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -31,14 +32,14 @@ class ToOrbax:
     """Folder with config.json and *.safetensors, in any published layout; or a URL such as gs://bucket/folder."""
     destination: Destination
     """Folder or URL to make; it can be loaded when it is complete."""
-    dtype: Dtype | None = None
+    dtype: Given[Dtype] = None
     """Cast the weights, or with --quantization the scales; unchanged by default."""
     compress: bool = False
     """Compress with zstd: slower, and trained weights hardly get smaller."""
-    quantization: str | None = None
+    quantization: Given[str] = None
     """Quantise to int8, int4 (experts in groups of 128, the rest int8; also int4-64 and int4-32), fp8, or parts such as
     experts=int4-64,attention=int8,head=int8."""
-    workers: int | None = None
+    workers: Given[int] = None
     """Threads; by default as many as CPUs, at most 4."""
 
     def run(self) -> None:
@@ -62,11 +63,11 @@ class ToHf:
     """Orbax folder made by dbrx-convert, or Hugging Face folder in any published layout."""
     destination: Destination
     """Folder or URL to make; it can be loaded when it is complete."""
-    dtype: Dtype | None = None
+    dtype: Given[Dtype] = None
     """Cast the weights; unchanged by default, and quantised ones are dequantised to the dtype of their scales."""
     max_shard_size: str = "5GB"
     """Maximum size of a file, such as 5GB or 500MB."""
-    workers: int | None = None
+    workers: Given[int] = None
     """Threads; by default as many as CPUs, at most 4."""
 
     def run(self) -> None:
@@ -82,20 +83,22 @@ class ToHf:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Compare two checkpoints of either kind, or an Orbax folder with its own digests; exit 1 if they differ.
+    """Compare two checkpoints of either kind, or an Orbax folder with its digests.
 
-    Compares weights, configuration, tokenizer, chat template and generation settings.
+    Compares weights, configuration, tokenizer, template and generation settings.
+
+    Exits with 1 if they differ.
     """
 
     first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
     """Orbax or Hugging Face folder."""
-    second: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="B")] = None
+    second: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="B", help_behavior_hint="")] = None
     """Orbax or Hugging Face folder; without it A is checked against the SHA-256 digests in its manifest."""
     verbose: bool = False
     """List every parameter that differs."""
     logits: bool = False
     """Compare the models' predictions on --text, in float32, instead of their weights."""
-    text: Path | None = None
+    text: Given[Path] = None
     """A text file, for --logits."""
     json: bool = False
     """Print JSON, with every difference."""
@@ -244,15 +247,15 @@ def _parse_size(text: str) -> int:
     return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
 
 
-def main() -> None:
-    """Runs the command dbrx-convert."""
-    commands: dict[str, Callable[..., Any]] = {
-        "to-orbax": ToOrbax,
-        "to-hf": ToHf,
-        "verify": Verify,
-        "inspect": Inspect,
-        "seal": Seal,
-    }
-    description = "Convert checkpoints of DBRX."
-    command = tyro.extras.subcommand_cli_from_dict(commands, prog="dbrx-convert", description=description)
-    run("dbrx-convert", command.run)
+PROGRAM = Program(
+    "dbrx-convert",
+    "Convert checkpoints of DBRX.",
+    {"to-orbax": ToOrbax, "to-hf": ToHf, "verify": Verify, "inspect": Inspect, "seal": Seal},
+    {
+        "to-orbax": ("/path/to/dbrx /path/to/dbrx-orbax", "/path/to/dbrx /path/to/dbrx-int4 --quantization int4"),
+        "to-hf": ("/path/to/dbrx-orbax /path/to/dbrx-hf --max-shard-size 2GB",),
+        "verify": ("/path/to/dbrx /path/to/dbrx-orbax", "/path/to/dbrx-orbax"),
+        "inspect": ("/path/to/dbrx --values",),
+        "seal": ("/path/to/dbrx-orbax",),
+    },
+)

@@ -1,16 +1,19 @@
-"""The command dbrx-convert: to-orbax, to-hf, verify and inspect."""
+"""The program dbrx-convert: to-orbax, to-hf, verify, inspect and seal."""
 
-import sys
+from typing import TYPE_CHECKING
 
-from dbrx_jax.cli.start import print_version, quiet_interrupt
+from dbrx_jax.cli.start import start
+
+if TYPE_CHECKING:
+    from dbrx_jax.cli.arguments import Program
 
 
 def main() -> None:
-    """Runs the command dbrx-convert."""
-    with quiet_interrupt("dbrx-convert"):
-        if sys.argv[1:] == ["--version"]:
-            print_version("dbrx-convert")
-            return
-        from dbrx_convert import cli
+    """Runs the program dbrx-convert."""
+    start("dbrx-convert", _find_program)
 
-        cli.main()
+
+def _find_program() -> "Program":
+    from dbrx_convert.cli import PROGRAM
+
+    return PROGRAM

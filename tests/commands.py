@@ -8,14 +8,14 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-import dbrx_convert.cli
+import dbrx_convert.main
 import dbrx_jax.cli.main
 import dbrx_jax.runtime
 
 
 def in_process(name, *arguments, stdin=b""):
     """Runs a command in this process, which has imported JAX and shares what it compiles."""
-    main = {"dbrx-jax": dbrx_jax.cli.main.main, "dbrx-convert": dbrx_convert.cli.main}[name]
+    main = {"dbrx-jax": dbrx_jax.cli.main.main, "dbrx-convert": dbrx_convert.main.main}[name]
     out, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
         patch.setattr(sys, "argv", [name, *map(str, arguments)])

@@ -1,56 +1,23 @@
-"""Arguments of the command dbrx-jax: parsing, and mistakes told in one line."""
+"""Arguments of the programs: parsing, help with examples, and mistakes told in one line."""
 
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
-from dbrx_jax.cli.chat import Chat
-from dbrx_jax.cli.generate import Generate
-from dbrx_jax.cli.plan import Plan
 from dbrx_jax.console import print_status
 
-PROGRAM = "dbrx-jax"
-DESCRIPTION = "DBRX in JAX. --version prints the version."
-EXAMPLES = {
-    "generate": (
-        '--prompt "A list is"',
-        '/path/to/dbrx --prompt "What is a list?" --chat --temperature 0.7',
-        "/path/to/dbrx --file prompts.jsonl --output results.jsonl",
-    ),
-    "chat": ("", '/path/to/dbrx --system "Answer in one sentence."'),
-    "plan": ("132b-instruct --on h100-1 --dtype int4", "/path/to/dbrx --on v5e-64 --batch 64"),
-    "info": ("",),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """Show versions, devices and memory."""
-
-    json: bool = False
-    """Print JSON."""
-
-    def run(self) -> None:
-        from dbrx_jax.cli.info import collect
-
-        facts = collect()
-        if self.json:
-            print(json.dumps(facts, indent=2))
-            return
-        for key, value in facts.items():
-            for line in value if isinstance(value, list) else [value]:
-                print(f"{key:<10}{line}")
-
-
-COMMANDS: dict[str, Any] = {"generate": Generate, "chat": Chat, "plan": Plan, "info": Info}
+T = TypeVar("T")
+# An option that need not be given. The help shows no default: None would say nothing.
+Given = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+POSITIONAL = tyro.conf.Positional[str].__metadata__[0]
 CONFIG = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
 BOX = "─-+╭╮╰╯├┤"  # of which tyro draws lines
 # tyro's words for frequent mistakes, and ours.
@@ -68,45 +35,85 @@ MESSAGES = (
 )
 
 
-def parse(arguments: Sequence[str]) -> Any:
-    """Returns the command of these arguments, an object with the method run.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program with commands, each a dataclass of its arguments with a method run.
 
-    Exits with 0 after help, or with 2 and one line if the arguments are wrong.
+    Attributes:
+      name: of the program.
+      description: a sentence.
+      commands: by name.
+      examples: arguments of each command, in lines; "" has none.
     """
-    if not arguments:
-        _fail(f"give a command: {', '.join(COMMANDS)}; {PROGRAM} --help describes them")
-    name, *rest = arguments
-    if name in ("-h", "--help"):
-        description = f"{DESCRIPTION}\n\n{_examples({name: lines[:1] for name, lines in EXAMPLES.items()})}"
+
+    name: str
+    description: str
+    commands: Mapping[str, Any]
+    examples: Mapping[str, Sequence[str]]
+
+    def parse(self, arguments: Sequence[str]) -> Any:
+        """Returns the command of these arguments.
+
+        Exits with 0 after help, or with 2 and one line if the arguments are wrong.
+        """
+        if not arguments:
+            self._fail(f"give a command: {', '.join(self.commands)}; {self.name} --help describes them")
+        name, *rest = arguments
+        if name in ("-h", "--help"):
+            self._print_help(name)
+        if name not in self.commands:
+            is_option = name.startswith("-")
+            kind, names = ("option", ["--help", "--version"]) if is_option else ("command", list(self.commands))
+            self._fail(f"{name}: there is no such {kind}{_nearest(name, names)}; {self.name} --help lists them")
+        command = self.commands[name]
+        rest = _join_values(command, rest)
+        self._check_names(name, rest)
+        description = f"{inspect.cleandoc(command.__doc__)}\n\n{self._examples({name: self.examples[name]})}"
+        printed = io.StringIO()
         try:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=PROGRAM, description=description, args=[name])
+            with contextlib.redirect_stderr(printed):
+                return tyro.cli(command, prog=f"{self.name} {name}", description=description, args=rest, config=CONFIG)
+        except SystemExit as end:
+            if end.code in (0, None):
+                sys.stdout.flush()  # an error of writing shows here, not when Python exits
+                raise
+        self._fail(f"{name}: {one_line(printed.getvalue())}; {self.name} {name} --help lists the options")
+
+    def _print_help(self, option: str) -> None:
+        """Prints the help of the program and exits."""
+        examples = self._examples({name: lines[:1] for name, lines in self.examples.items()})
+        description = f"{self.description} --version prints the version.\n\n{examples}"
+        commands = dict(self.commands)
+        try:
+            tyro.extras.subcommand_cli_from_dict(commands, prog=self.name, description=description, args=[option])
         finally:
             sys.stdout.flush()
-    if name not in COMMANDS:
-        kind, names = ("option", ["--help", "--version"]) if name.startswith("-") else ("command", list(COMMANDS))
-        _fail(f"{name}: there is no such {kind}{_nearest(name, names)}; {PROGRAM} --help lists them")
-    command = COMMANDS[name]
-    rest = _join_values(command, rest)
-    _check_names(name, rest)
-    description = f"{command.__doc__}\n\n{_examples({name: EXAMPLES[name]})}"
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(command, prog=f"{PROGRAM} {name}", description=description, args=rest, config=CONFIG)
-    except SystemExit as end:
-        if end.code in (0, None):
-            sys.stdout.flush()  # an error of writing shows here, not when Python exits
-            raise
-    _fail(f"{name}: {one_line(printed.getvalue())}; {PROGRAM} {name} --help lists the options")
 
+    def _examples(self, lines: Mapping[str, Sequence[str]]) -> str:
+        commands = [f"  {self.name} {name} {line}".rstrip() for name in lines for line in lines[name]]
+        return "\n".join(["For example:", *commands])
 
-def _examples(lines: Mapping[str, Sequence[str]]) -> str:
-    commands = [f"  {PROGRAM} {name} {line}".rstrip() for name in lines for line in lines[name]]
-    return "\n".join(["For example:", *commands])
+    def _check_names(self, name: str, arguments: Sequence[str]) -> None:
+        """Exits if an option is unknown."""
+        options = _options(self.commands[name])
+        for argument in arguments:
+            option = argument.partition("=")[0].replace("_", "-")
+            if option.startswith("--") and option not in (*options, "--help", "--"):
+                self._fail(
+                    f"{name}: {option}: there is no such option{_nearest(option, list(options))}; "
+                    f"{self.name} {name} --help lists them"
+                )
+
+    def _fail(self, message: str) -> NoReturn:
+        print_status(f"{self.name}: {message}")
+        sys.exit(2)
 
 
 def _options(command: Any) -> dict[str, dataclasses.Field]:
-    return {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(command)}
+    """Returns the fields of a command that are options, not positional arguments, by their names with dashes."""
+    fields = dataclasses.fields(command)
+    named = [field for field in fields if POSITIONAL not in getattr(field.type, "__metadata__", ())]
+    return {"--" + field.name.replace("_", "-"): field for field in named}
 
 
 def _join_values(command: Any, arguments: Sequence[str]) -> list[str]:
@@ -119,18 +126,6 @@ def _join_values(command: Any, arguments: Sequence[str]) -> list[str]:
             argument = f"{argument}={rest.pop(0)}"
         joined.append(argument)
     return joined
-
-
-def _check_names(name: str, arguments: Sequence[str]) -> None:
-    """Exits if an option is unknown."""
-    options = _options(COMMANDS[name])
-    for argument in arguments:
-        option = argument.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and option not in (*options, "--help", "--"):
-            _fail(
-                f"{name}: {option}: there is no such option{_nearest(option, list(options))}; "
-                f"{PROGRAM} {name} --help lists them"
-            )
 
 
 def _nearest(word: str, words: list[str]) -> str:
@@ -146,13 +141,10 @@ def one_line(message: str) -> str:
         if line and not line.strip(BOX):  # the line before its advice
             break
         parts.append(line)
+    if parts and parts[0].startswith("Missing from "):
+        return f"give {' and '.join(line for line in parts if line.isupper())}"
     text = " ".join(" ".join(parts).split()).replace(", 'None'", "").replace("'None', ", "").rstrip(".")
     for pattern, ours in MESSAGES:
         if (match := re.fullmatch(pattern, text)) is not None:
             return match.expand(ours)
     return text or "these arguments cannot be read"
-
-
-def _fail(message: str) -> NoReturn:
-    print_status(f"{PROGRAM}: {message}")
-    sys.exit(2)

@@ -6,10 +6,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+from dbrx_jax.cli.arguments import Given
 from dbrx_jax.cli.generate import stream_completion
 from dbrx_jax.cli.generation_options import merge
 from dbrx_jax.cli.load import load_weights, open_checkpoint
-from dbrx_jax.cli.options import Given, Options
+from dbrx_jax.cli.options import Options
 from dbrx_jax.cli.rates import Rates
 from dbrx_jax.console import print_status
 from dbrx_jax.errors import DbrxError, GenerationError
@@ -27,7 +28,10 @@ Ctrl-C        stop the answer"""
 
 @dataclasses.dataclass(frozen=True)
 class Chat(Options):
-    """Chat with a model. Without CHECKPOINT the included demo is used."""
+    """Chat with a model.
+
+    Without CHECKPOINT the included demo is used.
+    """
 
     system: Given[str] = None
     """System message of the conversation."""

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Generate(GenerateOptions):
-    """Complete a prompt or a file of prompts. Without CHECKPOINT the included demo is used."""
+    """Complete a prompt or a file of prompts.
+
+    Without CHECKPOINT the included demo is used.
+    """
 
     def run(self) -> None:
         self._check()

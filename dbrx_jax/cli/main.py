@@ -1,29 +1,28 @@
-"""The command dbrx-jax: generate, chat, plan and info."""
+"""The program dbrx-jax: generate, chat, plan and info."""
 
 import os
-import sys
+from typing import TYPE_CHECKING
 
-from dbrx_jax.cli.start import print_version, quiet_interrupt
+from dbrx_jax.cli.start import start
+
+if TYPE_CHECKING:
+    from dbrx_jax.cli.arguments import Program
 
 
 def main() -> None:
-    """Runs the command dbrx-jax."""
-    with quiet_interrupt("dbrx-jax"):
-        from dbrx_jax.console import run
-
-        run("dbrx-jax", _command)
+    """Runs the program dbrx-jax."""
+    start("dbrx-jax", _find_program, _prepare)
 
 
-def _command() -> None:
-    if sys.argv[1:] == ["--version"]:
-        print_version("dbrx-jax")
-        return
-    from dbrx_jax.cli.arguments import parse
+def _find_program() -> "Program":
+    from dbrx_jax.cli.commands import PROGRAM
 
-    command = parse(sys.argv[1:])
-    # Before JAX is imported.
+    return PROGRAM
+
+
+def _prepare() -> None:
+    """Makes the settings that JAX reads when it is imported."""
     from dbrx_jax.runtime import set_process_defaults
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's log below errors
     set_process_defaults()
-    command.run()

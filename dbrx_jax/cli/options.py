@@ -3,15 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from dbrx_jax.cli.arguments import Given
 from dbrx_jax.cli.generation_options import check_seed, read_options
 
-T = TypeVar("T")
-# An option that need not be given. The help shows no default: None would say nothing.
-Given = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 CheckpointArgument = Annotated[
     tyro.conf.Positional[str | None], tyro.conf.arg(metavar="CHECKPOINT", help_behavior_hint="")
 ]

@@ -24,7 +24,10 @@ MAX_BATCH = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate a model's memory per device, whether it fits, and its speed at best. Exits with 1 if it does not fit."""
+    """Estimate a model's memory per device, whether it fits, and its speed at best.
+
+    Exits with 1 if it does not fit.
+    """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "132b-instruct"
     """Name of a configuration such as 132b-instruct, or a checkpoint's folder."""

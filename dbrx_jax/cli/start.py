@@ -1,13 +1,40 @@
-"""The start of a command, before its modules are imported. This one imports next to nothing."""
+"""The start of a program, before its modules are imported. This one imports next to nothing."""
 
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dbrx_jax.cli.arguments import Program
+
+
+def start(name: str, find_program: Callable[[], "Program"], prepare: Callable[[], None] | None = None) -> None:
+    """Runs the command that the process' arguments name, and exits.
+
+    Args:
+      name: of the program.
+      find_program: imports the program's modules.
+      prepare: called before the command is run.
+    """
+    with _quiet_interrupt(name):
+        from dbrx_jax.console import run
+
+        def command() -> None:
+            if sys.argv[1:] == ["--version"]:
+                _print_version(name)
+                return
+            parsed = find_program().parse(sys.argv[1:])
+            if prepare is not None:
+                prepare()
+            parsed.run()
+
+        run(name, command)
 
 
 @contextlib.contextmanager
-def quiet_interrupt(program: str) -> Iterator[None]:
+def _quiet_interrupt(program: str) -> Iterator[None]:
     """Ends the program with one line and status 130 on Ctrl-C, also while modules are imported.
 
     A second Ctrl-C ends it at once.
@@ -20,7 +47,7 @@ def quiet_interrupt(program: str) -> Iterator[None]:
         sys.exit(130)
 
 
-def print_version(program: str) -> None:
+def _print_version(program: str) -> None:
     """Prints the version of the installed package, which has both programs."""
     from importlib.metadata import version
 

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from dbrx_jax.cli.arguments import one_line, parse
+from dbrx_jax.cli.arguments import one_line
+from dbrx_jax.cli.commands import PROGRAM
 from tests.cli.test_before_load import assert_reported
 from tests.cli.test_cli import BIN, command
 from tests.commands import in_process
 
 ROOT = Path(__file__).parents[2]
+
+
+def run(arguments):
+    """Runs dbrx-jax, or dbrx-convert if the first argument is "convert"."""
+    if arguments[:1] == ("convert",):
+        return in_process("dbrx-convert", *arguments[1:])
+    return in_process("dbrx-jax", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -35,10 +43,17 @@ ROOT = Path(__file__).parents[2]
         (("generate", "--prompt", "--chat"), ("--prompt: needs a value",)),
         (("generate", "--dtype", "int7"), ("--dtype: expected one of ", "'bfloat16'", "got 'int7'")),
         (("generate", "a", "b", "c"), ("generate: b, c: not expected; put a text of several words in quotes",)),
+        (("generate", "--checkpoint", "a"), ("--checkpoint: there is no such option",)),
+        (("convert",), ("give a command: to-orbax, to-hf, verify, inspect, seal; dbrx-convert --help",)),
+        (("convert", "to-orbx", "a"), ("to-orbx: there is no such command, did you mean to-orbax?",)),
+        (("convert", "to-orbax", "a", "b", "--quantisation", "int8"), ("did you mean --quantization?",)),
+        (("convert", "to-orbax", "a"), ("to-orbax: give DST; dbrx-convert to-orbax --help lists the options",)),
+        (("convert", "to-orbax"), ("to-orbax: give SRC and DST; ",)),
+        (("convert", "to-hf", "a", "b", "--workers", "x"), ("--workers: expected a whole number, got 'x'",)),
     ],
 )
 def test_mistakes_are_one_line(arguments, fragments):
-    assert_reported(in_process("dbrx-jax", *arguments), *fragments)
+    assert_reported(run(arguments), *fragments)
 
 
 def test_unknown_message_of_the_parser_is_one_line():
@@ -48,11 +63,11 @@ def test_unknown_message_of_the_parser_is_one_line():
 
 
 def test_values_may_begin_with_a_dash():
-    assert parse(["generate", "--prompt", "-x"]).prompt == "-x"
-    assert parse(["generate", "--prompt", "--- a", "--chat"]).prompt == "--- a"
-    assert parse(["generate", "--prompt=--file"]).prompt == "--file"
-    assert parse(["chat", "--system", "- be brief"]).system == "- be brief"
-    assert parse(["generate", "--frequency-penalty", "-1.5", "--max_new_tokens", "7"]).given_options() == {
+    assert PROGRAM.parse(["generate", "--prompt", "-x"]).prompt == "-x"
+    assert PROGRAM.parse(["generate", "--prompt", "--- a", "--chat"]).prompt == "--- a"
+    assert PROGRAM.parse(["generate", "--prompt=--file"]).prompt == "--file"
+    assert PROGRAM.parse(["chat", "--system", "- be brief"]).system == "- be brief"
+    assert PROGRAM.parse(["generate", "--frequency-penalty", "-1.5", "--max_new_tokens", "7"]).given_options() == {
         "frequency_penalty": -1.5,
         "max_new_tokens": 7,
     }
@@ -73,48 +88,66 @@ def test_text_in_place_of_a_checkpoint_is_explained():
         (("generate", "--help"), ("CHECKPOINT", "--prompt", "--temperature", "OUTPUT.incomplete", "For example")),
         (("chat", "--help"), ("--system", "For example")),
         (("plan", "-h"), ("MODEL", "--on", "For example")),
+        (("convert", "--help"), ("to-orbax", "to-hf", "verify", "inspect", "seal", "--version", "For example")),
+        (("convert", "to-orbax", "--help"), ("SRC", "DST", "--dtype", "--quantization int4")),
+        (("convert", "to-hf", "--help"), ("--max-shard-size 2GB",)),
+        (("convert", "verify", "--help"), ("For example",)),
     ],
 )
 def test_help_has_options_and_examples(arguments, fragments, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    done = in_process("dbrx-jax", *arguments)
+    done = run(arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(fragment in done.stdout for fragment in fragments)
     assert "\x1b" not in done.stdout
     assert "None" not in done.stdout or arguments[0] == "plan"
-    assert max(map(len, done.stdout.splitlines())) < 100
+    assert max(map(len, done.stdout.splitlines())) <= 82  # a line of usage
 
 
-def test_help_and_version_import_no_jax():
+@pytest.mark.parametrize("module", ["dbrx_jax.cli.main", "dbrx_convert.main"])
+def test_help_and_version_import_no_jax(module):
     code = (
         "import sys\n"
-        "from dbrx_jax.cli.main import main\n"
+        f"from {module} import main\n"
         "try: main()\n"
         "except SystemExit as end: assert end.code in (0, None)\n"
         "heavy = {'jax', 'flax', 'numpy', 'orbax', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    for arguments in (["--help"], ["generate", "--help"], ["--version"], ["chat", "-h"]):
+    commands = {"dbrx_jax.cli.main": ("generate", "chat"), "dbrx_convert.main": ("to-orbax", "verify")}[module]
+    for arguments in (["--help"], ["--version"], *([name, "--help"] for name in commands)):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout
 
 
-def test_version_is_that_of_the_package():
+PROGRAMS = pytest.mark.parametrize("program", ["dbrx-jax", "dbrx-convert"])
+
+
+@PROGRAMS
+def test_version_is_that_of_the_package(program):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert command("dbrx-jax", "--version").stdout == f"dbrx-jax {version}\n"
+    assert command(program, "--version").stdout == f"{program} {version}\n"
 
 
+@PROGRAMS
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_to_a_closed_pipe_is_quiet(option):
+def test_help_to_a_closed_pipe_is_quiet(program, option):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([BIN / "dbrx-jax", option], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([BIN / program, option], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("program", ["dbrx-jax", "dbrx-convert"])
+@PROGRAMS
+def test_help_to_a_full_disk_is_one_line(program):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([BIN / program, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, f"{program}: the output cannot be written: No space left on device\n")
+
+
+@PROGRAMS
 def test_interrupt_while_modules_are_imported_is_quiet(program, tmp_path):
     """A module that the program imports is replaced by one that waits."""
     (tmp_path / "tyro.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")

@@ -129,17 +129,6 @@ class TestConvert:
         assert lines[0].startswith("dbrx-convert: warning: config.json gives rope_theta 500000.0 in attn_config")
 
 
-def test_convert_help_lists_commands_and_options():
-    for arguments, fragments in (
-        (("--help",), ("to-orbax", "to-hf", "verify", "inspect")),
-        (("to-orbax", "--help"), ("SRC", "DST", "--dtype", "--quantization")),
-    ):
-        done = command("dbrx-convert", *arguments, env={"COLUMNS": "80"})
-        assert done.returncode == 0
-        assert all(fragment in done.stdout for fragment in fragments)
-        assert "\x1b" not in done.stdout
-
-
 class TestConversation:
     def run(self, monkeypatch, lines, answer):
         entered = iter(lines)

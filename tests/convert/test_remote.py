@@ -125,7 +125,7 @@ def test_invalid_locations_are_rejected(bucket, tmp_path):
 
 def test_command_line_accepts_urls(tmp_path):
     def command(*arguments):
-        program = [sys.executable, "-c", "from dbrx_convert.cli import main; main()"]
+        program = [sys.executable, "-c", "from dbrx_convert.main import main; main()"]
         return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
     converted = command("to-orbax", f"file://{GOLDEN / 'fused'}", f"file://{tmp_path}/orbax")

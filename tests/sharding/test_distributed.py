@@ -16,8 +16,8 @@ import pytest
 
 from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxTokenizer
-from dbrx_jax.cli.arguments import parse
 from dbrx_jax.cli.batch import derive_seed
+from dbrx_jax.cli.commands import PROGRAM
 from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.errors import DistributedError
 from dbrx_jax.sharding.distributed import _check, _is_connection_error, start
@@ -151,7 +151,7 @@ def test_two_processes_go_on_behind_the_rows_of_an_earlier_run(folder, completio
     options = ("--file", str(prompts), "--max-new-tokens", "12")
     identity = {"prompts": hashlib.sha256(prompts.read_bytes()).hexdigest()}
     earlier = ResumableOutput(
-        tmp_path / "0.jsonl", identity | parse(["generate", str(folder), *options]).result_options()
+        tmp_path / "0.jsonl", identity | PROGRAM.parse(["generate", str(folder), *options]).result_options()
     )
     earlier.write([{"completion": "kept"}])
     earlier.close()
