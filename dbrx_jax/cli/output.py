@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,10 +66,8 @@ def open_output(path: Path | None, identity: dict[str, Any]) -> Output:
     """
     if path is None or path == STANDARD_STREAM:
         return StreamOutput()
-    try:
+    with _naming(path):
         return StreamOutput(path) if path.exists() else ResumableOutput(path, identity)
-    except OSError as error:
-        raise GenerationError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def incomplete_path(path: Path) -> Path:
@@ -92,13 +90,9 @@ class StreamOutput:
         self._path, self._file = path, file
 
     def write(self, results: Sequence[dict[str, Any]]) -> None:
-        try:
+        with _naming(self._path):
             self._file.write(_json_lines(results))
             self._file.flush()
-        except OSError as error:
-            if self._path is None:  # the commands report what happens to stdout
-                raise
-            raise GenerationError(f"{self._path}: cannot be written ({error.strerror})") from None
         self.num_errors += _count_errors(results)
 
     def finish(self) -> None:
@@ -133,28 +127,35 @@ class ResumableOutput:
           GenerationError: the disk is full or fails.
         """
         data = _json_lines(results).encode(errors="backslashreplace")
-        try:
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:])
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._end)
-            raise GenerationError(f"{self._incomplete}: cannot be written ({error.strerror})") from None
+        with _naming(self._incomplete):
+            try:
+                written = 0
+                while written < len(data):
+                    written += self._file.write(data[written:])
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._end)
+                raise
         self._end += len(data)
         self.num_done += len(results)
         self.num_errors += _count_errors(results)
 
     def finish(self) -> None:
-        """Gives the complete file its name."""
-        self._incomplete.replace(self._path)
-        identity_path(self._path).unlink()
+        """Gives the complete file its name.
+
+        Raises:
+          GenerationError: that cannot be done; the results are in the incomplete file.
+        """
+        with _naming(self._path):
+            self._incomplete.replace(self._path)
+            identity_path(self._path).unlink()
 
     def close(self) -> None:
         self._file.close()
         if self.num_done == 0:  # nothing to keep
-            for file in (self._incomplete, identity_path(self._path)):
-                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for file in (self._incomplete, identity_path(self._path)):
+                    file.unlink(missing_ok=True)
 
     def explain(self, total: int) -> str | None:
         return f"{self._incomplete} holds {self.num_done} of {total} rows; the same command goes on behind them"
@@ -172,6 +173,17 @@ class ResumableOutput:
             if (other := before.get(name)) != value:
                 shown = "" if name == "prompts" else f" ({other!r:.40}, and now {value!r:.40})"
                 raise GenerationError(f"{self._incomplete}: is from a run with other {name}{shown}; {remedy}")
+
+
+@contextlib.contextmanager
+def _naming(path: Path | None) -> Iterator[None]:
+    """Reports an OSError in a `with` block as one of this file's; one of stdout, None, is the program's to report."""
+    try:
+        yield
+    except OSError as error:
+        if path is None:
+            raise
+        raise GenerationError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _open_alone(path: Path) -> FileIO:

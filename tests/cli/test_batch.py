@@ -14,7 +14,7 @@ import pytest
 from dbrx_jax.cli.batch import batches, derive_seed
 from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.cli.prompts import Item, PromptsFile, Row, parse_row
-from dbrx_jax.errors import GenerationError
+from dbrx_jax.errors import GenerationError, NotFiniteError
 from dbrx_jax.generation.stream import TokenStream
 from dbrx_jax.generation_config import GenerationConfig
 from tests.cli.test_cli import BIN
@@ -111,7 +111,7 @@ class TestResults:
             "line 4: a prompt of 160 tokens fills the model's 128 positions; shorten it",
             "line 5: temperature: expected a number above 0, got -1; 0 is greedy",
             "line 6: top_p draws at random; give temperature above 0",
-            "line 7: message 0: expected an object",
+            "line 7: the chat template failed",
             "line 8: not JSON",
         )
         for result, fragment in zip(found[1:-1], fragments, strict=True):
@@ -119,18 +119,88 @@ class TestResults:
             assert "completion" not in result
         assert found[2]["id"] == 3
 
+    def test_rows_take_every_option_of_the_configuration(self, run, tmp_path, models):
+        first = models("dense").generate([list(b"abc")], max_new_tokens=1)[0, -1].item()
+        rows = [
+            {"prompt": "abc", "suppress_tokens": [first], "logit_bias": {"65": 1000}, "max_length": 6},
+            {"prompt": "abc", "do_sample": True, "epsilon_cutoff": 0.5, "seed": 1, "max_new_tokens": 3},
+            {"prompt": "abc", "num_beams": 3},
+            {"prompt": "abc", "max_tokens": 3},
+            {"prompt": "abc", "stop": "a", "stop_strings": ["b"]},
+            {"prompt": "abc", "temperature": 0, "do_sample": True},
+            {"prompt": "abc", "max_new_tokens": 2, "num_beams": 1, "n": 7, "output_scores": True},
+            {"prompt": "abc", "logit_bias": {"3000": 1}},
+        ]
+        assert run(rows, "--max-new-tokens", 5).returncode == 1
+        biased, sampled, *errors, plain, outside = results(tmp_path)
+        assert (biased["completion"], biased["finish_reason"]) == ("AAA", "length")
+        assert sampled["usage"]["completion_tokens"] == 3
+        assert plain["usage"]["completion_tokens"] == 2
+        fragments = (
+            "line 3: num_beams: beam search is not implemented",
+            "line 4: max_tokens: its name here is max_new_tokens",
+            "line 5: stop and stop_strings are the same option",
+            "line 6: temperature: expected a number above 0, got 0; 0 is greedy",
+            "line 8: logit_bias: expected ids below",
+        )
+        for result, fragment in zip([*errors, outside], fragments, strict=True):
+            assert fragment in result["error"]
+
+    def test_lengths_do_not_depend_on_the_batch(self, run, tmp_path):
+        """The default number of new tokens, cut to what fits the model, and lengths are of each row's own prompt."""
+        rows = [{"prompt": "a" * n, "min_length": 128, "logit_bias": {"65": 1000}} for n in (3, 90, 100)]
+        for size in (1, 3):
+            assert run(rows, "--batch-size", size, output=f"{size}").returncode == 0
+        assert results(tmp_path, "1") == results(tmp_path, "3")
+        assert [r["usage"]["completion_tokens"] for r in results(tmp_path, "3")] == [125, 38, 28]
+
     def test_error_of_a_batch_is_of_the_row_that_has_it(self, run, tmp_path, monkeypatch):
         original = TokenStream.__next__
 
         def fail(stream):
             if stream.prompt_lengths.max() > 3:
-                raise GenerationError("row 1: its logits are not finite")
+                raise NotFiniteError("row 0: its logits are not finite")
             return original(stream)
 
         monkeypatch.setattr(TokenStream, "__next__", fail)
         done = run(["abc", "abcd", "abc"], "--max-new-tokens", 2)
         assert done.returncode == 1
-        assert [r.get("error") for r in results(tmp_path)] == [None, "line 2: row 1: its logits are not finite", None]
+        assert [r.get("error") for r in results(tmp_path)] == [None, "line 2: its logits are not finite", None]
+
+    def test_first_batch_without_finite_logits_ends_the_command(self, run, tmp_path, monkeypatch):
+        streams = []
+
+        def fail(stream):
+            streams.append(stream)
+            raise NotFiniteError("row 0: the logits of new token 1 are not finite")
+
+        monkeypatch.setattr(TokenStream, "__next__", fail)
+        done = run(["abc", "a", "b", "c", "d"], "--max-new-tokens", 2, "--batch-size", 2)
+        assert done.returncode == 2
+        line = "dbrx-jax: line 1: the logits of new token 1 are not finite"
+        assert done.stderr.splitlines()[-1] == line
+        assert len(streams) == 3  # both rows, then each alone
+        assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+    def test_memory_that_runs_out_ends_the_command_and_says_what_fits(self, run, tmp_path, monkeypatch):
+        streams = []
+
+        def fail(stream, original=TokenStream.__next__):
+            if stream not in streams:
+                streams.append(stream)
+            if len(streams) == 2:
+                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes.")
+            return original(stream)
+
+        monkeypatch.setattr(TokenStream, "__next__", fail)
+        done = run(ROWS, *OPTIONS)
+        assert done.returncode == 2
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("dbrx-jax: generating: out of memory: 0.12 GB more did not fit; ")
+        assert "for 3 rows of " in last
+        assert last.endswith("; it would fit with an int8 cache, or 1 row")
+        assert len(streams) == 2
+        assert len(results(tmp_path, "out.jsonl.incomplete")) == 3
 
     def test_several_completions_of_a_row(self, run, tmp_path):
         rows = ["abc", {"prompt": "xy", "num_return_sequences": 1, "index": "own"}, "abc"]
@@ -287,6 +357,15 @@ class TestOutput:
         output.close()
         assert (tmp_path / "out").read_text() == '{"a": 1}\n{"b": 2}\n{"d": 4}\n'
         assert os.listdir(tmp_path) == ["out"]
+
+    def test_name_that_was_taken_meanwhile_is_one_line(self, run, tmp_path, monkeypatch):
+        original = TokenStream.__next__
+        folder = tmp_path / "out.jsonl"
+        monkeypatch.setattr(TokenStream, "__next__", lambda s: (folder.mkdir(exist_ok=True), original(s))[1])
+        done = run(["abc"], "--max-new-tokens", 2)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == f"dbrx-jax: {folder}: cannot be written (Is a directory)"
+        assert len(results(tmp_path, "out.jsonl.incomplete")) == 1
 
     def test_file_that_another_process_writes_is_refused(self, tmp_path):
         first = ResumableOutput(tmp_path / "out", {"prompts": "x"})

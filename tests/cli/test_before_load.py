@@ -63,6 +63,18 @@ def test_options_of_generate(damaged, options, message):
     assert_reported(in_process("dbrx-jax", "generate", damaged, "--prompt", "abc", *options), message)
 
 
+def test_memory(source, monkeypatch):
+    """The weights and the cache are compared with the memory that is free; no weight is read."""
+    monkeypatch.setattr("dbrx_jax.planning.memory_check.available_memory", lambda: 100_000)
+    monkeypatch.setattr("dbrx_jax.api.DbrxForCausalLM.from_pretrained", None)
+    done = in_process("dbrx-jax", "generate", source, "--prompt", "abc")
+    assert_reported(done, "memory: this process needs ", "(weights 0.5 MB, cache ", "for 1 row of 128 positions")
+    done = in_process(
+        "dbrx-jax", "generate", source, "--prompt", "abc", "--quantization", "int8", "--dtype", "bfloat16"
+    )
+    assert_reported(done, "(weights 0.1 MB, ")
+
+
 def test_empty_and_long_prompts(damaged):
     assert_reported(in_process("dbrx-jax", "generate", damaged, "--prompt", ""), "the prompt is empty")
     done = in_process("dbrx-jax", "generate", damaged, "--prompt", "long" * 40, "--max-new-tokens", 2)
