@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from dbrx_jax.api import DbrxForCausalLM
 from dbrx_jax.checkpoint.parameters import parameters_of
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.text.tokenizer import SPLIT_PATTERN
+from dbrx_jax.text.vocabulary import SPLIT_REGEX, UNUSED_TOKEN
 from dbrx_jax.training.step import losses, make_step
 
 RANKS = 2544
@@ -95,7 +95,7 @@ def main() -> None:
 def train_tokenizer(pages: list[str], pairs: list[tuple[str, str]]) -> Tokenizer:
     """A byte-level BPE of RANKS entries; the special tokens get their ids apart from it."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT_REGEX), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -179,6 +179,9 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """tokenizer.json, tokenizer_config.json and generation_config.json, as transformers reads them."""
     data = json.loads(tokenizer.to_str())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    # The library numbers added tokens without gaps, whatever their ids say, unless they are entries too.
+    unused = range(RANKS, min(SPECIAL.values()))
+    data["model"]["vocab"] |= {UNUSED_TOKEN.format(i - RANKS): i for i in unused} | SPECIAL
     data["added_tokens"] = [{"id": i, "content": text, **flags} for text, i in SPECIAL.items()]
     (out / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     config = {

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import functools
 import hashlib
 import os
 import re
@@ -13,6 +14,13 @@ from typing import Any
 from dbrx_jax.errors import ConfigError, TokenizerError
 from dbrx_jax.files import read_json, read_text
 
+# cl100k_base splits text so before byte-pair encoding; so does DBRX, even if its tokenizer_class says GPT2.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+# The same for the tokenizers library, to which {1,3}+ is a repetition of {1,3}.
+SPLIT_REGEX = SPLIT_PATTERN.replace("{1,3}+", "{1,3}")
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 # The name under which tiktoken caches the cl100k_base ranks file.
 CL100K_CACHE_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
@@ -27,7 +35,8 @@ DBRX_SPECIAL_TOKENS = {
     "<|im_end|>": 100279,
 }
 MAX_ID = 1 << 22
-_UNUSED = re.compile(r"<\|\|_unused_\d+_\|\|>")  # fills the gaps between ids in converted vocabularies
+UNUSED_TOKEN = "<||_unused_{}_||>"  # fills the gaps between ids in converted vocabularies
+_UNUSED = re.compile(re.escape(UNUSED_TOKEN).replace(r"\{\}", r"\d+"))
 
 
 def load_ranks(folder: Path, ranks_file: Path | None, special: Mapping[str, int]) -> dict[bytes, int]:
@@ -84,6 +93,23 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
     return result
 
 
+def token_text(token: bytes) -> str:
+    """Returns a token as GPT-2's files and transformers show it: one printable character for each byte."""
+    characters = _byte_characters()
+    return "".join(characters[byte] for byte in token)
+
+
+def token_from_text(text: str) -> bytes | None:
+    """Returns the token that :func:`token_text` shows as `text`; None if a character stands for no byte."""
+    byte_of = _bytes_of_characters()
+    return bytes(byte_of[c] for c in text) if all(c in byte_of for c in text) else None
+
+
+def num_bytes(text: str) -> int:
+    """Returns the bytes that tiktoken encodes of a text: it pairs surrogates, and replaces single ones by U+FFFD."""
+    return len(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
+
+
 def _tiktoken_caches() -> Iterable[Path]:
     """Yields the folders where tiktoken looks for its cache, in its order."""
     for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
@@ -123,15 +149,13 @@ def _from_tokenizer_json(path: Path, special: Mapping[str, int]) -> dict[bytes, 
 
 def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], special: Mapping[str, int]) -> dict[bytes, int]:
     """Reads GPT-2 style entries, which have a printable character per byte; an entry's id is its rank."""
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
     ranks: dict[bytes, int] = {}
     for text, number in _object(path, vocabulary).items():
         if text in special or _UNUSED.fullmatch(text):
             continue
-        try:
-            ranks[bytes(byte_of[c] for c in text)] = _id(path, text, number)
-        except KeyError as error:
-            raise TokenizerError(f"{path}: the entry {text!r:.60} holds {error}, which stands for no byte") from None
+        if (token := token_from_text(text)) is None:
+            raise TokenizerError(f"{path}: the entry {text!r:.60} holds a character which stands for no byte")
+        ranks[token] = _id(path, text, number)
     last = -1
     for merge in merges:
         number = vocabulary.get(merge.replace(" ", "", 1), -1)
@@ -143,11 +167,17 @@ def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], special: Ma
     return _checked(path, ranks)
 
 
+@functools.cache
 def _byte_characters() -> list[str]:
     """Returns GPT-2's printable character for each byte: itself where printable, else from U+0100 on, in order."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+@functools.cache
+def _bytes_of_characters() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(_byte_characters())}
 
 
 def _checked(path: Path, ranks: dict[bytes, int]) -> dict[bytes, int]:
