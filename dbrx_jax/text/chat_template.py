@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dbrx_jax.errors import TokenizerError
+from dbrx_jax.text.template_sandbox.tracked_str import TRUSTED, TrackedStr
 
 MAX_TEMPLATE = 1 << 18  # characters
 MAX_TEXT = 16 << 20  # characters; a million tokens are some four million
@@ -42,10 +43,23 @@ _LENGTH = struct.Struct("!Q")  # before each message: its number of bytes
 
 
 class RenderedText(NamedTuple):
-    """A template's text, and its runs [start, end) of characters that come from the template and not from variables."""
+    """A template's text, and runs [start, end) of its characters.
+
+    Attributes:
+      trusted: runs that come from the template and not from variables.
+      generated: runs inside `{% generation %}`, the assistant's.
+    """
 
     text: str
     trusted: list[tuple[int, int]]
+    generated: list[tuple[int, int]]
+
+    def tracked(self) -> TrackedStr:
+        """Returns the text as a str that knows its trusted runs."""
+        flags = bytearray(len(self.text))
+        for start, end in self.trusted:
+            flags[start:end] = bytes([TRUSTED]) * (end - start)
+        return TrackedStr(self.text, bytes(flags))
 
 
 def render(template: str, variables: Mapping[str, Any], special_tokens: Mapping[str, str | list[str]]) -> RenderedText:
@@ -60,8 +74,8 @@ def render(template: str, variables: Mapping[str, Any], special_tokens: Mapping[
       TokenizerError: a variable is not JSON, or the template is invalid, refuses its input, or exceeds a limit.
     """
     reply = _ask({"template": template, "variables": variables, "special_tokens": special_tokens})
-    ends = iter(reply["trusted"])
-    return RenderedText(reply["text"], list(zip(ends, ends, strict=True)))
+    trusted, generated = ([(start, end) for start, end in reply[name]] for name in ("trusted", "generated"))
+    return RenderedText(reply["text"], trusted, generated)
 
 
 def check_template(template: str) -> None:

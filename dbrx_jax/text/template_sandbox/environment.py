@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import pass_eval_context
 from jinja2.visitor import NodeTransformer
 
-from .tracked_str import TrackedStr, concat, filled_in, trusted
+from .tracked_str import TrackedStr, concat, filled_in, generated, trusted
 
 
 @lru_cache(maxsize=16)
@@ -30,13 +30,17 @@ def compile_template(source: str) -> Template:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}`, by which templates mark the assistant's text for training: renders what is inside."""
+    """`{% generation %}`, by which templates mark the assistant's text for training."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("mark"), [], [], body, lineno=line)
+
+    def mark(self, caller: Callable[[], str]) -> str:
+        return generated(caller())
 
 
 class _ChatEnvironment(ImmutableSandboxedEnvironment):

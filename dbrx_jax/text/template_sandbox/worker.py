@@ -1,7 +1,6 @@
 """The loop of the process that renders chat templates: requests and replies on a socket, its standard input."""
 
 import json
-import re
 import resource
 import signal
 import socket
@@ -12,18 +11,17 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 
 from .environment import compile_template
-from .tracked_str import flags_of, trusted
+from .tracked_str import GENERATED, TRUSTED, runs, trusted
 
 LENGTH = struct.Struct("!Q")  # before each message: its number of bytes
-_TRUSTED_RUN = re.compile(rb"\x01+")
 
 
 def serve(memory: int, seconds: int, max_bytes: int, max_text: int) -> None:
     """Answers requests until the other side closes the socket.
 
     A request is {"template", "variables", "special_tokens"}; one without variables asks for a check of the template.
-    A reply has "text" and "trusted", the ends of its trusted runs [start, end, start, end, …]. Or it has "error", and
-    "line" if that is a syntax error, "out_of_memory" if the process should not be used again.
+    A reply has "text", and its runs of characters [[start, end], …] that are "trusted" and "generated". Or it has
+    "error", and "line" if that is a syntax error, "out_of_memory" if the process should not be used again.
 
     Args:
       memory: address space in bytes.
@@ -60,7 +58,7 @@ def _render(request: bytes, max_text: int) -> dict[str, Any]:
     text = template.render(special | job["variables"])
     if len(text) > max_text:
         raise ValueError(f"its text is over {max_text} characters")
-    return {"text": text, "trusted": [end for run in _TRUSTED_RUN.finditer(flags_of(text)) for end in run.span()]}
+    return {"text": text, "trusted": runs(text, TRUSTED), "generated": runs(text, GENERATED)}
 
 
 def _trust(value: str | list[str]) -> str | list[str]:
