@@ -21,12 +21,11 @@ from dbrx_jax.generation.generate import GenerationOutput, run_to_end
 from dbrx_jax.generation.stream import BURST, TokenStream
 from dbrx_jax.generation_config import FILE, GenerationConfig
 from dbrx_jax.hub import checkpoint_folder
-from dbrx_jax.memory import report_memory_errors
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.forward import CausalLMOutput, forward
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.model.inputs import check_ids, pad_rows, same_shape
-from dbrx_jax.planning.memory_check import Request, check_memory, fit_advice
+from dbrx_jax.planning.memory_check import check_memory, generation_request, report_generation_memory
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding.partition import BATCH_AXES
 
@@ -206,17 +205,10 @@ class DbrxForCausalLM(CausalLM):
             raise GenerationError("burst: an option of TokenStream; generate takes streamer")
         burst = None if streamer is None else BURST
         stream = TokenStream(self, input_ids, attention_mask, burst=burst, **options)
-        rows, positions = stream.cache_size
-        cache_dtype = "int8" if stream.cache_dtype == np.int8 else None
-        request = Request(self.config, self._mesh, self.dtype, self.quantization, rows, positions, cache_dtype)
+        request = generation_request(self, stream)
         check_memory(request, weights_loaded=True)
-        what = f"generating {rows} rows of up to {positions} tokens"
-        with report_memory_errors(what, lambda: fit_advice(request, weights_loaded=True)):
+        with report_generation_memory(request):
             return run_to_end(stream, streamer)
-
-    @property
-    def _mesh(self) -> Mesh | None:
-        return self.partition.mesh if isinstance(self.partition.mesh, Mesh) else None
 
 
 def _numpy_of(array: Any) -> Any:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint, report_generation_memory
+from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
 from dbrx_jax.cli.options import GenerateOptions
 from dbrx_jax.cli.output import Output, check_output, open_output
 from dbrx_jax.cli.prompts import Item, PromptsFile, Survey
@@ -125,11 +125,13 @@ class _Runner:
 
     def _complete(self, items: list[Item]) -> list[dict[str, Any] | GenerationError]:
         """Returns the fields of results, or their errors; if the items fail together, of each alone."""
+        from dbrx_jax.planning.memory_check import generation_request, report_generation_memory
+
         if not items:
             return []
         try:
-            with report_generation_memory(self._model, self._command, self.rows, self._positions):
-                stream = self._stream(items)
+            stream = self._stream(items)
+            with report_generation_memory(generation_request(self._model, stream)):
                 for _ in stream:
                     pass
         except GenerationError as error:

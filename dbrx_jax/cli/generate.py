@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbrx_jax.cli.batch import complete_file
-from dbrx_jax.cli.load import load_weights, open_checkpoint, report_generation_memory
+from dbrx_jax.cli.load import load_weights, open_checkpoint
 from dbrx_jax.cli.options import GenerateOptions, Options
 from dbrx_jax.cli.rates import Rates
 from dbrx_jax.console import print_status
@@ -110,18 +110,18 @@ def stream_completion(
     """
     from dbrx_jax.generation.stream import TokenStream
     from dbrx_jax.generation.text_stream import stream_text
+    from dbrx_jax.planning.memory_check import generation_request, report_generation_memory
 
-    positions = max(len(ids) + (config.max_new_tokens or 0), cache_length or 0)
-    with report_generation_memory(model, command, 1, positions):
-        stream = TokenStream(
-            model,
-            [ids],
-            generation_config=config,
-            tokenizer=tokenizer,
-            seed=command.seed,
-            cache_length=cache_length,
-            **command.cache_arguments(),
-        )
+    stream = TokenStream(
+        model,
+        [ids],
+        generation_config=config,
+        tokenizer=tokenizer,
+        seed=command.seed,
+        cache_length=cache_length,
+        **command.cache_arguments(),
+    )
+    with report_generation_memory(generation_request(model, stream)):
         yield from stream_text(stream, tokenizer, config.stop_strings)
     rates.add(stream, 1)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,19 +135,3 @@ def _check_memory(checkpoint: Checkpoint, options: Options, mesh: "Mesh | None",
     dtype = options.dtype or folder.dtype()
     quantization = folder.quantization or options.quantization
     check_memory(Request(folder.config, mesh, dtype, quantization, rows, positions, options.cache_dtype))
-
-
-def report_generation_memory(
-    model: "DbrxForCausalLM", options: Options, rows: int, positions: int
-) -> AbstractContextManager[None]:
-    """Reports memory that runs out while a batch is generated, in a `with` block, with what would fit.
-
-    Raises:
-      MemoryLimitError: the block ran out of memory.
-    """
-    from dbrx_jax.memory import report_memory_errors
-    from dbrx_jax.planning.memory_check import Request, fit_advice
-
-    mesh = model.partition.mesh
-    request = Request(model.config, mesh, model.dtype, model.quantization, rows, positions, options.cache_dtype)
-    return report_memory_errors("generating", lambda: fit_advice(request, weights_loaded=True))

@@ -178,7 +178,7 @@ class TokenStream(Iterator[np.ndarray]):
         if key in compiled:
             return
         begin, (rows, positions) = time.perf_counter(), sizes[:2]
-        line = f"Compiling for {rows} row{'s' * (rows > 1)} and {positions} positions, once for all of these sizes"
+        line = f"Compiling for {rows} row{'s' * (rows > 1)} and {positions} positions, once for these sizes"
         with announce(line), ThreadPoolExecutor() as pool:
             for program in [pool.submit(program.compile) for _, program in self.lowered()]:
                 program.result()

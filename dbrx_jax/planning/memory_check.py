@@ -1,6 +1,7 @@
 """Compares the memory that a model and its cache take with what the devices, or a CPU's host, have free."""
 
 import dataclasses
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -10,6 +11,9 @@ from jax.typing import DTypeLike
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MemoryLimitError
+from dbrx_jax.generation.stream import TokenStream
+from dbrx_jax.memory import report_memory_errors
+from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.planning.host_memory import available_memory, total_memory
 from dbrx_jax.planning.plan import Setting, larger_mesh, lower_precision, memory, smaller_cache
 from dbrx_jax.planning.targets import Target
@@ -65,6 +69,23 @@ class Request:
             cache_dtype=self.cache_dtype,
             activations=dtype,
         )
+
+
+def generation_request(model: CausalLM, stream: TokenStream) -> Request:
+    """Returns what is in memory while a stream is run."""
+    mesh = model.partition.mesh if isinstance(model.partition.mesh, Mesh) else None
+    cache_dtype = "int8" if stream.cache_dtype == np.int8 else None
+    return Request(model.config, mesh, model.dtype, model.quantization, *stream.cache_size, cache_dtype)
+
+
+def report_generation_memory(request: Request) -> AbstractContextManager[None]:
+    """Reports memory that runs out while this is generated, in a `with` block, with what would fit.
+
+    Raises:
+      MemoryLimitError: the block ran out of memory.
+    """
+    what = f"generating {request.rows} rows of up to {request.positions} tokens"
+    return report_memory_errors(what, lambda: fit_advice(request, weights_loaded=True))
 
 
 def check_memory(request: Request, weights_loaded: bool = False) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dbrx_jax.cli.chat import Conversation, converse
+from tests.cli.test_before_load import edit
 from tests.commands import in_process
 from tests.conftest import GOLDEN
 
@@ -69,6 +71,62 @@ class TestGenerate:
         a, b, c = (command("dbrx-jax", *arguments, seed).stdout for seed in (1, 1, 2))
         assert a == b != c
 
+    def test_settings_of_the_checkpoint_apply(self, source, tmp_path, models):
+        """They need the tokenizer too; the user's own words win."""
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(source, folder)
+        settings = {
+            "stop_strings": ["BA"],
+            "max_new_tokens": 9,
+            "logit_bias": {"65": 1000},
+            "bad_words_ids": [[65, 65]],
+        }
+        settings |= {"sequence_bias": [[[65, 66], 1000]], "output_scores": True, "num_return_sequences": 1}
+        settings |= {"eos_token_id": 262}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+
+        def generate(*options):
+            done = in_process("dbrx-jax", "generate", folder, "--prompt", "abc", *options)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        assert generate() == "A\n"
+        assert generate("--stop", "x") == "ABABABABA\n"
+        assert generate("--stop", "x", "--max-new-tokens", 4) == "ABAB\n"
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('"abc"\n{"prompt": "abc", "stop": "x", "max_new_tokens": 3}\n')
+        done = in_process("dbrx-jax", "generate", folder, "--file", prompts)
+        assert [json.loads(line)["completion"] for line in done.stdout.splitlines()] == ["A", "ABA"]
+        edit(folder / "generation_config.json", top_k="x")
+        fails(in_process("dbrx-jax", "generate", folder, "--prompt", "abc"), "generation_config.json: top_k: expected")
+
+    def test_verify_finds_a_flipped_bit(self, checkpoint, source, tmp_path):
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(checkpoint, folder)
+        chunk = folder / "params/state/blocks.0.attention.out/0.0.0"
+        data = bytearray(chunk.read_bytes())
+        data[101] ^= 1
+        chunk.write_bytes(data)
+        arguments = ("generate", folder, "--prompt", "abc", "--max-new-tokens", 2)
+        assert in_process("dbrx-jax", *arguments).returncode == 0
+        fails(in_process("dbrx-jax", *arguments, "--verify"), "blocks.0.attention.out")
+        fails(in_process("dbrx-jax", "chat", folder, "--verify"), "blocks.0.attention.out")
+        done = in_process("dbrx-jax", "generate", source, "--prompt", "abc", "--verify")
+        fails(done, "safetensors have no digests to verify")
+
+    def test_damaged_weights_end_in_one_line(self, source, tmp_path):
+        from safetensors.numpy import load_file, save_file
+
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(source, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"][3, 2] = float("nan")
+        save_file(tensors, folder / "model.safetensors")
+        done = in_process("dbrx-jax", "generate", folder, "--prompt", "abc", "--max-new-tokens", 2)
+        assert (done.returncode, done.stdout) == (2, "")
+        loaded, line = done.stderr.splitlines()
+        assert "the logits of new token 1 are not finite; look for damaged weights" in line
+
 
 class TestConvert:
     def test_convert_rejects_invalid_arguments(self, tmp_path, fused_copy):
@@ -116,8 +174,6 @@ class TestConvert:
         assert json.loads((tmp_path / "o" / "dbrx_jax.json").read_text())["not_finite"] == {"lm_head": 1}
 
     def test_to_orbax_warns_of_conflicting_rope_theta(self, tmp_path):
-        import shutil
-
         source = tmp_path / "s"
         shutil.copytree(GOLDEN / "dense", source)
         data = json.loads((source / "config.json").read_text())
