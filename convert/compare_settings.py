@@ -1,6 +1,7 @@
 """Compares what two checkpoints have beside their weights: configuration, tokenizer, template, generation settings."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def compare_settings(a: CheckpointFolder, b: CheckpointFolder) -> Iterator[Diffe
     if isinstance(x, DbrxTokenizer) and isinstance(y, DbrxTokenizer):
         yield from _compare_entries("tokenizer", *map(_vocabulary, (x, y)))
         if x.chat_template != y.chat_template:
-            yield Difference("chat template", "setting", _first_difference(x.chat_template, y.chat_template))
+            texts = (t if isinstance(t, str) else json.dumps(dict(t)) for t in (x.chat_template, y.chat_template))
+            yield Difference("chat template", "setting", _first_difference(*texts))
     elif isinstance(x, DbrxTokenizer) or isinstance(y, DbrxTokenizer):
         only, error = ("first", y) if isinstance(x, DbrxTokenizer) else ("second", x)
         yield Difference("tokenizer", "missing", f"only in the {only}: {error}")

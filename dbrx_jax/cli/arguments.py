@@ -17,7 +17,8 @@ from dbrx_jax.console import print_status
 T = TypeVar("T")
 # An option that need not be given. The help shows no default: None would say nothing.
 Given = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
-POSITIONAL = tyro.conf.Positional[str].__metadata__[0]
+_positional: Any = tyro.conf.Positional[str]
+POSITIONAL = _positional.__metadata__[0]
 CONFIG = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
 BOX = "─-+╭╮╰╯├┤"  # of which tyro draws lines
 # tyro's words for frequent mistakes, and ours.

@@ -114,8 +114,9 @@ class _Runner:
         good = [item for item in batch if item.error is None]
         is_first = not self.rates.num_rows
         outcomes = self._complete(good)
-        if is_first and good and all(isinstance(outcome, NotFiniteError) for outcome in outcomes):
-            raise outcomes[0]
+        damaged = [outcome for outcome in outcomes if isinstance(outcome, NotFiniteError)]
+        if is_first and damaged and len(damaged) == len(good):
+            raise damaged[0]
         completed = iter(outcomes)
         results = []
         for item in batch:

@@ -46,7 +46,9 @@ class Chat(Options):
         options = merge(checkpoint.generation, given).replace({"num_return_sequences": None})
         conversation = Conversation(self.system)
         # A template that fails does so with the first message too.
-        checkpoint.tokenizer.apply_chat_template([*conversation.messages, {"role": "user", "content": "Hi"}], True)
+        checkpoint.tokenizer.apply_chat_template(
+            [*conversation.messages, {"role": "user", "content": "Hi"}], add_generation_prompt=True
+        )
         positions = min(CACHE_LENGTH, checkpoint.config.max_seq_len)
         model = load_weights(checkpoint, self, 1, positions)
 

@@ -77,7 +77,9 @@ def complete_prompt(command: GenerateOptions) -> None:
     """Completes --prompt on stdout, with the prompt dimly before it on a terminal."""
     checkpoint, prompt = open_checkpoint(command), command.prompt or ""
     if command.chat:
-        ids = checkpoint.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], True)
+        ids = checkpoint.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )
     else:
         ids = checkpoint.tokenizer.encode(prompt)
     config = checkpoint.options(len(ids), command.given_options()).replace({"num_return_sequences": None})

@@ -177,7 +177,7 @@ class TokenStream(Iterator[np.ndarray]):
         compiled = _compiled.setdefault(self._model_state.definition, set())
         if key in compiled:
             return
-        begin, (rows, positions) = time.perf_counter(), sizes[:2]
+        begin, (rows, positions) = time.perf_counter(), self.cache_size
         line = f"Compiling for {rows} row{'s' * (rows > 1)} and {positions} positions, once for these sizes"
         with announce(line), ThreadPoolExecutor() as pool:
             for program in [pool.submit(program.compile) for _, program in self.lowered()]:
