@@ -63,6 +63,8 @@ How it is measured:
 - Random weights route nearly uniformly, as the roofline assumes; trained weights route less evenly.
 """
 
+ELSEWHERE = Path(__file__).resolve().parent / "elsewhere.md"  # written by hand, from results of other scripts
+
 THROUGHPUT = """The load of DBRX's announcement (a user each second, about 2000 tokens in and 256 out), scaled down.
 Lengths are divided. The interval between users is such that serving them one by one at the roofline would take
 0.71 of the time, as on the announcement's node if that had eight H100. There is no continuous batching yet, and
@@ -149,6 +151,7 @@ def page(results: Sequence[dict[str, Any]], plots: Sequence[str] = ()) -> str:
         parts.append(table(of_kind, runs) if of_kind else "Not measured yet.\n")
         parts += [f"![{title}](benchmarks/{plot})\n" for plot in plots if plot.startswith(f"{kind}.")]
     parts.append(f"## Runs\n\n{runs.table()}")
+    parts.append(f"## Measured by tests and other scripts\n\n{ELSEWHERE.read_text()}")
     return "\n".join(parts)
 
 
