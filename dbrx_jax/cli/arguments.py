@@ -8,7 +8,7 @@ import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import tyro
 
@@ -113,7 +113,7 @@ class Program:
 def _options(command: Any) -> dict[str, dataclasses.Field]:
     """Returns the fields of a command that are options, not positional arguments, by their names with dashes."""
     fields = dataclasses.fields(command)
-    named = [field for field in fields if POSITIONAL not in getattr(field.type, "__metadata__", ())]
+    named = [field for field in fields if POSITIONAL not in get_args(field.type)]
     return {"--" + field.name.replace("_", "-"): field for field in named}
 
 
