@@ -148,11 +148,13 @@ class TestResults:
 
     def test_lengths_do_not_depend_on_the_batch(self, run, tmp_path):
         """The default number of new tokens, cut to what fits the model, and lengths are of each row's own prompt."""
-        rows = [{"prompt": "a" * n, "min_length": 128, "logit_bias": {"65": 1000}} for n in (3, 90, 100)]
-        for size in (1, 3):
+        rows = [{"prompt": "a" * n, "logit_bias": {"65": 1000}} for n in (3, 100)]
+        end = {"logit_bias": {"262": 1000}, "min_length": 105, "max_new_tokens": 20}  # 262 ends a row
+        rows += [{"prompt": "a" * n, **end} for n in (90, 95, 100)]
+        for size in (1, 5):
             assert run(rows, "--batch-size", size, output=f"{size}").returncode == 0
-        assert results(tmp_path, "1") == results(tmp_path, "3")
-        assert [r["usage"]["completion_tokens"] for r in results(tmp_path, "3")] == [125, 38, 28]
+        assert results(tmp_path, "1") == results(tmp_path, "5")
+        assert [r["usage"]["completion_tokens"] for r in results(tmp_path, "5")] == [125, 28, 16, 11, 6]
 
     def test_error_of_a_batch_is_of_the_row_that_has_it(self, run, tmp_path, monkeypatch):
         original = TokenStream.__next__
