@@ -126,6 +126,21 @@ def test_batch_invariant_mode_matches_default_mode():
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_options_keep_a_row_the_same_in_any_batch():
+    options = {
+        "no_repeat_ngram_size": 2, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "bad_words_ids": [[3, 4]],
+        "typical_p": 0.9, "eta_cutoff": 1e-3, "top_p": 0.9, "batch_invariant": True, "do_sample": True,
+        "max_new_tokens": NUM_NEW, "eos_token_id": None, "return_dict_in_generate": True, "output_logprobs": True,
+    }  # fmt: skip
+    model = make_model("float32")
+    many = model.generate([prompt(seed) for seed in (6, 1, 4, 0, 5, 3, 2, 7, 8)], seed=list(range(9)), **options)
+    for row, seed in ((1, 1), (3, 0)):
+        one = model.generate([prompt(seed)], seed=[row], **options)
+        np.testing.assert_array_equal(many.sequences[row, -NUM_NEW:], one.sequences[0, -NUM_NEW:])
+        np.testing.assert_array_equal(many.logprobs[row], one.logprobs[0])
+
+
 def test_map_row_tiles_computes_every_row():
     rows = jnp.arange(3 * ROW_TILE, dtype=jnp.float32)
     double, calls = map_row_tiles(

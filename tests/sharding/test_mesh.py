@@ -185,6 +185,38 @@ def test_prompt_of_several_chunks_with_padding_matches_one_device():
     np.testing.assert_array_equal(many.generate(ids, mask, max_new_tokens=5), want)
 
 
+# Every processor and filter at once, each with an effect.
+ALL_OPTIONS = {
+    "do_sample": True, "temperature": 1.2, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.97,
+    "epsilon_cutoff": 1e-4, "eta_cutoff": 1e-4, "repetition_penalty": 1.2, "frequency_penalty": 0.3,
+    "presence_penalty": 0.2, "no_repeat_ngram_size": 2, "logit_bias": {3: 2.0}, "sequence_bias": {(1, 2): 1.0},
+    "bad_words_ids": [[5], [6, 7]], "min_new_tokens": 4, "forced_eos_token_id": 11, "suppress_tokens": [8, 9],
+    "begin_suppress_tokens": [10], "exponential_decay_length_penalty": (2, 1.1), "eos_token_id": [11, 12],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axes", "batch_invariant"), [("expert=4,tensor=2", False), ("data=2,expert=2,tensor=2", True)]
+)
+def test_all_options_match_one_device(axes, batch_invariant):
+    """Also with functions of logits, saved scores and several continuations of a prompt."""
+    parameters = small_parameters(0)
+    ids, outputs = [[1, 2, 3, 4], [5, 6]], []
+    options = {
+        **ALL_OPTIONS, "max_new_tokens": 10, "num_return_sequences": 3, "seed": 4, "return_dict_in_generate": True,
+        "output_scores": True, "output_logits": True, "logits_processor": lambda ids, lengths, logits: logits * 1.5,
+        "batch_invariant": batch_invariant,
+    }  # fmt: skip
+    for mesh in (None, mesh_of(axes)):
+        outputs.append(DbrxForCausalLM.from_parameters(SMALL, parameters, mesh).generate(ids, **options))
+    one, many = outputs
+    np.testing.assert_array_equal(many.sequences, one.sequences)
+    assert len({tuple(row) for row in one.sequences}) == 6
+    for ours, theirs in ((many.logits, one.logits), (many.scores, one.scores)):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
 def test_parameters_round_trip_through_a_mesh():
     parameters = small_parameters(0)
     for axes in ("expert=8", "fsdp=2,expert=2,tensor=2"):
