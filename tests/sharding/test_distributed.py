@@ -139,7 +139,9 @@ def test_two_processes_match_one_from_orbax(orbax, completions, tmp_path):
         assert read_completions((tmp_path / "0.jsonl").read_text()) == completions()
         assert not (tmp_path / "1.jsonl").exists()
         assert run.stdout(0) + run.stdout(1) + run.stderr(1) == ""
-        lines = run.stderr(0).splitlines()
+        lines = [
+            line for line in run.stderr(0).splitlines() if not line.startswith("Compiling for ")
+        ]  # if it takes long
         assert lines[0].startswith(f"Loaded {orbax} (0.9M parameters, float32) in ")
         assert len(lines) == 2
 
