@@ -25,6 +25,14 @@ hypothesis.settings.register_profile("dbrx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("dbrx")
 
 
+@pytest.fixture(autouse=True)
+def keep_interrupts():
+    """Restores the handler of Ctrl-C, which commands that are run in this process and interrupted turn off."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.fixture(scope="session")
 def expected():
     """The oracle's outputs by golden case."""

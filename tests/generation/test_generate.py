@@ -295,9 +295,10 @@ class TestCompilation:
 
     def test_a_session_of_random_calls_compiles_few_programs(self, models):
         """Batches of 1 to 8 rows, prompts of 1 to 300 tokens: few sizes of chunks, caches and batches."""
-        model, rng = models("fused"), np.random.default_rng(0)
+        model = models("fused")
 
         def session():
+            rng = np.random.default_rng(0)
             for _ in range(20):
                 rows, length, new = rng.integers(1, 9), rng.integers(1, 300), rng.integers(1, 5)
                 ids = rng.integers(0, model.config.vocab_size, (rows, min(length, model.config.max_seq_len - 5)))
