@@ -101,7 +101,7 @@ def test_kernels_match_plain_experts(use_kernels_of, kind, axes, quantization, m
     """The prompt is long enough for the grouped matmul; then tokens are decoded one by one."""
     q = Quantization.parse(quantization)
     parameters = parameters_of(DbrxForCausalLM(SMALL, rngs=nnx.Rngs(0), dtype="float32", quantization=q))
-    ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 256))  # two chunks of 128
+    ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 500))  # one chunk of 512
     plain = DbrxForCausalLM.from_parameters(SMALL, parameters, quantization=q)
     want, tokens = np.asarray(plain(ids)), plain.generate(ids, max_new_tokens=3, eos_token_id=None)
     use_kernels_of(kind)
