@@ -153,8 +153,7 @@ class DbrxForCausalLM(CausalLM):
         Raises:
           GenerationError: the arrays' shapes do not fit each other, or an id is outside the vocabulary.
         """
-        if attention_mask is None:
-            input_ids, attention_mask = pad_rows(input_ids, 0, left=False)
+        input_ids, attention_mask = pad_rows(input_ids, attention_mask, 0, left=False)
         ids = check_ids(input_ids, self.config.vocab_size)
         mask: Any = np.ones(ids.shape, bool)
         if attention_mask is not None:

@@ -36,7 +36,7 @@ CONFIGURATION = (
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord:
-    """What the manifest records of an array: how it is stored, and a digest of each chunk.
+    """An array's record in the manifest: its layout, and a digest of each chunk.
 
     Args:
       chunk_rows: rows of a chunk; the last chunk may have fewer.

@@ -109,7 +109,7 @@ class ModelFolder:
         while (request := _broadcast([0, 0, 0, 0]))[0] >= 0:
             self._read(request)
         if request[0] == _FAILED:
-            raise CheckpointError("process 0 could not save the model; see what it said")
+            raise CheckpointError("process 0 could not save the model; its own error says why")
 
     def _read(self, request: Sequence[int]) -> np.ndarray:
         """Reads rows (start, stop) of an array by its number, or of one element of a stack."""

@@ -20,7 +20,7 @@ from dbrx_jax.files import read_json
 
 
 class Output(Protocol):
-    """Where the lines of results go."""
+    """Destination of the lines of results."""
 
     num_done: int  # lines, at first those of an earlier run
     num_errors: int  # of these, rows with an error

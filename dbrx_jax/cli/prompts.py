@@ -62,7 +62,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What one pass over a prompts file finds.
+    """Summary of a prompts file, from one pass over it.
 
     Attributes:
       sha256: of the file.

@@ -67,7 +67,7 @@ VECTORS = ("bias", "bad_tokens", "forced_eos", "suppressed", "suppressed_first")
 
 
 class Rows(NamedTuple):
-    """What the processors know of B rows; None where no processor needs it."""
+    """State of B rows for the processors; None where no processor needs it."""
 
     tokens: Int[Array, "B S"]  # of the prompt and new ones
     lengths: Int[Array, "B"]  # their number

@@ -26,8 +26,7 @@ def unpadded(
     Raises:
       GenerationError: they are not token ids of this model, a row is empty, or the mask has another shape.
     """
-    if attention_mask is None:
-        input_ids, attention_mask = pad_rows(input_ids, pad_token_id, left=True)
+    input_ids, attention_mask = pad_rows(input_ids, attention_mask, pad_token_id, left=True)
     ids = np.asarray(check_ids(input_ids, model.config.vocab_size), np.int32)
     if attention_mask is None:
         return ids, list(ids)

@@ -1,4 +1,4 @@
-"""What ends a row on the host: stop strings, the caller's stopping criteria and a time limit."""
+"""Stops rows on the host: at stop strings, by the caller's criteria, and at a time limit."""
 
 import time
 from collections.abc import Callable, Sequence

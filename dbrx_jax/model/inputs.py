@@ -24,27 +24,35 @@ def check_ids(input_ids: Any, vocab_size: int) -> Array | np.ndarray:
     return ids
 
 
-def pad_rows(input_ids: Any, pad_token_id: int, left: bool) -> tuple[Any, np.ndarray | None]:
-    """Pads lists of token ids of unequal length; returns them with their attention mask, or what is given and None.
+def pad_rows(input_ids: Any, attention_mask: Any, pad_token_id: int, left: bool) -> tuple[Any, Any]:
+    """Pads lists of token ids of unequal length, and their attention mask; returns both, or what is given.
+
+    Args:
+      attention_mask: lists of the same lengths, as a tokenizer gives them, or None: all ones.
 
     Raises:
-      GenerationError: a row is no list of token ids, or is empty.
+      GenerationError: a row is no list of token ids, or is empty, or its mask has another length.
     """
     if not isinstance(input_ids, list | tuple) or not all(hasattr(row, "__len__") for row in input_ids):
-        return input_ids, None
+        return input_ids, attention_mask
     lengths = [len(row) for row in input_ids]
     if len(set(lengths)) < 2:
-        return input_ids, None
+        return input_ids, attention_mask
     if 0 in lengths:
         raise GenerationError(f"input_ids: row {lengths.index(0)} is empty; a prompt needs at least one token")
     ids = np.full((len(lengths), max(lengths)), pad_token_id, np.int64)
     mask = np.zeros(ids.shape, np.int32)
+    if attention_mask is not None and len(attention_mask) != len(lengths):
+        raise GenerationError(f"attention_mask: expected {len(lengths)} rows, got {len(attention_mask)}")
     for i, (row, length) in enumerate(zip(input_ids, lengths, strict=True)):
         columns = slice(max(lengths) - length, None) if left else slice(length)
         values = np.asarray(row)
         if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
             raise GenerationError(f"input_ids: row {i}: expected token ids, got {values.dtype} {values.shape}")
-        ids[i, columns], mask[i, columns] = values, 1
+        row_mask = np.ones(length) if attention_mask is None else np.asarray(attention_mask[i])
+        if row_mask.shape != values.shape:
+            raise GenerationError(f"attention_mask: row {i}: expected {length} values, got {row_mask.shape}")
+        ids[i, columns], mask[i, columns] = values, row_mask
     return ids, mask
 
 

@@ -14,7 +14,7 @@ from dbrx_jax.sharding.partition import axis_names_of
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """What one host reads and holds while it loads its devices' shards; bytes."""
+    """Bytes that one host reads and holds while it loads its devices' shards."""
 
     devices: int  # of the host
     read: int  # of a checkpoint in the planned precision

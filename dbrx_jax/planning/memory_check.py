@@ -25,7 +25,7 @@ SMALLER = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be in memory: a model, and the cache of a batch.
+    """A model, and the cache of a batch, that are to fit the memory.
 
     Args:
       mesh: the devices; None is JAX's default device.

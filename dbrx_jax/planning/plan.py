@@ -92,7 +92,7 @@ class Setting:
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether this package's kernels run, which decides how experts are stored."""
+        """True if this package's kernels run; then experts are stored in one array."""
         return self.target.kernels and kernel_backend(self.target.platform) is not None
 
     @property

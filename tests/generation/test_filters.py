@@ -27,7 +27,7 @@ def top_k(scores, k):
 
 
 def top_p(scores, p):
-    """Of equal scores the one with the lower id is removed first, as by a stable sort."""
+    """Keeps the most probable; of equal scores it removes the lower id first, as a stable sort does."""
     result = scores.copy()
     for row in result:
         order = np.argsort(row, kind="stable")

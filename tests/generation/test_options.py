@@ -93,6 +93,15 @@ class TestRaggedPrompts:
         np.testing.assert_array_equal(out[:, -N:], greedy[:, :N])
         assert (out[:, :-N][mask[:, -out.shape[1] + N :] == 0] == 3).all()
 
+    def test_lists_may_have_a_mask_as_the_tokenizer_gives_it(self, model):
+        lists, mask = [[0, 1, 2, 3], [4, 5]], [[0, 1, 1, 1], [1, 1]]
+        options = {"max_new_tokens": 3, "eos_token_id": None}
+        out = model.generate(lists, mask, **options)[:, -3:]
+        np.testing.assert_array_equal(out, model.generate([[1, 2, 3], [4, 5]], **options)[:, -3:])
+        for bad in ([[1, 1], [1, 1]], [[1, 1, 1, 1]]):
+            with pytest.raises(GenerationError, match="attention_mask: "):
+                model.generate(lists, bad)
+
     def test_model_pads_lists_on_the_right(self, model):
         logits = np.asarray(model([[1, 2, 3], [4]]))
         np.testing.assert_allclose(logits[1, 0], np.asarray(model([[4]]))[0, 0], atol=1e-5)
@@ -304,7 +313,7 @@ def test_logits_that_are_not_finite_end_generation(tmp_path, expected, value):
 
 
 class TestDevice:
-    """What the device does, which the host would hide."""
+    """The state on the device, faults of which the host would hide."""
 
     def test_loop_ends_when_all_rows_have_ended(self, model, prompts):
         ids, mask, greedy = prompts

@@ -133,7 +133,7 @@ class TestRendering:
     @settings(max_examples=20)
     @given(conversation=conversations(HOSTILE))
     def test_users_write_no_special_tokens(self, name, conversation):
-        """What users write gives no special token, and takes none from the template."""
+        """Users' text gives no special token, and takes none from the template."""
         model = tokenizer(TEMPLATES[name])
         ids = model.apply_chat_template(conversation["messages"], tools=conversation["tools"])
         assert model.decode(ids) == jinja_text(TEMPLATES[name], {**conversation, "add_generation_prompt": False})
@@ -185,7 +185,7 @@ class TestTrust:
 
 
 class TestNames:
-    """What templates see and call, as in transformers."""
+    """Names that templates see and call, as in transformers."""
 
     @pytest.mark.parametrize(
         ("template", "want"),

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import pass_eval_context
 from jinja2.visitor import NodeTransformer
 
-from .tracked_str import TrackedStr, concat, filled_in, generated, trusted
+from .tracked_str import TrackedStr, concat, formatted, generated, trusted
 
 
 @lru_cache(maxsize=16)
@@ -66,7 +66,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
             return sandboxed
 
         def format_tracked(*args: Any, **kwargs: Any) -> str:
-            return filled_in(value.__self__, "{}", args, sandboxed(*args, **kwargs))
+            return formatted(value.__self__, "{}", args, sandboxed(*args, **kwargs))
 
         return format_tracked
 

@@ -48,7 +48,7 @@ class TrackedStr(str):
 
     def __mod__(self, values: Any) -> str:
         text = str.__mod__(self, values)
-        return filled_in(self, "%s", values if isinstance(values, tuple) else (values,), text)
+        return formatted(self, "%s", values if isinstance(values, tuple) else (values,), text)
 
     def __getitem__(self, key: Any) -> "TrackedStr":
         flags = self._flags[key]
@@ -154,8 +154,8 @@ def concat(texts: Iterable[str]) -> str:
     return TrackedStr().join(texts)
 
 
-def filled_in(form: TrackedStr, placeholder: str, values: Sequence[Any], text: str) -> str:
-    """Returns `text`, a format filled in with values, with flags if the placeholder is the format's only field."""
+def formatted(form: TrackedStr, placeholder: str, values: Sequence[Any], text: str) -> str:
+    """Returns `text`, the result of formatting, with flags if the placeholder is the format's only field."""
     literals = form.split(placeholder)
     if len(literals) != len(values) + 1:
         return text
