@@ -51,21 +51,24 @@ def test_greedy_tokens_do_not_depend_on_padding(model, prompts):
 
 def test_chunks_are_the_cheapest_that_hold_a_prompt():
     assert prefill_chunks(7, ONE_DEVICE) == [(0, 16)]
-    assert prefill_chunks(17, ONE_DEVICE) == [(0, 16), (16, 16)]
-    assert prefill_chunks(120, ONE_DEVICE) == [(0, 128)]
-    assert prefill_chunks(145, ONE_DEVICE) == [(0, 128), (128, 16), (144, 16)]
-    assert prefill_chunks(1300, ONE_DEVICE) == [(0, 512), (512, 512), (1024, 128), (1152, 128), (1280, 16), (1296, 16)]
+    assert prefill_chunks(17, ONE_DEVICE) == [(0, 128)]  # two of 16 tokens take as long
+    assert prefill_chunks(144, ONE_DEVICE) == [(0, 128), (128, 16)]
+    assert prefill_chunks(145, ONE_DEVICE) == [(0, 128), (128, 128)]
+    assert prefill_chunks(400, ONE_DEVICE) == [(0, 128), (128, 128), (256, 128), (384, 16)]
+    assert prefill_chunks(401, ONE_DEVICE) == [(0, 512)]
+    assert prefill_chunks(1300, ONE_DEVICE) == [(0, 512), (512, 512), (1024, 128), (1152, 128), (1280, 128)]
     for tokens in range(1, 1200):
         chunks = prefill_chunks(tokens, ONE_DEVICE)
         ends = [start + length for start, length in chunks]
         assert [start for start, _ in chunks] == [0, *ends[:-1]]
-        assert ends[-1] - 16 < tokens <= ends[-1] <= 512 * -(-tokens // 512)
+        assert chunks[-1][0] < tokens <= ends[-1] <= 512 * -(-tokens // 512)
 
 
 @pytest.mark.slow
 def test_chunked_prefill_matches_full_forward(models, monkeypatch):
     """Greedy tokens match the full forward pass; prefill takes chunks of every length."""
     monkeypatch.setattr(cache_module, "CPU_CHUNKS", (16, 32, 64))
+    monkeypatch.setattr(cache_module, "CPU_LEAST_COST", 16)
     assert prefill_chunks(123, ONE_DEVICE) == [(0, 64), (64, 64)]
     assert prefill_chunks(107, ONE_DEVICE) == [(0, 64), (64, 32), (96, 16)]
     model = models("fused")
