@@ -3,13 +3,12 @@
 import contextlib
 import errno
 import re
-import resource
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from dbrx_jax.errors import DbrxError, MemoryLimitError
+from dbrx_jax.host_memory import available_memory, total_memory
 
 # In XLA's messages. Memory inside a core (vmem, smem) does not depend on sizes that a user chooses.
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED: (?!.*memory space [vs]mem)|CUDA_ERROR_OUT_OF_MEMORY|bad_alloc", re.S)
@@ -69,21 +68,9 @@ def explain_memory_error(error: BaseException, host: Memory, device: Memory | No
 
 
 def host_memory() -> Memory:
-    """Returns the memory that this process may use on its host, within its control group and `ulimit -v`."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free, total = [int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal")]
-    limits = []
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limits.append((limit - pages * resource.getpagesize(), limit))
-    with contextlib.suppress(OSError, ValueError):  # there may be no limit: "max"
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        limits.append((limit - int((group / "memory.current").read_text()), limit))
-    for limited_free, limited_total in limits:
-        free, total = max(0, min(free, limited_free)), min(total, limited_total)
-    return Memory(free, total, "this host")
+    """Returns the memory of the host; all of it as free where the system does not say."""
+    total, free = total_memory(), available_memory()
+    return Memory(total if free is None else free, total, "this host")
 
 
 def device_memory() -> Memory | None:

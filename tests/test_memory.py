@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from dbrx_jax.errors import GenerationError, MemoryLimitError
-from dbrx_jax.memory import Memory, device_memory, explain_memory_error, is_memory_error, report_memory_errors
+from dbrx_jax.memory import (
+    Memory,
+    device_memory,
+    explain_memory_error,
+    host_memory,
+    is_memory_error,
+    report_memory_errors,
+)
 
 HOST = Memory(5_900_000_000, 6_100_000_000, "this host")
 GPU = Memory(10**9, 80 * 10**9, "gpu 1")
@@ -103,3 +110,11 @@ except ValueError as error:
     match = re.fullmatch(r"filling: out of memory; (\S+) GB of 4.3 GB were free on this host\n", done.stdout)
     assert match, done
     assert 1 < float(match[1]) <= 4.3
+
+
+def test_all_memory_counts_as_free_where_the_system_does_not_say(monkeypatch):
+    """As on macOS, which has no /proc."""
+    monkeypatch.setattr("dbrx_jax.memory.available_memory", lambda: None)
+    memory = host_memory()
+    assert memory.free == memory.total > 1 << 30
+    assert memory.place == "this host"

@@ -5,7 +5,7 @@ import os
 import platform
 from typing import Any
 
-from dbrx_jax.planning.host_memory import available_memory, total_memory
+from dbrx_jax.host_memory import available_memory, total_memory
 
 PACKAGES = ("dbrx-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tiktoken", "numpy")
 

@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MemoryLimitError
 from dbrx_jax.generation.stream import TokenStream
+from dbrx_jax.host_memory import available_memory, total_memory
 from dbrx_jax.memory import report_memory_errors
 from dbrx_jax.model.causal_lm import CausalLM
-from dbrx_jax.planning.host_memory import available_memory, total_memory
 from dbrx_jax.planning.plan import Setting, larger_mesh, lower_precision, memory, smaller_cache
 from dbrx_jax.planning.targets import Target
 from dbrx_jax.quantization import Quantization

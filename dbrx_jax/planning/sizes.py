@@ -3,7 +3,7 @@
 import re
 
 from dbrx_jax.errors import PlanError
-from dbrx_jax.planning.host_memory import total_memory
+from dbrx_jax.host_memory import total_memory
 from dbrx_jax.planning.targets import TARGETS, Target, slice_sizes
 
 CPU = "cpu"

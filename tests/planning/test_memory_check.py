@@ -11,8 +11,8 @@ import pytest
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MemoryLimitError
+from dbrx_jax.host_memory import available_memory, total_memory
 from dbrx_jax.planning import memory_check
-from dbrx_jax.planning.host_memory import available_memory, total_memory
 from dbrx_jax.planning.memory_check import Request, check_memory, fit_advice
 from dbrx_jax.planning.plan import memory
 from tests.sharding.test_mesh import mesh_of

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MemoryLimitError, MeshError, PlanError
+from dbrx_jax.host_memory import total_memory
 from dbrx_jax.planning.compile import _holds_expert
-from dbrx_jax.planning.host_memory import total_memory
 from dbrx_jax.planning.loading import loading
 from dbrx_jax.planning.plan import (
     Setting,
