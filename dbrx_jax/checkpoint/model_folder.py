@@ -1,6 +1,7 @@
 """ModelFolder: a model in memory, read as if it were a checkpoint's folder, a block of rows at a time."""
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -152,8 +153,17 @@ def _broadcast(request: Sequence[int]) -> list[int]:
 def _sum_over_processes(block: np.ndarray) -> np.ndarray:
     """Joins the blocks of all processes, of which each has zeros where another has its elements."""
     data = block.view(np.uint8).reshape(1, -1)
-    devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
-    mesh = Mesh(devices, ("processes", "devices"))
+    mesh = _mesh_of_processes()
     parts = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("processes")), data)
-    total = jax.jit(lambda x: x.sum(0, dtype=np.uint8), out_shardings=NamedSharding(mesh, PartitionSpec()))(parts)
+    total = _sum(parts, NamedSharding(mesh, PartitionSpec()))
     return np.asarray(total.addressable_data(0)).view(block.dtype).reshape(block.shape)
+
+
+@functools.cache
+def _mesh_of_processes() -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ("processes", "devices"))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sum(parts: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return lax.with_sharding_constraint(parts.sum(0, dtype=np.uint8), sharding)
