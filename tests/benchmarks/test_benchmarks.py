@@ -183,6 +183,7 @@ def test_serve_users_queues_users_behind_the_running_batch(monkeypatch):
     assert latencies == {"seconds": 75.0, "first": [1.0, 16.0, 6.0, 21.0], "total": [25.0, 40.0, 30.0, 45.0]}
 
 
+@pytest.mark.slow
 def test_worker_logits_match_the_oracle_and_errors_are_reported(tiny, expected):
     case = expected["unnormalised_mqa"]
     prompt = case["tokens"][0].tolist()
@@ -235,6 +236,7 @@ def test_decode_and_prefill_benchmarks_write_results(tiny, fixed_rates, monkeypa
     assert prefill["engines"]["dbrx_jax"]["jax"] == prefill["versions"]["jax"]
 
 
+@pytest.mark.slow
 def test_decode_benchmark_compares_int8_with_bfloat16(tiny, fixed_rates, monkeypatch, tmp_path, capsys):
     options = ("--dtype", "int8", "--against", "bfloat16", "--rounds", 1, "--prompt", 8, "--tokens", 2)
     assert run(monkeypatch, "decode", "--model", tiny, *options, "--output", tmp_path / "d.json") == 0

@@ -322,7 +322,7 @@ class TestInterrupted:
         assert "is of an unknown run; remove it" in done.stderr
         assert (tmp_path / "out.jsonl.incomplete").read_text() == "mine\n"
 
-    @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+    @pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
     def test_killed_run_leaves_its_rows(self, source, tmp_path, kind):
         prompts, out = tmp_path / "p", tmp_path / "out.jsonl"
         prompts.write_text('"abc"\n' * 20_000)

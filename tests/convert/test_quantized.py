@@ -50,7 +50,9 @@ def load_tree(folder):
     return dict(flatten(ocp.load(folder / PARAMS)))
 
 
-@pytest.mark.parametrize("text", ["int4", "int8", "fp8", "experts=int4,head=int8"])
+@pytest.mark.parametrize(
+    "text", ["int4", *(pytest.param(t, marks=pytest.mark.slow) for t in ("int8", "fp8")), "experts=int4,head=int8"]
+)
 def test_stored_bytes_match_quantised_weights(text, converted):
     folder, source, q = converted(text), open_folder(DEMO), Quantization.parse(text)
     opened, tree, names = open_folder(folder), load_tree(folder), set()
@@ -89,7 +91,7 @@ def test_sizes_match_bits_per_weight(text, converted):
     assert sum(x.nbytes for x in jax.tree.leaves(parameters_of(model))) == expected
 
 
-@pytest.mark.parametrize("text", ["int4", "fp8"])
+@pytest.mark.parametrize("text", ["int4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_loading_matches_quantising_while_loading(text, converted):
     want = parameters_of(DbrxForCausalLM.from_pretrained(converted(text)))
     assert isinstance(want[W2], QuantizedArray)

@@ -106,7 +106,7 @@ def filtered_on_mesh(logits, filters):
     return run(logits, filters)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(0, 9999), st.booleans(), st.sets(st.sampled_from(list(OPTIONS)), min_size=1, max_size=3), st.data())
 def test_filters_match_transformers_and_a_split_vocabulary(seed, has_ties, names, data):
     logits = np.random.default_rng(seed).normal(0, 3, (ROWS, V)).astype(np.float32)

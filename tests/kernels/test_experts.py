@@ -126,7 +126,7 @@ def test_small_batches_do_not_read_inactive_experts(tokens):
     )
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(random_cases(), st.sampled_from(["int8", "int4", "fp8"]))
 def test_quantised_weights_match_reference(case, kind):
     x, weights, chosen, plain = case

@@ -99,7 +99,16 @@ def tiny_rows(tiny):
     return tiny, ids, mask, np.asarray(tiny(ids, mask))
 
 
-@pytest.mark.parametrize("variant", [{}, {"kv_n_heads": 1}, {"moe_num_experts": 1, "moe_top_k": 1}, {"clip_qkv": None}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in ({"kv_n_heads": 1}, {"moe_num_experts": 1, "moe_top_k": 1}, {"clip_qkv": None})
+        ),
+    ],
+)
 def test_incremental_decoding_matches_full_forward(variant):
     """Prefills row 1 of a cache of 3 with a chunk, then decodes tokens one by one past the end of a block."""
     model = DbrxForCausalLM(dataclasses.replace(TINY, **variant), rngs=nnx.Rngs(2))

@@ -47,7 +47,7 @@ def test_linear_matches_dequantised_matmul(fmt, rows, shape, contracted, platfor
     np.testing.assert_allclose(y, x @ (plain.T if contracted else plain), rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     st.sampled_from([None, "bfloat16", "int8"]),
     st.integers(MAX_ROWS + 1, MAX_ROWS_WEIGHT_LEFT + 1),

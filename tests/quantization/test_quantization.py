@@ -281,7 +281,7 @@ def reference():
 
 
 class TestPredictions:
-    @pytest.mark.parametrize(("text", "max_kl"), [("int8", 0.01), ("int4", 0.05)])
+    @pytest.mark.parametrize(("text", "max_kl"), [pytest.param("int8", 0.01, marks=pytest.mark.slow), ("int4", 0.05)])
     def test_quantised_demo_has_small_kl_divergence(self, text, max_kl, reference):
         ids, p = reference
         model = DbrxForCausalLM.from_pretrained(source_folder(), dtype="float32", quantization=text)

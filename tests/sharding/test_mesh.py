@@ -148,7 +148,7 @@ def mesh_axes(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(mesh_axes(), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0, 3]), st.integers(0, 99))
 def test_random_mesh_batch_and_routing_match_one_device(axes, num_rows, length, skew, seed):
     parameters = small_parameters(skew)
@@ -164,7 +164,7 @@ def test_random_mesh_batch_and_routing_match_one_device(axes, num_rows, length, 
 
 
 @pytest.mark.slow
-@settings(max_examples=4, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(mesh_axes(), st.integers(8, 60), st.sampled_from([0, 3]), st.integers(0, 99))
 def test_gradients_on_random_mesh_match_one_device(axes, length, skew, seed):
     tokens = np.random.default_rng(seed).integers(0, SMALL.vocab_size, (8, length + 1))

@@ -44,6 +44,7 @@ def test_masked_targets_do_not_change_the_loss(models, expected):
     np.testing.assert_allclose(evaluate(models("fused"), tokens, mask).cross_entropy, unmasked.cross_entropy, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_match_reference_experts(monkeypatch):
     graph, params = nnx.split(DbrxForCausalLM(TINY, rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 101, (2, 41))
