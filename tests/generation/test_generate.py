@@ -66,6 +66,14 @@ def test_chunks_are_the_cheapest_that_hold_a_prompt():
         assert chunks[-1][0] < tokens <= ends[-1] <= 512 * -(-tokens // 512)
 
 
+def test_chunks_on_accelerators_read_the_weights_seldom(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    lengths = {tokens: [n for _, n in prefill_chunks(tokens, ONE_DEVICE)] for tokens in (7, 33, 130, 700, 1100, 4100)}
+    assert lengths == {
+        7: [32], 33: [128], 130: [512], 700: [512, 512], 1100: [512, 512, 128], 4100: [2048, 2048, 32]
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 def test_chunked_prefill_matches_full_forward(models, monkeypatch):
     """Greedy tokens match the full forward pass; prefill takes chunks of every length."""
