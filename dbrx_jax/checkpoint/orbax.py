@@ -38,10 +38,10 @@ DTYPES = {**FLOATS, "|i1": np.dtype(np.int8), "|u1": np.dtype(np.uint8)}
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array's folder in zarr 2 format.
+    """An array's folder in zarr 2 format, in chunks of whole rows.
 
     Args:
-      plain: uncompressed in chunks of whole rows; other arrays are read by tensorstore.
+      plain: uncompressed; other arrays are read by tensorstore.
       sha256: digests of the chunks, with which all that is read is compared; None: it is not.
     """
 
@@ -282,9 +282,11 @@ def read_array(folder: Path) -> StoredArray:
     try:
         data = read_json(folder / METADATA)
         shape, chunk, dtype = tuple(data["shape"]), tuple(data["chunks"]), DTYPES[data["dtype"]]
-        storage = tuple(data[key] for key in ("compressor", "filters", "order", "dimension_separator"))
-        plain = storage == (None, None, "C", ".") and chunk[1:] == shape[1:]
-        valid = all(isinstance(n, int) and n > 0 for n in (*shape, *chunk)) and len(chunk) == len(shape) > 0
+        plain = data["compressor"] is None
+        storage = tuple(data[key] for key in ("filters", "order", "dimension_separator"))
+        valid = all(isinstance(n, int) and n > 0 for n in (*shape, *chunk)) and storage == (None, "C", ".")
+        valid = valid and len(shape) > 0 and chunk[1:] == shape[1:]
+        valid = valid and (plain or chunk[0] <= shape[0])  # tensorstore allocates whole chunks
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, IndexError):
@@ -292,10 +294,12 @@ def read_array(folder: Path) -> StoredArray:
     if not valid:
         raise CheckpointError(f"{folder / METADATA}: not the description of an array of weights")
     array = StoredArray(folder, shape, dtype, chunk[0], plain)
-    for index in range(-(-shape[0] // chunk[0])) if plain else ():
-        file, size = folder / chunk_name(index, len(shape)), chunk[0] * array.row_bytes
-        if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(f"{file}: is missing or not {size} bytes long; convert or copy it again")
+    for index in range(-(-shape[0] // chunk[0])):
+        file, size = array.chunk_file(index), chunk[0] * array.row_bytes
+        if not file.is_file():  # tensorstore would read zeros
+            raise CheckpointError(f"{file}: is missing; convert or copy it again")
+        if plain and file.stat().st_size != size:
+            raise CheckpointError(f"{file}: is not {size} bytes long; convert or copy it again")
     return array
 
 

@@ -17,6 +17,7 @@ from dbrx_jax.checkpoint.manifest import CONFIGURATION, MANIFEST
 from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.orbax import PARAMS, STATE
 from dbrx_jax.checkpoint.parameters import parameter_specs
+from dbrx_jax.checkpoint.raw_arrays import METADATA
 from dbrx_jax.errors import CheckpointError
 from tests.commands import in_process
 from tests.conftest import GOLDEN
@@ -192,6 +193,19 @@ class TestDigests:
         shutil.copy(chunks / "1.0", chunks / "2.0")
         assert check_digests(open_folder(tmp_path / "orbax")) == [f"{W1}/2.0"]
         assert f"{W1}/2.0: its bytes" in error_of(tmp_path / "orbax", verify=True)
+
+    @pytest.mark.parametrize("name", ["True", "False"])
+    def test_missing_chunk_is_refused(self, converted, tmp_path, name):
+        """Of a compressed array too, of which tensorstore would read zeros."""
+        shutil.copytree(converted / name, tmp_path / "orbax")
+        (tmp_path / "orbax" / PARAMS / STATE / W1 / "2.0").unlink()
+        assert f"{W1}/2.0: is missing; convert or copy it again" in error_of(tmp_path / "orbax")
+
+    @pytest.mark.parametrize("change", [{"chunks": [1 << 40, 97]}, {"chunks": [8, 1]}, {"order": "F"}])
+    def test_other_storage_of_a_compressed_array_is_refused(self, converted, tmp_path, change):
+        shutil.copytree(converted / "True", tmp_path / "orbax")
+        edit_json(tmp_path / "orbax" / PARAMS / STATE / W1 / METADATA, lambda m: m.update(change))
+        assert f"{W1}/.zarray: not the description of an array of weights" in error_of(tmp_path / "orbax")
 
     def test_folders_without_digests_say_where_to_get_them(self, orbax):
         make_older(orbax)
