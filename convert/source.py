@@ -23,7 +23,7 @@ def open_source(source: Path) -> tuple[CheckpointFolder, list[Path]]:
     generation_config = source / GENERATION_CONFIG
     if generation_config.is_symlink() or generation_config.exists():
         files.append(generation_config)
-    check_files(files)
+    check_files(source, files)
     check_tokenizer(source)
     read_generation_config(source)
     return checkpoint, files

@@ -54,5 +54,5 @@ def to_hf(
     with work_folder(destination, {**plan, "source": fingerprint(checkpoint)}, num_bytes) as folder:
         bad = write_shards(checkpoint, folder, target_dtype, max_shard_size, workers, progress)
         write_config(folder, {**checkpoint.config.to_dict(), **read_json(source / "config.json")}, target_dtype)
-        copy_files(files, folder)
+        copy_files(source, files, folder)
     return bad

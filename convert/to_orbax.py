@@ -65,7 +65,7 @@ def to_orbax(
     with work_folder(destination, {**plan, "source": fingerprint(checkpoint)}, num_bytes) as folder:
         written = write_arrays(checkpoint, folder, dtype, quantization, compress, workers, progress)
         write_config(folder, read_json(source / "config.json"), dtype)
-        copy_files(files, folder)
+        copy_files(source, files, folder)
         source_files = {
             file.relative_to(checkpoint.path).as_posix(): {"bytes": file.stat().st_size} for file in checkpoint.files
         }

@@ -103,14 +103,16 @@ class DbrxForCausalLM(CausalLM):
             which transformers reads, of dequantised weights.
 
         Raises:
-          CheckpointError: the format is unknown, the folder exists, or the disk is too small or fails.
+          CheckpointError: the format is unknown, the folder exists, a file of the tokenizer is a link out of its
+            folder, or the disk is too small or fails.
         """
         from dbrx_jax.checkpoint.save import save_model  # imports safetensors
         from dbrx_jax.text.tokenizer_files import tokenizer_files
 
         source = self.checkpoint_path if self.checkpoint_path and self.checkpoint_path.is_dir() else None
         settings = _generation_settings(source, self.generation_config)
-        save_model(self, path, format, tokenizer_files(source) if source else (), settings)
+        files = tokenizer_files(source) if source else ()
+        save_model(self, path, format, source, files, settings)
 
     def num_parameters(self) -> int:
         """Returns the number of weights, whether they are quantised or not."""

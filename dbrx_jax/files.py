@@ -62,6 +62,20 @@ def check_links(folder: Path, patterns: Iterable[str]) -> None:
             )
 
 
+def check_link(folder: Path, file: Path) -> None:
+    """Checks that a symbolic link stays in the folder, or leads into blobs/ as in the hub's cache.
+
+    Raises:
+      CheckpointError: it leads elsewhere.
+    """
+    if not file.is_symlink():
+        return
+    target, folder = (Path(os.path.realpath(p)) for p in (file, folder))  # Path.resolve raises on some loops of links
+    blobs = folder.parent.parent / "blobs"
+    if not target.is_relative_to(folder) and not (folder.parent.name == "snapshots" and target.parent == blobs):
+        raise CheckpointError(f"{file}: is a link out of the folder, to {target}; put the file itself there")
+
+
 def read_text(path: Path) -> str:
     """Reads a UTF-8 file of at most MAX_JSON bytes.
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dbrx_jax.checkpoint.huggingface import check_link
 from dbrx_jax.errors import CheckpointError
+from dbrx_jax.files import check_link
 
 
 def write_config(folder: Path, config: Mapping[str, Any], dtype: np.dtype) -> None:
@@ -19,19 +19,22 @@ def write_config(folder: Path, config: Mapping[str, Any], dtype: np.dtype) -> No
     (folder / "config.json").write_text(json.dumps({**entries, "torch_dtype": dtype.name}, indent=2) + "\n")
 
 
-def copy_files(files: Iterable[Path], folder: Path) -> None:
-    """Copies small files to a folder."""
+def copy_files(source: Path, files: Iterable[Path], folder: Path) -> None:
+    """Copies small files of the folder `source`, or of folders in it, to the same places in another."""
     for file in files:
-        (folder / file.name).write_bytes(file.read_bytes())
+        target = folder.joinpath(*file.relative_to(source).parts)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
 
 
-def check_files(files: Iterable[Path]) -> None:
-    """Checks that files of a checkpoint can be copied.
+def check_files(source: Path, files: Iterable[Path]) -> None:
+    """Checks that these files of the folder `source` can be copied.
 
     Raises:
-      CheckpointError: one is a link out of its folder, or not a regular file.
+      CheckpointError: one is a link out of the folder, or in such a link, or not a regular file.
     """
     for file in files:
-        check_link(file.parent, file)
+        for path in (file.parent, file):
+            check_link(source, path)
         if not file.is_file():
             raise CheckpointError(f"{file}: not a regular file")

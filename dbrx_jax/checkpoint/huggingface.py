@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import struct
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from dbrx_jax.checkpoint.quantization_entries import check_entries, read_entries
 from dbrx_jax.checkpoint.stored_tensors import Fp8Tensor, MlxTensor, PlainTensor, StoredTensor
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import CheckpointError, ConfigError
-from dbrx_jax.files import is_remote, location, read_json
+from dbrx_jax.files import check_link, is_remote, location, read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -214,20 +213,6 @@ def _checked_header(file: Path) -> tuple[dict[str, Any], int]:
         with safe_open(local.name, "numpy"):
             pass
     return json.loads(text), length
-
-
-def check_link(folder: Path, file: Path) -> None:
-    """Checks that a symbolic link stays in the folder, or leads into blobs/ as in the hub's cache.
-
-    Raises:
-      CheckpointError: it leads elsewhere.
-    """
-    if not file.is_symlink():
-        return
-    target, folder = (Path(os.path.realpath(p)) for p in (file, folder))  # Path.resolve raises on some loops of links
-    blobs = folder.parent.parent / "blobs"
-    if not target.is_relative_to(folder) and not (folder.parent.name == "snapshots" and target.parent == blobs):
-        raise CheckpointError(f"{file}: is a link out of the folder, to {target}; put the file itself there")
 
 
 def _pair_with_scales(

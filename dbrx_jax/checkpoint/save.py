@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dbrx_jax.checkpoint.companions import copy_files, write_config
+from dbrx_jax.checkpoint.companions import check_files, copy_files, write_config
 from dbrx_jax.checkpoint.model_folder import ModelFolder
 from dbrx_jax.checkpoint.work_folder import work_folder
 from dbrx_jax.checkpoint.write_huggingface import write_shards
@@ -24,13 +24,15 @@ def save_model(
     model: CausalLM,
     destination: str | Path,
     format: str,
-    files: Sequence[Path] = (),
-    generation_config: Mapping[str, Any] | None = None,
+    source: Path | None,
+    files: Sequence[Path],
+    generation_config: Mapping[str, Any],
 ) -> None:
     """Saves a model; see :meth:`dbrx_jax.DbrxForCausalLM.save_pretrained`.
 
     Args:
-      files: to copy, such as the tokenizer's.
+      source: the checkpoint that the model was loaded from; None if it is not there.
+      files: of the source, to copy, such as the tokenizer's.
       generation_config: the contents of generation_config.json.
     """
     if format not in FORMATS:
@@ -40,21 +42,25 @@ def save_model(
         folder.follow()
         return
     with folder.leading():
-        _save(folder, location(destination), format, files, generation_config)
+        _save(folder, location(destination), format, source, files, generation_config)
 
 
 def _save(
     model: ModelFolder,
     destination: Path,
     format: str,
+    source: Path | None,
     files: Sequence[Path],
-    generation_config: Mapping[str, Any] | None,
+    generation_config: Mapping[str, Any],
 ) -> None:
     dtype, quantization = model.dtype(), model.quantization if format == "orbax" else None
     plan, num_bytes = {"kind": "save_pretrained"}, stored_bytes(model, dtype, quantization)
+    if source is not None:
+        check_files(source, files)
     with work_folder(destination, plan, num_bytes, resume=False) as folder:
         write_config(folder, model.config.to_dict(), dtype)
-        copy_files(files, folder)
+        if source is not None:
+            copy_files(source, files, folder)
         if generation_config:
             (folder / GENERATION_CONFIG).write_text(json.dumps(generation_config, indent=2) + "\n")
         if format == "hf":

@@ -69,6 +69,12 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def additional_templates(folder: Path) -> list[Path]:
+    """Returns the files of the chat templates besides the default one."""
+    templates = folder / TEMPLATES_FOLDER
+    return sorted(templates.glob("*.jinja")) if templates.is_dir() else []
+
+
 def chat_templates(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     """Reads the chat template, or several by name; files go before tokenizer_config.json.
 
@@ -76,10 +82,7 @@ def chat_templates(folder: Path, config: Mapping[str, Any]) -> str | dict[str, s
       TokenizerError: an entry is not a text.
       ConfigError: a file cannot be read.
     """
-    if (folder / TEMPLATES_FOLDER).is_dir():
-        named = {path.stem: read_text(path) for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
-    else:
-        named = {}
+    named = {path.stem: read_text(path) for path in additional_templates(folder)}
     if (folder / TEMPLATE_FILE).exists():
         named["default"] = read_text(folder / TEMPLATE_FILE)
     if not named:

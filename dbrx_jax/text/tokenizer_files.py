@@ -7,14 +7,16 @@ from pathlib import Path
 from dbrx_jax.errors import ConfigError, TokenizerError
 from dbrx_jax.files import read_json
 from dbrx_jax.text.tokenizer import TOKENIZER_FILES, DbrxTokenizer
+from dbrx_jax.text.tokenizer_config import additional_templates
 from dbrx_jax.text.vocabulary import MAX_ID
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Returns the files of a folder that belong to its tokenizer."""
-    return sorted(f for f in folder.iterdir() if f.name in TOKENIZER_FILES or f.suffix == ".tiktoken")
+    """Returns the files of a folder, and of its folder of templates, that belong to its tokenizer."""
+    files = sorted(f for f in folder.iterdir() if f.name in TOKENIZER_FILES or f.suffix == ".tiktoken")
+    return files + additional_templates(folder)
 
 
 def check_tokenizer(folder: Path) -> None:

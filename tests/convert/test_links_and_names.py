@@ -23,7 +23,7 @@ SHARD = "model-00006-of-00013.safetensors"
     "name",
     [
         *("config.json", SHARD, INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
-        *("chat_template.jinja", "merges.txt", "x.tiktoken", MANIFEST, PARAMS),
+        *("chat_template.jinja", "additional_chat_templates", "merges.txt", "x.tiktoken", MANIFEST, PARAMS),
     ],
 )
 def test_a_link_that_cannot_be_followed_is_named(fused_copy, tmp_path, name, target):

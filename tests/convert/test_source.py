@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from upath import UPath
 
 from dbrx_convert.to_hf import to_hf
 from dbrx_convert.to_orbax import to_orbax
@@ -73,3 +74,45 @@ def test_source_without_vocabulary_converts(convert, tmp_path, monkeypatch):
     assert DbrxForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == (100257,)
     with pytest.raises(DbrxError, match="holds no vocabulary"):
         DbrxTokenizer.from_pretrained(tmp_path / "out")
+
+
+@pytest.fixture
+def with_templates(tmp_path):
+    """A copy of the demo with a second chat template in a file of its own."""
+    shutil.copytree(source_folder(), tmp_path / "source")
+    (tmp_path / "source" / "additional_chat_templates").mkdir()
+    (tmp_path / "source" / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
+    return tmp_path / "source"
+
+
+def save_pretrained(format):
+    return lambda source, target: DbrxForCausalLM.from_pretrained(source).save_pretrained(target, format)
+
+
+COPIES = [to_orbax, to_hf, save_pretrained("orbax"), save_pretrained("hf")]
+
+
+@pytest.mark.parametrize("copy", COPIES, ids=["to_orbax", "to_hf", "save orbax", "save hf"])
+def test_templates_in_files_of_their_own_are_copied(copy, with_templates, tmp_path):
+    copy(with_templates, tmp_path / "out")
+    templates = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    assert DbrxTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
+
+
+def test_templates_are_copied_to_a_url(with_templates):
+    target = UPath("memory://templates")
+    to_orbax(with_templates, str(target / "out"))
+    to_hf(str(target / "out"), str(target / "back"))
+    assert DbrxTokenizer.from_pretrained(str(target / "back")).chat_template["rag"] == "{{ documents }}"
+    target.rmdir(recursive=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates", "additional_chat_templates/rag.jinja"])
+@pytest.mark.parametrize("copy", COPIES, ids=["to_orbax", "to_hf", "save orbax", "save hf"])
+def test_links_out_of_the_folder_are_not_copied(copy, name, with_templates, tmp_path):
+    (with_templates / name).rename(tmp_path / "elsewhere")
+    (with_templates / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DbrxError, match=rf"{name}: is a link out of the folder, to .*elsewhere"):
+        copy(with_templates, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "elsewhere"}
