@@ -90,7 +90,7 @@ class DbrxForCausalLM(CausalLM):
         model.checkpoint_path = folder
         return model
 
-    def save_pretrained(self, path: str | Path, format: str = "orbax") -> None:
+    def save_pretrained(self, path: str | Path, format: str = "orbax", *, progress: bool | None = None) -> None:
         """Writes the model to a folder that :meth:`from_pretrained` loads; all processes of a run must call it.
 
         Reads the weights a block of rows at a time from the shards of each array. Process 0 writes them, with
@@ -101,6 +101,7 @@ class DbrxForCausalLM(CausalLM):
           path: a folder that does not exist yet, or a URL such as gs://bucket/folder.
           format: "orbax", which keeps quantised weights as they are; or "hf", safetensors in the published layout,
             which transformers reads, of dequantised weights.
+          progress: show a bar, as in :meth:`from_pretrained`.
 
         Raises:
           CheckpointError: the format is unknown, the folder exists, a file of the tokenizer is a link out of its
@@ -112,7 +113,7 @@ class DbrxForCausalLM(CausalLM):
         source = self.checkpoint_path if self.checkpoint_path and self.checkpoint_path.is_dir() else None
         settings = _generation_settings(source, self.generation_config)
         files = tokenizer_files(source) if source else ()
-        save_model(self, path, format, source, files, settings)
+        save_model(self, path, format, source, files, settings, progress)
 
     def num_parameters(self) -> int:
         """Returns the number of weights, whether they are quantised or not."""

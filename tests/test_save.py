@@ -1,5 +1,6 @@
 """Tests of save_pretrained, num_parameters and the keywords of from_pretrained."""
 
+import contextlib
 import inspect
 import json
 import shutil
@@ -130,6 +131,33 @@ def test_saving_is_complete_or_nothing(tmp_path, models, monkeypatch):
     (tmp_path / "y.incomplete" / PLAN).write_text('{"kind": "to-orbax"}')
     with pytest.raises(CheckpointError, match="was begun with another kind"):  # hours of a conversion are kept
         model.save_pretrained(tmp_path / "y")
+
+
+@pytest.mark.parametrize("format", ["orbax", "hf"])
+def test_saving_shows_its_progress_where_loading_does(tmp_path, models, monkeypatch, capsys, format):
+    monkeypatch.setattr("dbrx_jax.console.LINE_SECONDS", 0)
+    model = models("fused")
+    for number, shown in enumerate((True, None, False)):
+        model.save_pretrained(tmp_path / str(number), format, progress=shown)
+        lines = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("Saving: 0.0 of 0.0 GB, ") for line in lines)
+        assert bool(lines) == (shown is True)  # stderr is no terminal here
+
+
+@pytest.mark.parametrize("format", ["orbax", "hf"])
+def test_progress_of_saving_adds_up_to_the_model(tmp_path, models, monkeypatch, format):
+    calls, counts = [], []
+
+    def progress(*arguments):
+        calls.append(arguments)
+        return contextlib.nullcontext(counts.append)
+
+    monkeypatch.setattr("dbrx_jax.checkpoint.save.progress", progress)
+    models("fused").save_pretrained(tmp_path / "out", format)
+    ((label, num_bytes, shown),) = calls
+    assert (label, shown) == ("Saving", None)
+    assert len(counts) > 20
+    assert sum(counts) == pytest.approx(num_bytes, rel=1e-3)
 
 
 def test_model_is_saved_to_a_url(models):
