@@ -13,6 +13,7 @@ from dbrx_jax.quantization import Quantization
 
 # Marks a folder whose conversion is running or was killed; deleted when the conversion is complete.
 PLAN = "conversion.json"
+RECORDS = "records"  # folder of the records of arrays that are complete, in a folder with PLAN
 # Bytes of rows that are read at a time.
 BLOCK = 32 << 20
 

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, cast
 
-from dbrx_jax.checkpoint.folder import PLAN, CheckpointFolder
+from dbrx_jax.checkpoint.folder import PLAN, RECORDS, CheckpointFolder
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import is_remote
+
+_RESUME = "; run the same command again to continue"
 
 
 def work_folder(
@@ -50,11 +52,11 @@ def _local_work_folder(destination: Path, plan: dict[str, Any], num_bytes: int, 
     try:
         with _report_os_errors(destination):
             _begin_local(folder, destination, lock, plan, num_bytes, resume)
-        with _report_os_errors(destination, "; run the same command again to continue"):
+        with _report_os_errors(destination, _RESUME if resume else ""):
             yield folder
         with _report_os_errors(destination):
-            (folder / PLAN).unlink()
-            os.sync()
+            os.sync()  # may take minutes, after which a killed run must still resume
+            _remove_marks(folder)
             folder.rename(destination)
     finally:
         os.close(lock)
@@ -68,10 +70,13 @@ def _begin_local(
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _refuse_existing(destination)  # another run may have completed it before the lock was taken
         path = folder / PLAN
+        partial = path.with_suffix(".part")
         if path.exists():
             _check_plan(path, plan)
             if not resume:
                 _clear(folder)
+        elif any(file != partial for file in folder.iterdir()):
+            raise CheckpointError(f"{folder}: holds files, and no {PLAN} says of what; remove it to begin anew")
         written = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         free = shutil.disk_usage(folder).free
         if free + written < num_bytes:
@@ -80,7 +85,6 @@ def _begin_local(
                 f"{(num_bytes - written) / 1e9:.1f} GB"
             )
         if not path.exists():
-            partial = path.with_suffix(".part")
             partial.write_text(json.dumps(plan, indent=2))
             partial.rename(path)
     except BlockingIOError:
@@ -104,10 +108,16 @@ def _remote_work_folder(destination: Path, plan: dict[str, Any], resume: bool) -
                 _refuse_existing(destination)
             destination.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(plan, indent=2))
-    with _report_os_errors(destination, "; run the same command again to continue"):
+    with _report_os_errors(destination, _RESUME if resume else ""):
         yield destination
     with _report_os_errors(destination):
-        path.unlink()
+        _remove_marks(destination)
+
+
+def _remove_marks(folder: Path) -> None:
+    """Removes what marks a folder as incomplete, and its complete arrays."""
+    remove_folder(folder / RECORDS)
+    (folder / PLAN).unlink()
 
 
 def _clear(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dbrx_jax.checkpoint.copy_rows import Progress, append_rows, byte_progress
-from dbrx_jax.checkpoint.folder import CheckpointFolder, shape_of
+from dbrx_jax.checkpoint.folder import RECORDS, CheckpointFolder, shape_of
 from dbrx_jax.checkpoint.manifest import FORMAT_VERSION, ArrayRecord, configuration_of, write_manifest
 from dbrx_jax.checkpoint.orbax import PARAMS, STATE, stored_dtype
 from dbrx_jax.checkpoint.orbax_metadata import write_orbax_metadata
@@ -29,8 +29,6 @@ from dbrx_jax.checkpoint.raw_arrays import (
 )
 from dbrx_jax.checkpoint.work_folder import parallel, remove_folder
 from dbrx_jax.quantization import Format, Quantization
-
-RECORDS = "records"  # folder of the arrays' records until the manifest is written
 
 
 def stored_bytes(checkpoint: CheckpointFolder, dtype: np.dtype, quantization: Quantization | None) -> int:
@@ -108,7 +106,6 @@ def finish_orbax(
         "arrays": {name: record.to_json() for name, record in records.items()},
     }
     write_manifest(folder, manifest)
-    remove_folder(folder / RECORDS)
 
 
 @dataclasses.dataclass(frozen=True)
