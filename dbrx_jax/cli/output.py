@@ -46,13 +46,18 @@ def check_output(path: Path | None, prompts: Path) -> None:
     if path.is_dir():
         raise GenerationError(f"{path}: is a folder; name a file")
     for file in (path, incomplete_path(path), identity_path(path)):
-        if prompts != STANDARD_STREAM and file.resolve() == prompts.resolve():
+        if prompts != STANDARD_STREAM and os.path.realpath(file) == os.path.realpath(prompts):
             raise GenerationError(f"--output {path}: would overwrite the prompts of --file; name another file")
-    if path.is_file():
-        raise GenerationError(f"{path}: exists already; remove it, or name another file")
+    _refuse_complete(path)
     if not path.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
         reason = "not yours to write to" if path.parent.is_dir() else "there is no such folder"
         raise GenerationError(f"{path}: cannot be written ({path.parent}: {reason})")
+
+
+def _refuse_complete(path: Path) -> None:
+    """Raises GenerationError if there are complete results, which are never overwritten."""
+    if path.is_file():
+        raise GenerationError(f"{path}: exists already; remove it, or name another file")
 
 
 def open_output(path: Path | None, identity: dict[str, Any]) -> Output:
@@ -66,6 +71,7 @@ def open_output(path: Path | None, identity: dict[str, Any]) -> Output:
     """
     if path is None or path == STANDARD_STREAM:
         return StreamOutput()
+    _refuse_complete(path)  # the prompts have been read since the first check
     with _naming(path):
         return StreamOutput(path) if path.exists() else ResumableOutput(path, identity)
 
@@ -112,11 +118,15 @@ class ResumableOutput:
 
     def __init__(self, path: Path, identity: dict[str, Any]):
         self._path, self._incomplete = path, incomplete_path(path)
-        if self._incomplete.exists():
-            self._check_identity(identity)
-        else:
-            identity_path(path).write_text(json.dumps(identity, indent=1) + "\n")
         self._file = _open_alone(self._incomplete)
+        try:  # only now: the files of a process that writes here stay as they are
+            if self._incomplete.stat().st_size:
+                self._check_identity(identity)
+            else:
+                identity_path(path).write_text(json.dumps(identity, indent=1) + "\n")
+        except BaseException:
+            self._file.close()
+            raise
         self.num_done, self.num_errors, self._end = _complete_lines(self._incomplete)
         self._file.truncate(self._end)  # half a line, if the last run was killed
 
@@ -146,6 +156,7 @@ class ResumableOutput:
         Raises:
           GenerationError: that cannot be done; the results are in the incomplete file.
         """
+        _refuse_complete(self._path)
         with _naming(self._path):
             self._incomplete.replace(self._path)
             identity_path(self._path).unlink()
@@ -158,6 +169,8 @@ class ResumableOutput:
                     file.unlink(missing_ok=True)
 
     def explain(self, total: int) -> str | None:
+        if self.num_done == 0:
+            return None
         return f"{self._incomplete} holds {self.num_done} of {total} rows; the same command goes on behind them"
 
     def _check_identity(self, identity: dict[str, Any]) -> None:

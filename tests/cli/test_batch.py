@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dbrx_jax.cli.batch import batches, derive_seed
-from dbrx_jax.cli.output import ResumableOutput
+from dbrx_jax.cli.output import ResumableOutput, open_output
 from dbrx_jax.cli.prompts import Item, PromptsFile, Row, parse_row
 from dbrx_jax.errors import GenerationError, NotFiniteError
 from dbrx_jax.generation.stream import TokenStream
@@ -376,6 +376,32 @@ class TestOutput:
         assert (tmp_path / "out.incomplete").read_text() == '{"a": 1}\n'
         first.close()
 
+    def test_process_that_is_refused_leaves_the_identity_of_the_rows(self, tmp_path, monkeypatch):
+        """It sees no rows yet, and comes to the lock after another process with other prompts."""
+        first = ResumableOutput(tmp_path / "out", {"prompts": "x"})
+        with pytest.raises(GenerationError, match="another process is writing it"):
+            ResumableOutput(tmp_path / "out", {"prompts": "y"})
+        first.write([{"a": 1}])
+        first.close()
+        assert json.loads((tmp_path / "out.incomplete.json").read_text()) == {"prompts": "x"}
+
+    def test_results_that_were_completed_meanwhile_are_kept(self, tmp_path):
+        output = open_output(tmp_path / "out", {"prompts": "x"})
+        output.write([{"a": 1}])
+        (tmp_path / "out").write_text("complete")
+        with pytest.raises(GenerationError, match="out: exists already"):
+            open_output(tmp_path / "out", {"prompts": "x"})
+        with pytest.raises(GenerationError, match="out: exists already"):
+            output.finish()
+        output.close()
+        assert (tmp_path / "out").read_text() == "complete"
+        assert (tmp_path / "out.incomplete").read_text() == '{"a": 1}\n'
+
+    def test_output_that_is_a_loop_of_links_is_replaced(self, run, tmp_path):
+        (tmp_path / "out.jsonl").symlink_to("out.jsonl")
+        assert run(["abc"], "--max-new-tokens", 2).returncode == 0
+        assert [row["prompt"] for row in results(tmp_path)] == ["abc"]
+
     @pytest.mark.parametrize("damage", [b'{"c": 3', b"{\n", b"\0\0\0", b"3\n", b'\xff\n{"c": 3}\n'])
     def test_lines_from_a_damaged_one_on_are_cut_off(self, tmp_path, damage):
         first = ResumableOutput(tmp_path / "out", {"prompts": "x"})
@@ -389,7 +415,9 @@ class TestOutput:
         assert (tmp_path / "out.incomplete").read_bytes() == whole
 
     def test_run_without_rows_leaves_nothing(self, tmp_path):
-        ResumableOutput(tmp_path / "out", {"prompts": "x"}).close()
+        output = ResumableOutput(tmp_path / "out", {"prompts": "x"})
+        assert output.explain(7) is None
+        output.close()
         assert os.listdir(tmp_path) == []
 
 
