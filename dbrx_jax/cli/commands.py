@@ -39,7 +39,7 @@ PROGRAM = Program(
             "/path/to/dbrx --file prompts.jsonl --output out.jsonl",
         ),
         "chat": ("", '/path/to/dbrx --system "Answer in one sentence."'),
-        "plan": ("132b-instruct --on h100-1 --dtype int4", "/path/to/dbrx --on v5e-64 --batch 64"),
+        "plan": ("132b-instruct --on h100-1 --quantization int4", "/path/to/dbrx --on v5e-64 --batch 64"),
         "info": ("",),
     },
 )

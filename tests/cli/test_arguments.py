@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dbrx_convert.cli import PROGRAM as CONVERT
 from dbrx_jax.cli.arguments import one_line
 from dbrx_jax.cli.commands import PROGRAM
 from tests.cli.test_before_load import assert_reported
@@ -54,6 +56,14 @@ def run(arguments):
 )
 def test_mistakes_are_one_line(arguments, fragments):
     assert_reported(run(arguments), *fragments)
+
+
+@pytest.mark.parametrize("program", [PROGRAM, CONVERT], ids=["dbrx-jax", "dbrx-convert"])
+def test_examples_of_the_help_are_commands(program):
+    for name, lines in program.examples.items():
+        for line in lines:
+            parsed = program.parse([name, *shlex.split(line)])
+            assert isinstance(parsed, program.commands[name])
 
 
 def test_unknown_message_of_the_parser_is_one_line():
