@@ -36,7 +36,7 @@ def seal(path: str | Path, arrays: bool = False, progress: Progress | None = Non
     if not is_orbax(path) or (path / PLAN).exists():
         raise CheckpointError(f"{path}: not a complete Orbax folder of dbrx-convert's")
     folder = OrbaxFolder.open(path, check_manifest=False)
-    older_digests = {} if arrays else folder.manifest.get("sha256") or {}
+    older_digests = {} if arrays else folder.manifest.get("sha256", {})
     records: dict[str, ArrayRecord] = {}
 
     def record(name: str) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from dbrx_jax.checkpoint.dtypes import common_dtype
 from dbrx_jax.checkpoint.layouts import Layout, SourceTensor, TensorRows, expand, recognise
 from dbrx_jax.checkpoint.quantization_entries import check_entries, read_entries
-from dbrx_jax.checkpoint.stored_tensors import Fp8Tensor, MlxTensor, PlainTensor, StoredTensor
+from dbrx_jax.checkpoint.stored_tensors import FLOATS, Fp8Tensor, MlxTensor, PlainTensor, StoredTensor
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import CheckpointError, ConfigError
 from dbrx_jax.files import check_link, is_remote, location, read_json
@@ -30,7 +30,6 @@ DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's limit
-FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,10 +97,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: format_version: expected 1, 2 or {FORMAT_VERSION}, got {version!r:.40}; convert again"
         )
-    if version == FORMAT_VERSION:
-        for key in ("configuration", "arrays"):
-            if not isinstance(manifest.get(key), Mapping):
-                raise CheckpointError(f"{file}: {key}: expected a JSON object; copy the file again")
+    required = ("configuration", "arrays") if version == FORMAT_VERSION else ()
+    for key in ("configuration", "arrays", "sha256"):  # the last is of older versions
+        if (key in required or key in manifest) and not isinstance(manifest.get(key), Mapping):
+            raise CheckpointError(f"{file}: {key}: expected a JSON object; copy the file again")
     return dict(manifest)
 
 

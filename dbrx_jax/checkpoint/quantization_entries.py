@@ -40,7 +40,8 @@ def _read_entry(where: str, key: str, entry: Any) -> QuantizationEntry:
             "find the weights as plain floats, or delete this entry if they are"
         )
     bits, group = entry.get("bits"), entry.get("group_size")
-    if bits not in (2, 4, 8) or group not in (32, 64, 128) or entry.get("mode", "affine") != "affine":
+    known = bits in (2, 4, 8) and group in (32, 64, 128) and entry.get("mode", "affine") == "affine"
+    if not known or type(bits) is not int or type(group) is not int:
         raise CheckpointError(
             f"{where}: expected bits 2, 4 or 8 and group_size 32, 64 or 128, in the mode affine, "
             f"got {dict(entry)!r:.80}"

@@ -9,6 +9,8 @@ import numpy as np
 
 from dbrx_jax.checkpoint.raw_arrays import read_bytes
 
+FLOATS = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class PlainTensor:
@@ -82,7 +84,9 @@ class MlxTensor:
         return self.packed.nbytes + self.scales.nbytes + self.biases.nbytes
 
     def problem(self) -> str | None:
-        if len(self.shape) != 2 or self.shape[1] % self.group:
+        if len(self.packed.shape) != 2:
+            return f"is packed, and has shape {self.packed.shape} rather than rows and columns"
+        if self.shape[1] % self.group:
             return f"its rows of {self.shape[-1]} elements are not whole groups of {self.group}"
         expected = (self.shape[0], self.shape[1] // self.group)
         for name, tensor in (("scales", self.scales), ("biases", self.biases)):
@@ -135,8 +139,10 @@ class Fp8Tensor:
         return self.values.nbytes + self.scale.nbytes
 
     def problem(self) -> str | None:
+        if not self.shape:
+            return "is FP8, and one number rather than rows"
         num_scales = math.prod(self.scale.shape)
-        if num_scales not in (1, self.num_experts) or self.shape[0] % num_scales or self.scale.dtype.itemsize == 1:
+        if num_scales not in (1, self.num_experts) or self.shape[0] % num_scales or self.scale.dtype.name not in FLOATS:
             return f"its scale must be one float, or one for each expert, got {self.scale.dtype} {self.scale.shape}"
         return None
 

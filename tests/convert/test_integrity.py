@@ -157,6 +157,9 @@ class TestArrays:
             (lambda m: m["arrays"].update({W1: 5}), "damaged; copy the file again"),
             (lambda m: m.update(arrays=[]), "arrays: expected a JSON object"),
             (lambda m: m.pop("configuration"), "configuration: expected a JSON object"),
+            (lambda m: m.update(format_version=1, arrays=[]), "arrays: expected a JSON object"),
+            (lambda m: m.update(format_version=2, configuration="n_layers"), "configuration: expected a JSON object"),
+            (lambda m: m.update(format_version=1, sha256=["x"]), "sha256: expected a JSON object"),
         ],
     )
     def test_manifest_of_other_arrays_is_refused(self, orbax, change, message):

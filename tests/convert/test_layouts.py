@@ -232,7 +232,8 @@ class TestQuantised:
         folder.mkdir()
         shutil.copy(GOLDEN / "fused" / "config.json", folder)
         name = "transformer.blocks.0.ffn.experts.mlp.w1"
-        for scale, text in ((None, "is FP8, and"), (np.ones(7, np.float32), "one float, or one for each expert, got")):
+        wrong = (np.ones(7, np.float32), np.ones(1, np.uint32))
+        for scale, text in ((None, "is FP8, and"), *((x, "one float, or one for each expert, got") for x in wrong)):
             tensors = load_tensors(GOLDEN / "fused")
             tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
             if scale is not None:

@@ -44,6 +44,7 @@ from tests.convert.test_layouts import add_to_config, load_tensors
             {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
             "quantization: expected bits 2, 4 or 8 and group_size 32, 64 or 128, in the mode affine",
         ),
+        ({"quantization": {"bits": 4.0, "group_size": 32}}, "quantization: expected bits 2, 4 or 8 and group_size 32"),
         ({"quantization": "int4"}, "quantization: expected a JSON object, got 'int4'"),
     ],
 )
@@ -52,6 +53,23 @@ def test_entries_that_the_tensors_contradict_are_named(fused_copy, entries, mess
     with pytest.raises(CheckpointError) as error:
         open_folder(fused_copy)
     assert f"config.json: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffixes", "message"),
+    [
+        (np.uint32, (".scales", ".biases"), "lm_head.weight: is packed, and has shape () rather than rows and columns"),
+        (jnp.float8_e4m3fn, (".weight_scale",), "lm_head.weight: is FP8, and one number rather than rows"),
+    ],
+)
+def test_quantised_number_is_no_weight(tmp_path, dtype, suffixes, message):
+    shutil.copy(GOLDEN / "fused" / "config.json", tmp_path)
+    add_to_config(tmp_path, quantization={"bits": 4, "group_size": 32})
+    tensors = load_tensors(GOLDEN / "fused") | {"lm_head.weight": np.array(1, dtype)}
+    save_file(tensors | {f"lm_head{suffix}": np.ones(1, np.float32) for suffix in suffixes}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        open_folder(tmp_path)
+    assert message in str(error.value)
 
 
 def test_entries_that_say_nothing_load(fused_copy):
