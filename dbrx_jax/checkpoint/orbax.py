@@ -139,7 +139,7 @@ class OrbaxFolder:
             check_configuration(folder, manifest, config)
         if verify and not records:
             raise CheckpointError(f"{folder}: has no digests; add them with: dbrx-convert seal {folder}")
-        quantization = _read_quantization(folder, manifest)
+        quantization = read_quantization(folder, manifest)
         arrays, quantized = _read_arrays(folder / PARAMS / STATE, config, quantization)
         if records and check_manifest:
             _check_records(folder, records, arrays)
@@ -196,8 +196,12 @@ def is_orbax(path: Path) -> bool:
     return (path / MANIFEST).is_file() or (path / PARAMS / STATE).is_dir()
 
 
-def _read_quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | None:
-    """Parses the manifest's quantisation, which folders of format version 1 lack and those of 2 have."""
+def read_quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | None:
+    """Parses the manifest's quantisation, which folders of format version 1 lack and those of 2 have.
+
+    Raises:
+      CheckpointError: it is unknown, or does not go with the version.
+    """
     text, version = manifest.get("quantization"), manifest["format_version"]
     if not isinstance(text, str | None) or (version in OLDER_VERSIONS and (version == 2) != isinstance(text, str)):
         raise CheckpointError(

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -166,16 +165,15 @@ def _quantization(requested: str | None, stored: str | None, model: str) -> str 
 
 def _model(name: str) -> tuple["DbrxConfig", str | None]:
     """Returns the configuration of this name, or a checkpoint's with its stored quantisation."""
-    from dbrx_jax.checkpoint.orbax import is_orbax, read_manifest
+    from dbrx_jax.checkpoint.manifest import read_manifest
+    from dbrx_jax.checkpoint.orbax import is_orbax, read_quantization
     from dbrx_jax.config import DbrxConfig, config_names
     from dbrx_jax.files import location
-    from dbrx_jax.quantization import Quantization
 
     if name in config_names():
         return DbrxConfig.from_name(name), None
     folder = location(name)
     if not (folder / "config.json").exists():
         raise PlanError(f"{name}: neither a folder with config.json nor one of {', '.join(config_names())}")
-    stored = read_manifest(folder).get("quantization") if is_orbax(folder) else None
-    config = DbrxConfig.from_file(Path(name) if "://" not in name else folder)
-    return config, None if stored is None else str(Quantization.parse(stored))
+    stored = read_quantization(folder, read_manifest(folder)) if is_orbax(folder) else None
+    return DbrxConfig.from_file(folder), None if stored is None else str(stored)

@@ -10,7 +10,8 @@ from dbrx_convert.inspect import inspect
 from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
 from dbrx_jax.checkpoint.huggingface import INDEX, HuggingFaceFolder
-from dbrx_jax.checkpoint.orbax import MANIFEST, PARAMS
+from dbrx_jax.checkpoint.manifest import MANIFEST
+from dbrx_jax.checkpoint.orbax import PARAMS
 from dbrx_jax.console import one_line, print_status
 from dbrx_jax.errors import CheckpointError, DbrxError
 from tests.commands import in_process

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax import DbrxForCausalLM
+from dbrx_jax.checkpoint.manifest import MANIFEST
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import MemoryLimitError, MeshError, PlanError
 from dbrx_jax.host_memory import total_memory
@@ -243,6 +244,13 @@ class TestCommand:
         done = in_process("dbrx-jax", "plan", tmp_path / "small", "--on", "v5e-1", "--quantization", "int4")
         assert done.returncode == 2
         assert "are int8 already; plan for what it was made from" in done.stderr
+        manifest = tmp_path / "small" / MANIFEST
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"quantization": 8}))
+        done = in_process("dbrx-jax", "plan", tmp_path / "small", "--on", "v5e-1")
+        assert done.returncode == 2
+        assert done.stderr.endswith(
+            "dbrx_jax.json: quantization: does not go with the format's version; convert again\n"
+        )
 
     def test_plan_says_what_loading_takes(self):
         facts = facts_of("--on", "v5e-64", "--quantization", "int4", "--read-rate", "2")
