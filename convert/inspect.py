@@ -10,6 +10,7 @@ from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.parameters import array_layouts, parameter_specs
 from dbrx_jax.errors import CheckpointError, DbrxError
 from dbrx_jax.files import location
+from dbrx_jax.generation.checkpoint_config import read_generation_config
 from dbrx_jax.quantization.formats import part_of
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
@@ -51,13 +52,18 @@ def inspect(path: str | Path, values: bool = False) -> dict[str, Any]:
     if folder.quantization is not None:
         facts |= {"quantization": str(folder.quantization), "bytes_by_part": _bytes_by_part(folder)}
     try:
+        read_generation_config(folder.path)
+    except DbrxError as error:
+        facts["problems"].append(str(error))
+    try:
         tokenizer = DbrxTokenizer.from_pretrained(path)
         facts["tokenizer"] = f"{tokenizer.vocab_size} ids, {len(tokenizer.special_tokens)} of them special"
         if tokenizer.vocab_size > config.vocab_size:
             facts["problems"].append(f"the tokenizer has ids beyond the model's {config.vocab_size}")
     except DbrxError as error:
         facts["tokenizer"] = None
-        facts["problems"].append(str(error))
+        if str(error) not in facts["problems"]:  # the generation settings have the tokenizer's ids
+            facts["problems"].append(str(error))
     if values:
         counts = {name: not_finite(folder, name, folder.parameter_dtype(name)) for name in parameter_specs(config)}
         bad = {name: count for name, count in counts.items() if count}

@@ -73,20 +73,24 @@ class DbrxForCausalLM(CausalLM):
         Raises:
           CheckpointError: the folder is not a complete DBRX checkpoint, or `verify` finds bytes that are not what was
             written; the message says what is wrong.
-          ConfigError: config.json is missing or has an unusable value, or the implementation of attention is
-            unknown or does not run on the devices.
+          ConfigError: config.json is missing, that or generation_config.json has an unusable value, or the
+            implementation of attention is unknown or does not run on the devices.
+          TokenizerError: tokenizer_config.json, which may name the end token, is damaged.
           MeshError: the mesh does not fit the model or the devices.
           QuantizationError: the quantisation is unknown, or does not fit the model.
           MemoryLimitError: the memory of the host or of a device ran out.
         """
         from dbrx_jax.checkpoint.keywords import refuse_keywords
-        from dbrx_jax.checkpoint.load import load_model  # imports safetensors
+        from dbrx_jax.checkpoint.load import load_model
+        from dbrx_jax.checkpoint.open import open_folder  # imports safetensors
 
         refuse_keywords(unknown)
         folder = checkpoint_folder(path, progress)
-        options = (mesh, dtype, quantization, all_to_all, attention_implementation, progress, verify)
-        model = load_model(cls, folder, *options)
-        model.generation_config = read_generation_config(folder)
+        checkpoint = open_folder(folder, verify)
+        generation_config = read_generation_config(folder)  # a mistake in it shows before the weights are read
+        options = (mesh, dtype, quantization, all_to_all, attention_implementation, progress)
+        model = load_model(cls, checkpoint, *options)
+        model.generation_config = generation_config
         model.checkpoint_path = folder
         return model
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jax.typing import DTypeLike
 
 from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.checkpoint.layouts import stored_shape
-from dbrx_jax.checkpoint.open import open_folder
 from dbrx_jax.checkpoint.parameters import ArrayLayout, Network, array_layouts, model_from_arrays, parameter_specs
 from dbrx_jax.checkpoint.quantized import read_quantized
 from dbrx_jax.config import DTYPES
@@ -31,24 +29,22 @@ READERS = 4  # threads
 
 def load_model(
     network: type[Network],
-    path: Path,
+    folder: CheckpointFolder,
     mesh: Mesh | str | None,
     dtype: DTypeLike | None,
     quantization: str | Quantization | None,
     all_to_all: bool,
     attention_implementation: str | None,
     show_progress: bool | None = None,
-    verify: bool = False,
 ) -> Network:
     """Loads a checkpoint into a network of this class; see :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`."""
     if dtype is not None and str(np.dtype(dtype)) not in DTYPES:
         raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     requested = Quantization.parse(quantization)
-    folder = open_folder(path, verify)
     stored = folder.quantization
     if requested is not None and stored is not None and requested != stored:
         raise CheckpointError(
-            f"{path}: its weights are {stored} already, and {requested} is asked for; load what it was made from"
+            f"{folder.path}: its weights are {stored} already, and {requested} is asked for; load what it was made from"
         )
     quantization = stored if requested is None else requested
     target = np.dtype(folder.dtype() if dtype is None else dtype)

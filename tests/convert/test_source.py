@@ -6,6 +6,7 @@ import shutil
 import pytest
 from upath import UPath
 
+from dbrx_convert.inspect import inspect
 from dbrx_convert.to_hf import to_hf
 from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
@@ -51,6 +52,24 @@ def test_damaged_file_beside_the_weights_is_refused_before_writing(name, source,
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("generation_config.json", "[]", "generation_config.json: expected a JSON object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),
+    ],
+)
+def test_damaged_settings_are_found_before_the_weights_are_read(file, text, message, tmp_path, monkeypatch):
+    shutil.copytree(source_folder(), tmp_path / "source")
+    (tmp_path / "source" / file).write_text(text)
+    (problem,) = inspect(tmp_path / "source")["problems"]
+    assert message in problem
+    monkeypatch.setattr("dbrx_jax.checkpoint.load._read_arrays", None)
+    with pytest.raises(DbrxError) as error:
+        DbrxForCausalLM.from_pretrained(tmp_path / "source")
+    assert str(error.value) == problem
 
 
 def test_token_ids_of_the_configuration_are_read_too(tmp_path):
