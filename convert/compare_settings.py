@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_convert.verify import Difference
-from dbrx_jax.checkpoint.folder import CheckpointFolder
+from dbrx_jax.checkpoint.folder import CheckpointFolder, and_more
 from dbrx_jax.errors import TokenizerError
 from dbrx_jax.generation.checkpoint_config import read_generation_config
 from dbrx_jax.text.tokenizer import DbrxTokenizer
@@ -38,8 +38,8 @@ def _compare_entries(name: str, x: Mapping[Any, Any], y: Mapping[Any, Any]) -> I
     """Yields a difference for the first entry that differs, with the number of the others."""
     keys = [key for key in {**x, **y} if x.get(key) != y.get(key)]
     if keys:
-        others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-        yield Difference(name, "setting", f"{keys[0]}: {x.get(keys[0])!r:.80} against {y.get(keys[0])!r:.80}{others}")
+        values = f"{x.get(keys[0])!r:.80} against {y.get(keys[0])!r:.80}"
+        yield Difference(name, "setting", f"{keys[0]}: {values}{and_more(keys)}")
 
 
 def _tokenizer(folder: Path) -> DbrxTokenizer | str:

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dbrx_jax.checkpoint.dtypes import common_dtype
+from dbrx_jax.checkpoint.folder import and_more
 from dbrx_jax.checkpoint.layouts import Layout, SourceTensor, TensorRows, expand, recognise
 from dbrx_jax.checkpoint.quantization_entries import check_entries, read_entries
 from dbrx_jax.checkpoint.stored_tensors import FLOATS, Fp8Tensor, MlxTensor, PlainTensor, StoredTensor
@@ -243,10 +244,10 @@ def _pair_with_scales(
 def _check_tensors(folder: Path, tensors: Mapping[str, SourceTensor], stored: Mapping[str, StoredTensor]) -> None:
     """Checks names, shapes and dtypes of the stored tensors against those that the configuration asks for."""
     if missing := [name for name in tensors if name not in stored]:
-        raise CheckpointError(f"{folder}: {missing[0]} is missing{_more(missing)}")
+        raise CheckpointError(f"{folder}: {missing[0]} is missing{and_more(missing)}")
     if unknown := [name for name in stored if name not in tensors]:
         raise CheckpointError(
-            f"{stored[unknown[0]].files[0]}: {unknown[0]} is not a tensor of this DBRX{_more(unknown)}; "
+            f"{stored[unknown[0]].files[0]}: {unknown[0]} is not a tensor of this DBRX{and_more(unknown)}; "
             "compare config.json with where the files come from"
         )
     for name, tensor in tensors.items():
@@ -257,7 +258,3 @@ def _check_tensors(folder: Path, tensors: Mapping[str, SourceTensor], stored: Ma
             )
         if stored[name].dtype.name not in FLOATS:
             raise CheckpointError(f"{file}: {name}: expected dtype {', '.join(FLOATS)}, got {stored[name].dtype}")
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
