@@ -200,8 +200,10 @@ def progress(
         return
     if _in_notebook():
         draw = _draw_in_notebook()
-        yield _progress_lines(label, num_bytes, draw, after, NOTEBOOK_SECONDS)
-        draw("")
+        try:
+            yield _progress_lines(label, num_bytes, draw, after, NOTEBOOK_SECONDS)
+        finally:
+            draw("")
     elif not can_redraw():
         yield _progress_lines(label, num_bytes, print_status, LINE_SECONDS, LINE_SECONDS)
     else:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from dbrx_jax.console import LINE_SECONDS, print_status
+from dbrx_jax.console import LINE_SECONDS, can_redraw, print_status
 
 if TYPE_CHECKING:
     from dbrx_jax.generation.stream import TokenStream
@@ -49,17 +49,16 @@ def row_progress(total: int, rates: Rates, bar: bool) -> Iterator[Callable[[int]
     """Shows rows, tokens per second and the time left; yields a function of the number of rows that are done.
 
     Args:
-      bar: show a bar if stderr is a terminal; else lines, about a hundred or one every LINE_SECONDS.
+      bar: show a bar if it can be drawn; else lines, about a hundred or one every LINE_SECONDS.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
-    if not (bar and console.is_terminal):
+    if not (bar and can_redraw()):
         yield _row_lines(total, rates)
         return
     columns = (BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as shown:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task("", total=total)
         yield lambda done: shown.update(task, completed=done, description=describe(done, total, rates))
 

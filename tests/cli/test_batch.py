@@ -14,6 +14,7 @@ import pytest
 from dbrx_jax.cli.batch import batches, derive_seed
 from dbrx_jax.cli.output import ResumableOutput, open_output
 from dbrx_jax.cli.prompts import Item, PromptsFile, Row, parse_row
+from dbrx_jax.cli.rates import Rates, row_progress
 from dbrx_jax.errors import GenerationError, NotFiniteError
 from dbrx_jax.generation.stream import TokenStream
 from dbrx_jax.generation_config import GenerationConfig
@@ -245,6 +246,13 @@ class TestResults:
         assert [line.split(",")[0] for line in lines] == [f"{n} of 7 rows" for n in (3, 6, 7)]
         assert all("tokens/s" in line and line.endswith(" s left") for line in lines)
         assert lines[-1].endswith(", 0 s left")
+
+    def test_progress_is_lines_on_a_terminal_that_cannot_redraw(self, monkeypatch, capsys):
+        monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take stderr for a terminal
+        with row_progress(400, Rates(), bar=True) as advance:
+            advance(80)
+        assert capsys.readouterr().err == "80 of 400 rows\n"
 
 
 ROWS = tuple({"prompt": "abc"[: 1 + i % 3], "id": i} for i in range(8))
