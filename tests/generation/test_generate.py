@@ -23,17 +23,6 @@ from tests.conftest import GOLDEN
 T, N = 20, 10
 
 
-@pytest.fixture(scope="module")
-def model(models):
-    return models("unnormalised_mqa")
-
-
-@pytest.fixture(scope="module")
-def prompts(expected):
-    e = expected["unnormalised_mqa"]
-    return e["tokens"], e["mask"], e["greedy"]
-
-
 def new_tokens(model, ids, mask=None, **options):
     options = {"max_new_tokens": N, "eos_token_id": None, **options}
     return np.asarray(model.generate(ids, mask, **options))[:, ids.shape[1] :]
@@ -183,9 +172,9 @@ class TestSeeds:
 
 @settings(max_examples=15)
 @given(st.integers(0, 999), st.integers(0, 2), st.booleans())
-def test_row_result_does_not_depend_on_other_rows(golden_batch, seed, row, sample):
+def test_row_result_does_not_depend_on_other_rows(model, prompts, seed, row, sample):
     """Tokens and log-probabilities are bitwise equal at a fixed batch size while the other rows vary."""
-    model, ids, mask = golden_batch
+    ids, mask, _ = prompts
     rng = np.random.default_rng(seed)
     other, other_mask = rng.integers(0, 260, ids.shape), (np.arange(T) >= rng.integers(0, T, (3, 1))).astype(int)
     other[row], other_mask[row] = ids[row], mask[row]
@@ -194,11 +183,6 @@ def test_row_result_does_not_depend_on_other_rows(golden_batch, seed, row, sampl
     a, b = model.generate(ids, mask, **options), model.generate(other, other_mask, **options)
     np.testing.assert_array_equal(a.sequences[row, T:], b.sequences[row, T:])
     np.testing.assert_array_equal(a.logprobs[row], b.logprobs[row])
-
-
-@pytest.fixture(scope="module")
-def golden_batch(model, prompts):
-    return model, prompts[0], prompts[1]
 
 
 class TestStreaming:

@@ -18,17 +18,6 @@ from tests.conftest import GOLDEN
 T, N = 20, 8
 
 
-@pytest.fixture(scope="module")
-def model(models):
-    return models("unnormalised_mqa")
-
-
-@pytest.fixture(scope="module")
-def prompts(expected):
-    e = expected["unnormalised_mqa"]
-    return e["tokens"], e["mask"], e["greedy"]
-
-
 def generate(model, prompts, rows=3, **options):
     """Returns the new tokens of the first rows."""
     ids, mask, _ = prompts
