@@ -42,7 +42,7 @@ def read_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         given.setdefault("do_sample", True)
     for name, value in given.items():
         try:
-            GenerationConfig(**{name: value})
+            GenerationConfig(**{"do_sample": True, name: value})
         except GenerationError as error:
             typed = "stop" if name == "stop_strings" and "stop" in values else name
             message = str(error).removeprefix(name)

@@ -325,7 +325,8 @@ def _warn_without_effect(config: GenerationConfig, options: Mapping[str, Any]) -
     """Warns of the caller's options that need do_sample."""
     if config.do_sample:
         return
-    unused = [name for name, off in SAMPLING_OPTIONS.items() if options.get(name) not in (None, off)]
+    given = {name: value for name, value in options.items() if (name, value) != ("temperature", 0)}  # 0 is greedy
+    unused = [name for name, off in SAMPLING_OPTIONS.items() if given.get(name) not in (None, off)]
     if unused:
         warnings.warn(f"{', '.join(unused)}: without do_sample=True this has no effect", stacklevel=4)
 

@@ -37,7 +37,8 @@ def _above_zero(name: str, value: Any) -> float:
 
 
 def _temperature(name: str, value: Any) -> float:
-    if _above_zero(name, value) < MIN_TEMPERATURE:
+    """Checks a temperature; 0 is for greedy decoding alone, as GenerationConfig knows."""
+    if not (_is_number(value) and value == 0) and _above_zero(name, value) < MIN_TEMPERATURE:
         raise GenerationError(f"{name}: expected at least {MIN_TEMPERATURE}, got {value}; or do_sample=False")
     return float(value)
 

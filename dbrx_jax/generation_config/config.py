@@ -43,7 +43,7 @@ class GenerationConfig:
     max_time: float | None = None  # seconds
     stop_strings: tuple[str, ...] = ()
     do_sample: bool = False
-    temperature: float | None = None  # 1
+    temperature: float | None = None  # 1; without do_sample also 0
     top_k: int | None = None  # 0
     top_p: float | None = None  # 1
     min_p: float | None = None  # 0
@@ -76,6 +76,8 @@ class GenerationConfig:
             value = getattr(self, field.name)
             value = field.default if value is None else CHECKS[field.name](field.name, value)
             object.__setattr__(self, field.name, value)  # the dataclass is frozen
+        if self.do_sample and self.temperature == 0:
+            raise GenerationError("temperature: expected a number above 0, got 0; use do_sample=False")
 
     def __repr__(self) -> str:
         options = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))

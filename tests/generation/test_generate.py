@@ -326,7 +326,7 @@ class TestCompilation:
         ),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number above 0, got 0"),
         ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number"),
-        ({"temperature": 0.0}, "temperature: expected a number above 0"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature: expected a number above 0, got 0; use do_sample=False"),
         ({"temperature": float("nan")}, "temperature: expected a number above 0"),
         ({"top_k": -1}, "top_k: expected a whole number of at least 0"),
         ({"top_p": 1.1}, "top_p: expected a number from 0 to 1"),

@@ -280,6 +280,17 @@ class TestMistakes:
         with pytest.warns(UserWarning, match=f"{name}: without do_sample=True this has no effect"):
             TokenStream(model, prompts[0], **{name: 1 if name == "top_k" else 0.5})
 
+    def test_temperature_of_0_is_greedy_unless_sampling_is_asked_for(self, model, prompts, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(
+                generate(model, prompts, max_new_tokens=2, temperature=0.0), prompts[2][:, :2]
+            )
+        (tmp_path / "generation_config.json").write_text('{"temperature": 0.0, "do_sample": false}')
+        config = GenerationConfig.from_file(tmp_path)
+        with pytest.raises(GenerationError, match="temperature: expected a number above 0, got 0; use do_sample=False"):
+            generate(model, prompts, generation_config=config, do_sample=True)
+
     def test_values_that_are_off_do_not_warn(self, model, prompts):
         off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0}
         TokenStream(model, prompts[0], **off)
