@@ -41,7 +41,8 @@ def make_settings(
     if keys is not None:
         sampling = Sampling(keys, np.float32(config.temperature or 1), _make_filters(config, padded_size))
     renormalize = np.float32(1) if config.renormalize_logits and config.output_scores else None
-    return Settings(padded_ids(config.eos_token_id), processors, sampling, renormalize)
+    eos = [i for i in config.eos_token_id if i < vocab_size]  # an id that pads the vocabulary is no token
+    return Settings(padded_ids(eos), processors, sampling, renormalize)
 
 
 def padded_ids(ids: Sequence[int]) -> np.ndarray:
@@ -67,7 +68,9 @@ def _make_processors(config: GenerationConfig, vocab_size: int, prompt_width: in
     eos = set(config.eos_token_id)
     bad_words = [(word, -np.inf) for word in config.bad_words_ids if not (len(word) == 1 and word[0] in eos)]
     penalties = CountPenalties(np.float32(config.frequency_penalty or 0), np.float32(config.presence_penalty or 0))
-    min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_width)
+    min_new_tokens = config.min_new_tokens
+    if min_new_tokens is None:
+        min_new_tokens = (config.min_length or 0) - prompt_width
     forced = None
     if config.forced_eos_token_id:
         forced = _vector(vocab_size, [((i,), 0.0) for i in config.forced_eos_token_id], fill=-np.inf)

@@ -60,6 +60,7 @@ CASES = [
     ({"min_new_tokens": 2}, [0, 1, 2, 3, 3], LOGITS[0]),
     ({"min_length": 5}, [0, 1, 2, 3], [2.0, -1.0, 0.5, 1.5, -2.0, INF]),
     ({"min_length": 4}, [0, 1, 2, 3], LOGITS[0]),
+    ({"min_length": 9, "min_new_tokens": 1}, [0, 1, 2, 3], LOGITS[0]),  # min_new_tokens goes first
     ({"forced_eos_token_id": 5}, [0] * (WIDTH + NEW - 1), [INF, INF, INF, INF, INF, 0.0]),
     ({"forced_eos_token_id": [4, 5]}, [0] * (WIDTH + NEW - 1), [INF, INF, INF, INF, 0.0, 0.0]),
     ({"forced_eos_token_id": 5}, [0] * (WIDTH + NEW - 2), LOGITS[0]),
@@ -83,6 +84,14 @@ def test_split_vocabulary_gives_the_same_logits():
     partition = Partition(make_mesh({"expert": 2, "tensor": 2}, jax.devices()[:4]))
     for options, ids, want in CASES[::3]:
         np.testing.assert_allclose(processed(options, ids, partition), want, rtol=1e-6, err_msg=f"{options}")
+
+
+def test_ids_that_pad_the_vocabulary_never_end_a_row():
+    """On a mesh the vocabulary is padded with the least float, of which a growing penalty would make the largest."""
+    partition = Partition(make_mesh({"expert": 2}, jax.devices()[:2]))
+    config = GenerationConfig(eos_token_id=(5, V + 1), exponential_decay_length_penalty=(0, 3.0))
+    assert partition.pad_vocabulary(V) > V + 1
+    assert make_settings(config, V, WIDTH, NEW, None, partition).eos.tolist() == [5, *[-1] * 7]
 
 
 def test_functions_see_the_whole_vocabulary_without_padding():
