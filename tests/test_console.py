@@ -226,10 +226,15 @@ def test_progress_in_a_notebook_is_one_line_that_changes(monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
     clock = iter([100.0, 101.0, 103.0, 103.1, 104.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with pytest.raises(KeyboardInterrupt), console.progress("Loading", 8 * 10**9) as advance:  # or without an error
-        for _ in range(4):
-            advance(10**9)
-        raise KeyboardInterrupt
+
+    def load():
+        with console.progress("Loading", 8 * 10**9) as advance:
+            for _ in range(4):
+                advance(10**9)
+            raise KeyboardInterrupt  # or without an error
+
+    with pytest.raises(KeyboardInterrupt):
+        load()
     assert shown == [
         "Loading: 2.0 of 8.0 GB, 0.67 GB/s, 9 s left",  # the first one after two seconds
         "Loading: 4.0 of 8.0 GB, 1.00 GB/s, 4 s left",
