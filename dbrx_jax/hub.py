@@ -9,8 +9,8 @@ from dbrx_jax.errors import CheckpointError, install_advice
 from dbrx_jax.files import check_links, location
 
 SCHEME = "hf://"
-# The files of a checkpoint, without the pickled weights that a repository may hold beside them.
-FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "*.tiktoken", "additional_chat_templates")
+# The files of a checkpoint, without the pickled weights that a repository may hold beside them; params/ are Orbax's.
+FILES = ("params/*", "*.json", "*.safetensors", "merges.txt", "*.jinja", "*.tiktoken", "additional_chat_templates")
 
 
 def checkpoint_folder(path: str | Path, progress: bool | None = None) -> Path:

@@ -5,12 +5,15 @@ import re
 import sys
 import tomllib
 import types
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 import dbrx_jax.hub
+from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxForCausalLM
+from dbrx_jax.demo import source_folder
 from dbrx_jax.errors import PACKAGES, CheckpointError
 from dbrx_jax.hub import checkpoint_folder
 from tests.conftest import GOLDEN
@@ -48,6 +51,18 @@ def test_repository_is_downloaded_without_pickles(hub):
     assert name == "someone/dbrx-instruct"
     assert "*.safetensors" in patterns
     assert not any("bin" in p or p == "*" for p in patterns)
+
+
+def test_orbax_repository_is_downloaded_whole(hub, tmp_path):
+    to_orbax(source_folder(), tmp_path / "orbax")
+    (tmp_path / "orbax" / "additional_chat_templates").mkdir()
+    (tmp_path / "orbax" / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    hub.answer = lambda: str(tmp_path / "orbax")
+    DbrxForCausalLM.from_pretrained("hf://someone/orbax")
+    ((_, patterns),) = hub.requests
+    files = [path.relative_to(tmp_path / "orbax").as_posix() for path in (tmp_path / "orbax").rglob("*.*")]
+    assert "params/state/lm_head/0.0" in files
+    assert [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 
 
 def test_hub_error_is_reported_in_one_line(hub):
