@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from dbrx_convert.source import open_source
 from dbrx_jax.checkpoint.companions import copy_files, write_config
 from dbrx_jax.checkpoint.copy_rows import Progress
-from dbrx_jax.checkpoint.work_folder import fingerprint, work_folder
+from dbrx_jax.checkpoint.work_folder import check_workers, fingerprint, work_folder
 from dbrx_jax.checkpoint.write_huggingface import SHARD, write_shards
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import location, read_json
@@ -44,6 +44,7 @@ def to_hf(
       ConfigError: the source's config.json is missing, or that or its generation_config.json cannot be used.
       TokenizerError: a file of the source's tokenizer is damaged.
     """
+    check_workers(workers)
     if max_shard_size < 1:
         raise CheckpointError(f"max_shard_size: expected a size above 0, got {max_shard_size}")
     source, destination = location(source), location(destination)

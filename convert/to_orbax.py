@@ -9,7 +9,7 @@ from dbrx_convert.source import open_source
 from dbrx_jax.checkpoint.companions import copy_files, write_config
 from dbrx_jax.checkpoint.copy_rows import Progress
 from dbrx_jax.checkpoint.manifest import FORMAT_VERSION
-from dbrx_jax.checkpoint.work_folder import fingerprint, work_folder
+from dbrx_jax.checkpoint.work_folder import check_workers, fingerprint, work_folder
 from dbrx_jax.checkpoint.write_orbax import finish_orbax, stored_bytes, write_arrays
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import is_remote, location, read_json
@@ -50,6 +50,7 @@ def to_orbax(
       ConfigError: the source's config.json is missing, or that or its generation_config.json cannot be used.
       TokenizerError: a file of the source's tokenizer is damaged.
     """
+    check_workers(workers)
     quantization = Quantization.parse(quantization)
     source, destination = location(source), location(destination)
     checkpoint, files = open_source(source)

@@ -176,9 +176,15 @@ def fingerprint(checkpoint: CheckpointFolder) -> str:
     return digest.hexdigest()
 
 
+def check_workers(workers: int | None) -> None:
+    """Raises CheckpointError unless :func:`parallel` can be called with this number of threads."""
+    if workers is not None and workers < 1:
+        raise CheckpointError(f"workers: expected a whole number above 0, got {workers}")
+
+
 def parallel(work: Callable[[Any], None], items: Iterable[Any], workers: int | None) -> None:
     """Calls `work` on every item in threads; the first error cancels the remaining items and is raised."""
-    with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1) if workers is None else workers) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
             for future in as_completed(futures):

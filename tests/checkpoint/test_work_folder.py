@@ -75,6 +75,14 @@ def test_run_killed_before_it_wrote_its_plan_begins_anew(left, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("convert", [to_orbax, to_hf])
+@pytest.mark.parametrize("workers", [0, -1])
+def test_number_of_threads_is_checked_before_anything_is_written(convert, workers, tmp_path):
+    with pytest.raises(CheckpointError, match=f"workers: expected a whole number above 0, got {workers}"):
+        convert(GOLDEN / "dense", tmp_path / "out", workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("resume", "advice"), [(True, "; run the same command again to continue"), (False, "")])
 def test_error_says_to_continue_only_what_does(resume, advice, tmp_path):
     with pytest.raises(CheckpointError) as error, work_folder(tmp_path / "out", {"kind": "x"}, 0, resume):
