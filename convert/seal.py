@@ -7,9 +7,9 @@ from typing import Any
 from dbrx_jax.checkpoint.copy_rows import Progress
 from dbrx_jax.checkpoint.folder import PLAN
 from dbrx_jax.checkpoint.manifest import FORMAT_VERSION, ArrayRecord, configuration_of, write_manifest
-from dbrx_jax.checkpoint.orbax import PARAMS, OrbaxFolder, StoredArray, is_orbax
+from dbrx_jax.checkpoint.orbax import FLOATS, PARAMS, OrbaxFolder, StoredArray, is_orbax
 from dbrx_jax.checkpoint.orbax_metadata import write_orbax_metadata
-from dbrx_jax.checkpoint.raw_arrays import bytes_of, sha256_of
+from dbrx_jax.checkpoint.raw_arrays import bytes_of, count_not_finite, sha256_of
 from dbrx_jax.checkpoint.work_folder import parallel
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import location
@@ -38,11 +38,12 @@ def seal(path: str | Path, arrays: bool = False, progress: Progress | None = Non
     folder = OrbaxFolder.open(path, check_manifest=False)
     older_digests = {} if arrays else folder.manifest.get("sha256", {})
     records: dict[str, ArrayRecord] = {}
+    bad = {name: count for name, count in folder.manifest.get("not_finite", {}).items() if name in folder.arrays}
 
     def record(name: str) -> None:
         array, known = folder.arrays[name], folder.records.get(name)
         if arrays or known is None or not known.describes(array.shape, array.dtype, array.chunk_rows):
-            records[name] = _record(array, older_digests.get(name))
+            records[name], bad[name] = _record(array, older_digests.get(name))
         else:
             records[name] = known
         if progress is not None:
@@ -52,8 +53,10 @@ def seal(path: str | Path, arrays: bool = False, progress: Progress | None = Non
     if records.keys() != folder.records.keys():
         write_orbax_metadata(path / PARAMS, records)
     configuration, recorded = configuration_of(folder.config), folder.manifest.get("configuration", {})
-    manifest: dict[str, Any] = {key: value for key, value in folder.manifest.items() if key != "sha256"}
+    counts = {name: bad[name] for name in sorted(bad) if bad[name]}
+    manifest: dict[str, Any] = {k: v for k, v in folder.manifest.items() if k not in ("sha256", "not_finite")}
     manifest |= {
+        **({"not_finite": counts} if counts else {}),
         "format_version": FORMAT_VERSION,
         "parameters": folder.config.total_parameters,
         "configuration": configuration,
@@ -65,17 +68,19 @@ def seal(path: str | Path, arrays: bool = False, progress: Progress | None = Non
     return fields + sorted(name for name in names if folder.records.get(name) != records.get(name))
 
 
-def _record(array: StoredArray, older_digest: str | None) -> ArrayRecord:
-    """Reads an array and makes its record.
+def _record(array: StoredArray, older_digest: str | None) -> tuple[ArrayRecord, int]:
+    """Reads an array and makes its record; returns this with the number of its infinite or NaN values.
 
     Raises:
       CheckpointError: its bytes are not those of an older manifest's digest, which is of the whole array.
     """
-    whole, digests = hashlib.sha256(), []
+    whole, digests, count = hashlib.sha256(), [], 0
     for rows in array.chunks():
         digests.append(sha256_of(rows))
+        if array.dtype in FLOATS.values():
+            count += count_not_finite(rows)
         if older_digest is not None:
             whole.update(bytes_of(rows))
     if older_digest is not None and whole.hexdigest() != older_digest:
         raise CheckpointError(f"{array.folder}: its bytes are not what was written; copy it or convert again")
-    return ArrayRecord(array.shape, array.dtype.name, array.chunk_rows, tuple(digests))
+    return ArrayRecord(array.shape, array.dtype.name, array.chunk_rows, tuple(digests)), count

@@ -98,7 +98,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file}: format_version: expected 1, 2 or {FORMAT_VERSION}, got {version!r:.40}; convert again"
         )
     required = ("configuration", "arrays") if version == FORMAT_VERSION else ()
-    for key in ("configuration", "arrays", "sha256"):  # the last is of older versions
+    for key in ("configuration", "arrays", "not_finite", "sha256"):  # the last is of older versions
         if (key in required or key in manifest) and not isinstance(manifest.get(key), Mapping):
             raise CheckpointError(f"{file}: {key}: expected a JSON object; copy the file again")
     return dict(manifest)

@@ -223,6 +223,19 @@ class TestDigests:
         with pytest.raises(CheckpointError, match=f"{W1}: its bytes are not what was written"):
             seal(orbax)
 
+    def test_seal_counts_the_values_that_are_not_finite(self, orbax):
+        chunk = orbax / PARAMS / STATE / W1 / "0.0"
+        values = np.frombuffer(chunk.read_bytes(), np.float32).copy()
+        good, values[5:8] = values.copy(), np.nan
+        chunk.write_bytes(values.tobytes())
+        edit_json(orbax / MANIFEST, lambda m: m.update(not_finite={"removed": 1, "lm_head": 2}))
+        counts = []
+        for content, arrays in ((values, False), (values, True), (good, True)):
+            chunk.write_bytes(content.tobytes())
+            seal(orbax, arrays)
+            counts.append(json.loads((orbax / MANIFEST).read_text()).get("not_finite"))
+        assert counts == [{"lm_head": 2}, {W1: 3}, None]
+
     @pytest.mark.parametrize("options", [{}, {"compress": True}, {"quantization": "int8"}])
     def test_resumed_conversion_has_the_same_manifest(self, tmp_path, options):
         """Killed after some arrays; one of the records is lost, and one array is without its folder."""
