@@ -20,7 +20,7 @@ from dbrx_jax.generation.checkpoint_config import read_generation_config
 from dbrx_jax.generation.generate import GenerationOutput, run_to_end
 from dbrx_jax.generation.stream import BURST, TokenStream
 from dbrx_jax.generation_config import FILE, GenerationConfig
-from dbrx_jax.hub import checkpoint_folder
+from dbrx_jax.hub import checkpoint_folder, download_weights, is_on_hub
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.forward import CausalLMOutput, forward
 from dbrx_jax.model.graph import split_model
@@ -53,7 +53,7 @@ class DbrxForCausalLM(CausalLM):
 
         Args:
           path: a local folder, a URL such as gs://bucket/folder (extra [gcs]), or `hf://owner/name` on the
-            Hugging Face hub (extra [hub]).
+            Hugging Face hub (extra [hub]), whose weights are downloaded once options and small files are checked.
           mesh: the devices of the model: a jax Mesh, the name of a recipe such as "v5e-64", or axes such
             as "expert=16,tensor=4" over all devices; None is one device.
           dtype: of the weights; None keeps that of the checkpoint. For quantised weights, the dtype of their
@@ -81,15 +81,21 @@ class DbrxForCausalLM(CausalLM):
           MemoryLimitError: the memory of the host or of a device ran out.
         """
         from dbrx_jax.checkpoint.keywords import refuse_keywords
-        from dbrx_jax.checkpoint.load import load_model
-        from dbrx_jax.checkpoint.open import open_folder  # imports safetensors
+        from dbrx_jax.checkpoint.load import load_model, plan_arrays  # imports safetensors
+        from dbrx_jax.checkpoint.open import open_folder, require_digests
 
         refuse_keywords(unknown)
         folder = checkpoint_folder(path, progress)
+        if is_on_hub(path):  # what is wrong with the options or the small files shows before the download
+            if verify:
+                require_digests(folder)
+            config = DbrxConfig.from_file(folder)
+            plan_arrays(config, mesh, config.dtype if dtype is None else dtype, quantization, attention_implementation)
+            read_generation_config(folder)
+            download_weights(path, folder, progress)
         checkpoint = open_folder(folder, verify)
         generation_config = read_generation_config(folder)  # a mistake in it shows before the weights are read
-        options = (mesh, dtype, quantization, all_to_all, attention_implementation, progress)
-        model = load_model(cls, checkpoint, *options)
+        model = load_model(cls, checkpoint, mesh, dtype, quantization, all_to_all, attention_implementation, progress)
         model.generation_config = generation_config
         model.checkpoint_path = folder
         return model

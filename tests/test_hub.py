@@ -1,36 +1,60 @@
 """Tests of loading checkpoints from the Hugging Face hub, with a fake hub client."""
 
 import builtins
+import json
 import re
+import shutil
 import sys
 import tomllib
 import types
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import dbrx_jax.hub
 from dbrx_convert.to_orbax import to_orbax
-from dbrx_jax import DbrxForCausalLM
+from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
 from dbrx_jax.demo import source_folder
-from dbrx_jax.errors import PACKAGES, CheckpointError
+from dbrx_jax.errors import PACKAGES, CheckpointError, DbrxError
 from dbrx_jax.hub import checkpoint_folder
-from tests.conftest import GOLDEN
+from tests.commands import in_process
+
+WEIGHTS = ["params/*", "*.safetensors"]
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A fake huggingface_hub whose snapshot_download calls its `answer`."""
+def hub(monkeypatch, tmp_path):
+    """A fake huggingface_hub with one repository, the demo and a pickle. Someone commits to it before each request.
+
+    Attributes:
+      repository: the folder that it copies from.
+      requests: revisions and patterns of the calls of snapshot_download.
+      answer: called by each; may raise.
+    """
     client, errors = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.errors")
     errors.HfHubHTTPError = type("HfHubHTTPError", (OSError,), {})
     errors.HFValidationError = type("HFValidationError", (ValueError,), {})
     errors.LocalEntryNotFoundError = type("LocalEntryNotFoundError", (FileNotFoundError,), {})
-    client.requests = []
+    client.requests, client.answer = [], lambda: None
+    client.repository = tmp_path / "repository"
+    shutil.copytree(source_folder(), client.repository)
+    (client.repository / "pytorch_model.bin").write_bytes(b"pickle")
 
-    def snapshot_download(name, allow_patterns):
-        client.requests.append((name, allow_patterns))
-        return client.answer()
+    def snapshot_download(name, allow_patterns, revision=None):
+        assert name == "someone/dbrx"
+        client.requests.append((revision, allow_patterns))
+        client.answer()
+        snapshot = tmp_path / "snapshots" / (revision or f"commit{len(client.requests)}")
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in client.repository.rglob("*"):
+            name = file.relative_to(client.repository).as_posix()
+            if file.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, snapshot / name)
+        return str(snapshot)
 
     client.snapshot_download, client.errors = snapshot_download, errors
     client.utils = utils = types.ModuleType("huggingface_hub.utils")
@@ -44,25 +68,126 @@ def hub(monkeypatch):
     return client
 
 
-def test_repository_is_downloaded_without_pickles(hub):
-    hub.answer = lambda: str(GOLDEN / "dense")
-    assert DbrxForCausalLM.from_pretrained("hf://someone/dbrx-instruct").config.moe_num_experts == 1
-    ((name, patterns),) = hub.requests
-    assert name == "someone/dbrx-instruct"
-    assert "*.safetensors" in patterns
-    assert not any("bin" in p or p == "*" for p in patterns)
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_orbax_repository_is_downloaded_whole(hub, tmp_path):
-    to_orbax(source_folder(), tmp_path / "orbax")
-    (tmp_path / "orbax" / "additional_chat_templates").mkdir()
-    (tmp_path / "orbax" / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
-    hub.answer = lambda: str(tmp_path / "orbax")
-    DbrxForCausalLM.from_pretrained("hf://someone/orbax")
-    ((_, patterns),) = hub.requests
-    files = [path.relative_to(tmp_path / "orbax").as_posix() for path in (tmp_path / "orbax").rglob("*.*")]
-    assert "params/state/lm_head/0.0" in files
-    assert [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+def assert_no_weights(hub):
+    """Asserts that no weights have been requested."""
+    assert not any(fnmatch("model.safetensors", pattern) for _, patterns in hub.requests for pattern in patterns)
+
+
+def test_weights_are_downloaded_last_and_of_the_same_commit(hub):
+    model = DbrxForCausalLM.from_pretrained("hf://someone/dbrx")
+    assert model.generation_config.eos_token_id == (2550, 2553)
+    (newest, small_files), second = hub.requests
+    assert newest is None
+    assert "*.json" in small_files
+    assert second == ("commit1", WEIGHTS)
+    names = {file.name for file in model.checkpoint_path.iterdir()}
+    assert names == {file.name for file in source_folder().iterdir()} - {"README.md"}
+
+
+def test_tokenizer_is_loaded_without_weights(hub):
+    assert len(DbrxTokenizer.from_pretrained("hf://someone/dbrx")) == len(
+        DbrxTokenizer.from_pretrained(source_folder())
+    )
+    assert_no_weights(hub)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype: expected one of"),
+        ({"quantization": "int3"}, "quantization: expected"),
+        ({"quantization": "int8", "dtype": "float16"}, "quantization: its weights are used in"),
+        ({"mesh": "nowhere"}, "mesh: expected"),
+        ({"mesh": "tensor=8"}, "tensor"),
+        ({"attention_implementation": "fast"}, "attention_implementation: expected"),
+        ({"verify": True}, "safetensors have no digests to verify"),
+    ],
+)
+def test_options_are_checked_before_weights_are_downloaded(hub, options, message):
+    with pytest.raises(DbrxError, match=message):
+        DbrxForCausalLM.from_pretrained("hf://someone/dbrx", **options)
+    assert_no_weights(hub)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"), [("config.json", {"n_heads": 5}), ("generation_config.json", {"top_k": "many"})]
+)
+def test_small_files_are_checked_before_weights_are_downloaded(hub, file, changes):
+    edit(hub.repository / file, **changes)
+    with pytest.raises(DbrxError, match=next(iter(changes))):
+        DbrxForCausalLM.from_pretrained("hf://someone/dbrx")
+    assert_no_weights(hub)
+
+
+class TestCommands:
+    """`dbrx-jax generate` and `chat` report mistakes before weights are downloaded."""
+
+    def fails(self, hub, message, *options, command="generate"):
+        done = in_process("dbrx-jax", command, "hf://someone/dbrx", *options)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert message in done.stderr.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--prompt", ""), "the prompt is empty"),
+            (("--prompt", "a", "--max-new-tokens", 5000), "--max-new-tokens: 5000"),
+            (("--prompt", "a", "--top-p", 0.5), "--top-p draws at random"),
+            (("--prompt", "a", "--mesh", "tensor=8"), "tensor"),
+            (("--prompt", "a", "--verify"), "safetensors have no digests to verify"),
+            (("--file", "/no/where.jsonl"), "where.jsonl: cannot be read"),
+        ],
+    )
+    def test_options_and_prompts(self, hub, options, message):
+        self.fails(hub, message, *options)
+        assert_no_weights(hub)
+
+    def test_template(self, hub):
+        (hub.repository / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+        self.fails(hub, "the chat template failed: no users", "--prompt", "a", "--chat")
+        self.fails(hub, "the chat template failed: no users", command="chat")
+        assert_no_weights(hub)
+
+    def test_tokenizer(self, hub):
+        (hub.repository / "tokenizer.json").write_text("{")
+        self.fails(hub, "tokenizer.json: not valid JSON", "--prompt", "a")
+        assert_no_weights(hub)
+
+    def test_memory_is_checked_by_the_dtype_of_the_configuration(self, hub, monkeypatch):
+        monkeypatch.setattr("dbrx_jax.planning.memory_check.available_memory", lambda: 20_000_000)
+        edit(hub.repository / "config.json", torch_dtype="float32")
+        self.fails(hub, "(weights 29.", "--prompt", "a", "--max-new-tokens", 1)
+        assert_no_weights(hub)
+
+    def test_memory_is_checked_by_the_dtype_of_the_weights_once_they_are_here(self, hub, monkeypatch):
+        monkeypatch.setattr("dbrx_jax.planning.memory_check.available_memory", lambda: 20_000_000)
+        file = hub.repository / "model.safetensors"
+        save_file({name: array.astype(np.float32) for name, array in load_file(file).items()}, file)
+        self.fails(hub, "(weights 29.", "--prompt", "a", "--max-new-tokens", 1)
+        assert hub.requests[-1] == ("commit1", WEIGHTS)
+
+    def test_text(self, hub):
+        done = in_process("dbrx-jax", "generate", "hf://someone/dbrx", "--prompt", "a", "--max-new-tokens", 1)
+        assert done.returncode == 0, done.stderr
+        assert "Loaded hf://someone/dbrx (7.3M parameters, bfloat16)" in done.stderr
+        assert [patterns == WEIGHTS for _, patterns in hub.requests] == [False, True]
+
+
+def test_orbax_repository_is_downloaded_whole(hub):
+    shutil.rmtree(hub.repository)
+    to_orbax(source_folder(), hub.repository)
+    (hub.repository / "additional_chat_templates").mkdir()
+    (hub.repository / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    with pytest.raises(DbrxError, match="mesh: expected"):
+        DbrxForCausalLM.from_pretrained("hf://someone/dbrx", "nowhere", verify=True)
+    assert len(hub.requests) == 1
+    model = DbrxForCausalLM.from_pretrained("hf://someone/dbrx", verify=True)
+    names = [{f.relative_to(folder) for f in folder.rglob("*.*")} for folder in (model.checkpoint_path, hub.repository)]
+    assert names[0] == names[1]
 
 
 def test_hub_error_is_reported_in_one_line(hub):
@@ -70,8 +195,8 @@ def test_hub_error_is_reported_in_one_line(hub):
         raise hub.errors.HfHubHTTPError("401 Client Error.\n\nRepository Not Found")
 
     hub.answer = refuse
-    with pytest.raises(CheckpointError, match=r"^hf://someone/x: the hub does not give it \(401 .*\)$"):
-        DbrxForCausalLM.from_pretrained("hf://someone/x")
+    with pytest.raises(CheckpointError, match=r"^hf://someone/dbrx: the hub does not give it \(401 .*\)$"):
+        DbrxForCausalLM.from_pretrained("hf://someone/dbrx")
 
 
 @pytest.mark.parametrize("path", ["/no/where", "owner/name", "../x", "name", "x" * 300])
@@ -106,8 +231,8 @@ def test_advice_names_the_packages_of_each_extra():
 @pytest.mark.parametrize(("progress", "can_redraw"), [(True, True), (True, False), (False, True)])
 def test_bars_of_the_hub_are_drawn_where_ours_are(hub, monkeypatch, progress, can_redraw):
     seen = []
-    hub.answer = lambda: seen.append(hub.bars) or str(GOLDEN / "dense")
+    hub.answer = lambda: seen.append(hub.bars)
     monkeypatch.setattr(dbrx_jax.hub, "can_redraw", lambda: can_redraw)
-    checkpoint_folder("hf://someone/x", progress)
+    checkpoint_folder("hf://someone/dbrx", progress)
     assert seen == [progress and can_redraw]
     assert hub.bars

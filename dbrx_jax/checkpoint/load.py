@@ -15,7 +15,7 @@ from dbrx_jax.checkpoint.folder import CheckpointFolder
 from dbrx_jax.checkpoint.layouts import stored_shape
 from dbrx_jax.checkpoint.parameters import ArrayLayout, Network, array_layouts, model_from_arrays, parameter_specs
 from dbrx_jax.checkpoint.quantized import read_quantized
-from dbrx_jax.config import DTYPES
+from dbrx_jax.config import DTYPES, DbrxConfig
 from dbrx_jax.console import progress
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.kernels.attention import select_implementation
@@ -38,22 +38,14 @@ def load_model(
     show_progress: bool | None = None,
 ) -> Network:
     """Loads a checkpoint into a network of this class; see :meth:`dbrx_jax.DbrxForCausalLM.from_pretrained`."""
-    if dtype is not None and str(np.dtype(dtype)) not in DTYPES:
-        raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
-    requested = Quantization.parse(quantization)
-    stored = folder.quantization
+    requested, stored = Quantization.parse(quantization), folder.quantization
     if requested is not None and stored is not None and requested != stored:
         raise CheckpointError(
             f"{folder.path}: its weights are {stored} already, and {requested} is asked for; load what it was made from"
         )
     quantization = stored if requested is None else requested
     target = np.dtype(folder.dtype() if dtype is None else dtype)
-    if isinstance(mesh, str):
-        mesh = find_mesh(mesh)
-    if mesh is not None:
-        check_mesh(folder.config, mesh)
-    select_implementation(attention_implementation, Partition(mesh).platform)  # raises before any weight is read
-    layouts = array_layouts(folder.config, mesh, quantization, target)
+    mesh, layouts = plan_arrays(folder.config, mesh, target, quantization, attention_implementation)
     arrays = _read_arrays(folder, layouts, mesh, quantization, target, show_progress)
     config = dataclasses.replace(folder.config, dtype=target.name)
     return model_from_arrays(
@@ -65,6 +57,27 @@ def load_model(
         all_to_all=all_to_all,
         attention_implementation=attention_implementation,
     )
+
+
+def plan_arrays(
+    config: DbrxConfig,
+    mesh: Mesh | str | None,
+    dtype: DTypeLike,
+    quantization: str | Quantization | None,
+    attention_implementation: str | None,
+) -> tuple[Mesh | None, Mapping[str, ArrayLayout]]:
+    """Returns the mesh, and the arrays that a model with these options has; reads no weights.
+
+    Raises:
+      DbrxError: an option is unknown, or does not fit the configuration, the others or the devices.
+    """
+    if str(np.dtype(dtype)) not in DTYPES:
+        raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    mesh = find_mesh(mesh) if isinstance(mesh, str) else mesh
+    if mesh is not None:
+        check_mesh(config, mesh)
+    select_implementation(attention_implementation, Partition(mesh).platform)
+    return mesh, array_layouts(config, mesh, Quantization.parse(quantization), np.dtype(dtype))
 
 
 def _read_arrays(

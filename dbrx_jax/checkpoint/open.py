@@ -33,7 +33,16 @@ def open_folder(path: str | Path, verify: bool = False) -> CheckpointFolder:
         raise CheckpointError(
             f"{path}: neither an Orbax checkpoint of dbrx-convert's ({MANIFEST} and {PARAMS}/) nor safetensors files"
         )
-    folder = HuggingFaceFolder.open(path)
     if verify:
+        require_digests(path)
+    return HuggingFaceFolder.open(path)
+
+
+def require_digests(path: Path) -> None:
+    """Checks that a folder is of the kind that has digests of its weights; its small files show that.
+
+    Raises:
+      CheckpointError: it holds safetensors.
+    """
+    if not is_orbax(path):
         raise CheckpointError(f"{path}: safetensors have no digests to verify; dbrx-convert to-orbax makes them")
-    return folder

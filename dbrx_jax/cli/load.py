@@ -12,11 +12,11 @@ from dbrx_jax.console import print_status
 from dbrx_jax.errors import GenerationError
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from dbrx_jax.api import DbrxForCausalLM
+    from dbrx_jax.checkpoint.folder import CheckpointFolder
     from dbrx_jax.config import DbrxConfig
     from dbrx_jax.generation_config import GenerationConfig
+    from dbrx_jax.planning.memory_check import Request
     from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
@@ -76,6 +76,7 @@ def open_checkpoint(options: Options) -> Checkpoint:
     Raises:
       DbrxError: a file is missing or damaged, or an option is unknown.
     """
+    from dbrx_jax.checkpoint.open import require_digests
     from dbrx_jax.config import DbrxConfig
     from dbrx_jax.demo import source_folder
     from dbrx_jax.generation.checkpoint_config import read_generation_config
@@ -89,13 +90,18 @@ def open_checkpoint(options: Options) -> Checkpoint:
         find_axes(options.mesh)
     folder = checkpoint_folder(options.checkpoint or source_folder())
     config = DbrxConfig.from_file(folder)
+    if options.verify:
+        require_digests(folder)
     tokenizer = DbrxTokenizer.from_pretrained(folder, options.ranks_file)
     generation = read_generation_config(folder).replace(dict.fromkeys(OUTPUTS))
     return Checkpoint(options.checkpoint or "the demo", folder, config, tokenizer, generation)
 
 
 def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions: int) -> "DbrxForCausalLM":
-    """Loads the weights and enables the compilation cache.
+    """Loads the weights, downloaded if necessary, and enables the compilation cache.
+
+    The memory check takes the dtype of the stored weights. Before a download only config.json says one: it is checked
+    with that, and again with the weights' own, which seldom differs.
 
     Args:
       rows: rows of a batch.
@@ -106,11 +112,21 @@ def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions:
       DbrxError: as :meth:`DbrxForCausalLM.from_pretrained`.
     """
     from dbrx_jax.api import DbrxForCausalLM
+    from dbrx_jax.checkpoint.open import open_folder
+    from dbrx_jax.hub import download_weights, is_on_hub
+    from dbrx_jax.planning.memory_check import Request, check_memory
     from dbrx_jax.runtime import enable_compilation_cache
+    from dbrx_jax.sharding.partition import check_mesh
     from dbrx_jax.sharding.recipes import find_mesh
 
     mesh = None if options.mesh is None else find_mesh(options.mesh)
-    _check_memory(checkpoint, options, mesh, rows, positions)
+    if mesh is not None:
+        check_mesh(checkpoint.config, mesh)
+    need = Request(checkpoint.config, mesh, options.dtype, options.quantization, rows, positions, options.cache_dtype)
+    if is_on_hub(checkpoint.name):
+        check_memory(need)
+        download_weights(checkpoint.name, checkpoint.folder)
+    check_memory(_as_stored(need, open_folder(checkpoint.folder)))
     enable_compilation_cache()
     begin = time.perf_counter()
     model = DbrxForCausalLM.from_pretrained(
@@ -123,15 +139,7 @@ def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions:
     return model
 
 
-def _check_memory(checkpoint: Checkpoint, options: Options, mesh: "Mesh | None", rows: int, positions: int) -> None:
-    """Checks that the weights and the cache fit the free memory of host and devices."""
-    from dbrx_jax.checkpoint.open import open_folder
-    from dbrx_jax.planning.memory_check import Request, check_memory
-    from dbrx_jax.sharding.partition import check_mesh
-
-    folder = open_folder(checkpoint.folder)
-    if mesh is not None:
-        check_mesh(folder.config, mesh)
-    dtype = options.dtype or folder.dtype()
-    quantization = folder.quantization or options.quantization
-    check_memory(Request(folder.config, mesh, dtype, quantization, rows, positions, options.cache_dtype))
+def _as_stored(need: "Request", folder: "CheckpointFolder") -> "Request":
+    """Returns the request with the dtype and quantisation of the stored weights, where the options choose none."""
+    dtype, quantization = need.dtype or folder.dtype(), folder.quantization or need.quantization
+    return dataclasses.replace(need, dtype=dtype, quantization=quantization)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from upath import UPath
 
 from tests.commands import in_process
 
@@ -79,6 +80,15 @@ def test_empty_and_long_prompts(damaged):
     assert_reported(in_process("dbrx-jax", "generate", damaged, "--prompt", ""), "the prompt is empty")
     done = in_process("dbrx-jax", "generate", damaged, "--prompt", "long" * 40, "--max-new-tokens", 2)
     assert_reported(done, "a prompt of 160 tokens fills the model's 128 positions; shorten it")
+
+
+def test_checkpoint_at_a_url(damaged):
+    bucket = UPath("memory://before_load")
+    bucket.mkdir()
+    for file in damaged.iterdir():
+        (bucket / file.name).write_bytes(file.read_bytes())
+    assert_reported(in_process("dbrx-jax", "generate", bucket, "--prompt", ""), "the prompt is empty")
+    assert_reported(in_process("dbrx-jax", "generate", bucket, "--prompt", "abc"), "model.safetensors: not a whole")
 
 
 def test_tokenizer_template_and_configuration(damaged):
