@@ -415,12 +415,18 @@ def replicate(partition, arrays):
 
 
 def same_on_all_processes(partition: Partition, number: int) -> int:
-    """Broadcasts one process' number (32 bits) to all processes of the mesh."""
+    """Returns one process' number (32 bits) on all processes of the mesh."""
+    return int(broadcast(partition, np.array(number)))
+
+
+def broadcast(partition: Partition, numbers: np.ndarray) -> np.ndarray:
+    """Returns one process' array of numbers (32 bits) on all processes of the mesh."""
     if partition.mesh is None or not partition.mesh.is_multi_process:
-        return number
+        return numbers
     sharding = jax.sharding.NamedSharding(partition.mesh, jax.sharding.PartitionSpec(partition.mesh.axis_names))
-    numbers = jax.make_array_from_callback((partition.mesh.size,), sharding, lambda _: np.array([number], np.uint32))
-    return int(np.asarray(replicate(partition, numbers))[0])
+    shape = (partition.mesh.size, *numbers.shape)
+    copies = jax.make_array_from_callback(shape, sharding, lambda _: numbers.astype(np.uint32)[None])
+    return np.asarray(replicate(partition, copies))[0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ StoppingCriterion: TypeAlias = Callable[[np.ndarray, None], Any]
 
 
 class StopSearch:
-    """Searches one row's text for stop strings as it grows."""
+    """Searches one row's text, with that of special tokens, for stop strings as it grows."""
 
     def __init__(self, tokenizer: DbrxTokenizer, strings: Sequence[str]):
         self._tokenizer = tokenizer
@@ -25,7 +25,7 @@ class StopSearch:
     def push(self, tokens: np.ndarray) -> int | None:
         """Returns the number of these tokens that complete a stop string, or None."""
         for count, token in enumerate(tokens, 1):
-            text = self._tail + self._tokenizer.token_bytes(int(token), skip_special_tokens=True)
+            text = self._tail + self._tokenizer.token_bytes(int(token))
             if any(s in text for s in self._strings):
                 return count
             self._tail = text[max(0, len(text) - self._max_tail) :]
@@ -46,30 +46,37 @@ class Deadline:
         return self._begin is not None and time.monotonic() - self._begin >= self._seconds
 
 
-def stopped_lengths(
-    criteria: Sequence[StoppingCriterion], sequences: np.ndarray, new_tokens: np.ndarray
-) -> list[int | None]:
-    """Returns for each row the number of new tokens after which a criterion ends it, or None.
+def ends_by_criteria(
+    criteria: Sequence[StoppingCriterion],
+    sequences: np.ndarray,
+    new_tokens: np.ndarray,
+    ends: np.ndarray,
+    pad_token_id: int,
+) -> np.ndarray:
+    """Returns the number of new tokens after which each row ends (B,), by itself or because a criterion ends it.
 
-    Every criterion sees the sequences after each token, as in transformers, although the device may be ahead.
+    Criteria are called as in transformers, although the device may be ahead: after each token until all rows have
+    ended, with padding behind the rows that have.
 
     Args:
       sequences: the tokens before (B, T + n).
       new_tokens: (B, m).
+      ends: the number of new tokens after which each row ends by itself; more than m if it goes on.
 
     Raises:
       GenerationError: a criterion returns neither one truth value nor one for each row.
     """
     rows = len(sequences)
-    lengths: list[int | None] = [None] * rows
     for count in range(1, new_tokens.shape[1] + 1):
-        so_far = np.concatenate([sequences, new_tokens[:, :count]], axis=1)
+        if (ends < count).all():
+            break
+        tokens = np.where(np.arange(count) < ends[:, None], new_tokens[:, :count], pad_token_id)
+        so_far = np.concatenate([sequences, tokens], axis=1, dtype=np.int32)
         for criterion in criteria:
             answer = np.asarray(criterion(so_far, None))
             if answer.shape not in ((), (rows,)) or answer.dtype != bool:
                 raise GenerationError(
                     f"stopping_criteria: expected True or False, or one for each of {rows} rows, got {answer!r:.60}"
                 )
-            for row in np.flatnonzero(np.broadcast_to(answer, rows)):
-                lengths[row] = lengths[row] or count
-    return lengths
+            ends = np.where(answer, np.minimum(ends, count), ends)
+    return ends

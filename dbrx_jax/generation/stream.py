@@ -19,6 +19,7 @@ from dbrx_jax.errors import GenerationError, NotFiniteError
 from dbrx_jax.generation.decode import (
     DecodeState,
     Options,
+    broadcast,
     decode,
     first_token,
     lower,
@@ -30,7 +31,7 @@ from dbrx_jax.generation.prefill import prefill
 from dbrx_jax.generation.processors import LogitsFunction
 from dbrx_jax.generation.prompts import new_token_limit, unpadded
 from dbrx_jax.generation.settings import make_keys, make_settings, row_seeds
-from dbrx_jax.generation.stops import Deadline, StoppingCriterion, StopSearch, stopped_lengths
+from dbrx_jax.generation.stops import Deadline, StoppingCriterion, StopSearch, ends_by_criteria
 from dbrx_jax.generation_config import SAMPLING_OPTIONS, GenerationConfig
 from dbrx_jax.model.cache import cache_capacity, prefill_chunks, round_up_size
 from dbrx_jax.model.causal_lm import CausalLM
@@ -226,11 +227,10 @@ class TokenStream(Iterator[np.ndarray]):
         tokens = all_tokens[rows, np.minimum(self.prompt_lengths[:, None] + steps, self._positions - 1)]
         logprobs = all_logprobs[: len(rows), start:stop].copy()
         is_eos = np.isin(tokens, self.config.eos_token_id)
-        has_eos = np.asarray(is_eos.any(axis=1))
-        num_valid = np.where(self._ended, 0, np.where(has_eos, is_eos.argmax(axis=1) + 1, stop - start))
-        self._check_finite(logprobs, num_valid)
-        tokens[steps - start >= num_valid[:, None]] = self.pad_token_id
-        stopped = self._end_rows(tokens, num_valid, has_eos)
+        eos_ends = np.where(is_eos.any(axis=1), is_eos.argmax(axis=1) + 1, stop - start + 1)
+        eos_ends = np.where(self._ended, 0, eos_ends)
+        self._check_finite(logprobs, eos_ends)
+        stopped = self._end_rows(tokens, eos_ends)
         is_padding = steps >= self._lengths[:, None]
         tokens[is_padding], logprobs[is_padding] = self.pad_token_id, np.nan
         if stopped.any():
@@ -246,9 +246,9 @@ class TokenStream(Iterator[np.ndarray]):
             self._is_over = bool(same_on_all_processes(self._partition, int(self._deadline.is_over())))
         return tokens[:, :num_tokens]
 
-    def _check_finite(self, logprobs: np.ndarray, num_valid: np.ndarray) -> None:
+    def _check_finite(self, logprobs: np.ndarray, ends: np.ndarray) -> None:
         """Raises NotFiniteError if the logits of a token were infinite or NaN."""
-        is_bad = ~np.isfinite(logprobs) & (np.arange(logprobs.shape[1]) < num_valid[:, None])
+        is_bad = ~np.isfinite(logprobs) & (np.arange(logprobs.shape[1]) < ends[:, None])
         if is_bad.any():
             row, step = np.argwhere(is_bad)[0]
             raise NotFiniteError(
@@ -256,21 +256,24 @@ class TokenStream(Iterator[np.ndarray]):
                 "with dbrx-convert inspect --values"
             )
 
-    def _end_rows(self, tokens: np.ndarray, num_valid: np.ndarray, has_eos: np.ndarray) -> np.ndarray:
-        """Updates the rows' lengths; returns the rows that end although the device does not know it (B,)."""
-        stopped = np.zeros(len(tokens), bool)
-        by_criteria: list[int | None] = [None] * len(tokens)
+    def _end_rows(self, tokens: np.ndarray, eos_ends: np.ndarray) -> np.ndarray:
+        """Updates the rows' lengths; returns the rows that end although the device does not know it (B,).
+
+        Args:
+          tokens: new ones (B, n); what is behind a row's end is not looked at.
+          eos_ends: the number of these after which each row ends (B,): 0 if it had, n + 1 if it goes on.
+        """
+        ends, num_new = eos_ends.copy(), tokens.shape[1]
+        if self._stop_searches is not None:
+            for row in np.flatnonzero(ends):
+                found = self._stop_searches[row].push(tokens[row, : ends[row]])
+                ends[row] = ends[row] if found is None else found
         if self._criteria:
-            by_criteria = stopped_lengths(self._criteria, self.sequences, tokens)
-        for row in np.flatnonzero(~self._ended):
-            lengths = [by_criteria[row]]
-            if self._stop_searches is not None:
-                lengths.append(self._stop_searches[row].push(tokens[row, : num_valid[row]]))
-            length = min((n for n in lengths if n is not None), default=None)
-            stopped[row] = length is not None
-            self._lengths[row] += num_valid[row] if length is None else min(length, num_valid[row])
-            self._ended[row] = stopped[row] or has_eos[row]
-        return stopped
+            ends = ends_by_criteria(self._criteria, self.sequences, tokens, ends, self.pad_token_id)
+            ends = broadcast(self._partition, ends)  # a criterion may look at the clock
+        self._lengths += np.minimum(ends, num_new)
+        self._ended |= ends <= num_new
+        return ends < eos_ends
 
     @property
     def cache_size(self) -> tuple[int, int]:

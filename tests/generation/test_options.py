@@ -155,6 +155,19 @@ class TestFunctions:
         out = generate(model, prompts, stopping_criteria=lambda sequences, _: sequences.shape[1] >= T + 3)
         np.testing.assert_array_equal(out, greedy[:, :3])
 
+    def test_criteria_see_padding_behind_a_row_and_nothing_behind_all_rows(self, model, prompts):
+        seen, pad = [], next(i for i in range(260) if i not in prompts[2])
+
+        def meets(sequences, _):
+            seen.append(sequences[:, T:].tolist())
+            return np.array([sequences.shape[1] >= T + end for end in (2, 6, 4)])
+
+        out = generate(model, prompts, stopping_criteria=meets, pad_token_id=pad)
+        assert out.shape[1] == len(seen) == 6
+        for count, sequences in enumerate(seen, 1):
+            np.testing.assert_array_equal(sequences, out[:, :count])
+        np.testing.assert_array_equal((out != pad).sum(axis=1), [2, 6, 4])
+
     def test_criterion_that_gives_no_truth_is_named(self, model, prompts):
         with pytest.raises(
             GenerationError, match="stopping_criteria: expected True or False, or one for each of 3 rows"

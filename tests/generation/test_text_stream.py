@@ -74,6 +74,12 @@ def test_stop_string_is_found_across_bursts(burst):
     assert end is not None
 
 
+def test_stop_strings_see_the_text_of_special_tokens():
+    """As in transformers: generation may end at a special token that is no end of sequence."""
+    assert StopSearch(TOKENIZER, ["<|pad|>"]).push(np.array([104, 259])) == 2
+    assert StopSearch(TOKENIZER, ["hi"]).push(np.array([104, 258, 105])) is None
+
+
 def test_generate_stops_within_and_across_bursts(models, expected):
     """A row ends with the second token of a stop string, for every pair of adjacent tokens."""
     e = expected["unnormalised_mqa"]

@@ -63,6 +63,10 @@ def check_library(mesh):
     np.testing.assert_array_equal(*(model.generate(*batch, seed=3, **options) for model in (many, one)))
     unseeded = many.generate(*batch, **options)  # all processes use one random seed
     assert (process_allgather(unseeded) == unseeded).all()
+    # A criterion that looks at the clock may answer otherwise in each process; one answer holds for all.
+    width = batch[0].shape[1]
+    ended = many.generate(*batch, stopping_criteria=lambda s, _: s.shape[1] > width + jax.process_index(), **options)
+    assert (process_allgather(ended) == ended).all()
     sharded, reference = parameters_of(many), parameters_of(one)
     for name in ("embedding", "lm_head", "blocks.1.attention.query", "blocks.2.moe.experts.13.w1", "norm_f.scale"):
         np.testing.assert_array_equal(process_allgather(sharded[name], tiled=True), reference[name])
