@@ -1,10 +1,13 @@
 """Runs a TokenStream to its end, for a caller who wants the whole result."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dbrx_jax.generation.stream import TokenStream
+
+OUTPUTS = ("output_logprobs", "output_scores", "output_logits")  # what return_dict_in_generate adds to the sequences
 
 
 class GenerationOutput(NamedTuple):
@@ -23,6 +26,10 @@ def run_to_end(stream: TokenStream, streamer: Any = None) -> np.ndarray | Genera
       streamer: a function that is called with new tokens (B, n) as they are generated, or an object with
         the methods put and end of transformers' streamers.
     """
+    config = stream.config
+    unused = [] if config.return_dict_in_generate else [name for name in OUTPUTS if getattr(config, name)]
+    if unused:
+        warnings.warn(f"{', '.join(unused)}: without return_dict_in_generate=True this has no effect", stacklevel=3)
     put = getattr(streamer, "put", streamer)
     if hasattr(streamer, "put"):
         put(stream.prompt)
@@ -31,11 +38,11 @@ def run_to_end(stream: TokenStream, streamer: Any = None) -> np.ndarray | Genera
             put(tokens)
     if hasattr(streamer, "end"):
         streamer.end()
-    if not stream.config.return_dict_in_generate:
+    if not config.return_dict_in_generate:
         return stream.sequences
     return GenerationOutput(
         stream.sequences,
-        stream.logprobs if stream.config.output_logprobs else None,
-        tuple(stream.scores) if stream.config.output_scores else None,
-        tuple(stream.logits) if stream.config.output_logits else None,
+        stream.logprobs if config.output_logprobs else None,
+        tuple(stream.scores) if config.output_scores else None,
+        tuple(stream.logits) if config.output_logits else None,
     )

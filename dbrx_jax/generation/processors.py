@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from dbrx_jax.errors import GenerationError
 from dbrx_jax.sharding.partition import VOCAB_AXES, Partition
 
 # Maps ids (B, S), the number of tokens in each row (B,) and logits (B, V) to logits; all are JAX arrays.
@@ -136,7 +137,11 @@ def apply_functions(
     vocab_size: int,
     partition: Partition,
 ) -> Float[Array, "B V"]:
-    """Applies the caller's functions, which see the whole vocabulary without its padding."""
+    """Applies the caller's functions, which see the whole vocabulary without its padding.
+
+    Raises:
+      GenerationError: a function returns an array of another shape.
+    """
     if not functions:
         return logits
     shard_size = logits.shape[1]
@@ -144,7 +149,10 @@ def apply_functions(
     padding = full[:, vocab_size:]
     full = full[:, :vocab_size]
     for function in functions:
-        full = function(rows.tokens, rows.lengths, full)
+        shape, full = full.shape, jnp.asarray(function(rows.tokens, rows.lengths, full))
+        if full.shape != shape:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise GenerationError(f"logits_processor: {name}: expected logits {shape}, got {full.shape}")
     full = jnp.concatenate([full, padding], axis=1)
     return lax.dynamic_slice_in_dim(full, partition.axis_index(*VOCAB_AXES) * shard_size, shard_size, axis=1)
 

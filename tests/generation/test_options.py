@@ -118,6 +118,10 @@ class TestScores:
         np.testing.assert_allclose(out.scores, want, atol=1e-4)
         np.testing.assert_array_equal(np.argmax(out.scores, axis=-1).T, out.sequences[:, T:])
 
+    def test_outputs_that_are_not_returned_warn(self, model, prompts):
+        with pytest.warns(UserWarning, match="output_scores: without return_dict_in_generate=True this has no effect"):
+            generate(model, prompts, 1, max_new_tokens=1, output_scores=True)
+
     def test_they_end_with_the_last_row(self, model, prompts):
         eos = int(prompts[2][0, 2])
         options = {"max_new_tokens": N, "eos_token_id": eos, "return_dict_in_generate": True}
@@ -175,6 +179,13 @@ class TestFunctions:
             generate(model, prompts, stopping_criteria=lambda sequences, _: [True, False])
         with pytest.raises(GenerationError, match=r"logits_processor: expected functions, got \[5\]"):
             generate(model, prompts, logits_processor=[5])
+
+    def test_function_that_returns_another_shape_is_named(self, model, prompts):
+        def first_row(ids, lengths, logits):
+            return logits[0]
+
+        with pytest.raises(GenerationError, match=r"first_row: expected logits \(3, 260\), got \(260,\)"):
+            generate(model, prompts, logits_processor=first_row)
 
 
 class TestConfigurations:
