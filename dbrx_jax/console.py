@@ -1,6 +1,7 @@
 """Output of the commands and of long work on stderr: one-line errors, status lines and progress."""
 
 import _thread
+import atexit
 import contextlib
 import errno
 import logging
@@ -102,6 +103,8 @@ def _handling_interrupts(program: str) -> Iterator[None]:
         sys.unraisablehook = hook
         if handler is signal.default_int_handler:
             signal.signal(signal.SIGINT, handler)
+            # While Python exits, after JAX's own functions of atexit are registered: they print a traceback.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

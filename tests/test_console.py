@@ -137,6 +137,25 @@ class Stubborn:
         raise KeyboardInterrupt
 
 
+def test_interrupt_while_python_exits_is_quiet():
+    """JAX's functions of atexit take a moment and would print a traceback."""
+    code = """
+        import atexit, time
+        from dbrx_jax import console
+        def leave():
+            print("leaving", flush=True)
+            time.sleep(30)
+        console.run("p", lambda: atexit.register(leave))
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "leaving\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
+
+
 def test_interrupt_in_a_destructor_is_not_lost(monkeypatch, capsys):
     def command():
         Stubborn()
