@@ -82,15 +82,16 @@ class DbrxForCausalLM(CausalLM):
         """
         from dbrx_jax.checkpoint.keywords import refuse_keywords
         from dbrx_jax.checkpoint.load import load_model, plan_arrays  # imports safetensors
-        from dbrx_jax.checkpoint.open import open_folder, require_digests
+        from dbrx_jax.checkpoint.open import open_folder, require_digests, stored_quantization
 
         refuse_keywords(unknown)
         folder = checkpoint_folder(path, progress)
         if is_on_hub(path):  # what is wrong with the options or the small files shows before the download
             if verify:
                 require_digests(folder)
-            config = DbrxConfig.from_file(folder)
-            plan_arrays(config, mesh, config.dtype if dtype is None else dtype, quantization, attention_implementation)
+            config, stored = DbrxConfig.from_file(folder), stored_quantization(folder)
+            planned = (config.dtype if dtype is None else dtype, stored or quantization, attention_implementation)
+            plan_arrays(config, mesh, *planned)
             read_generation_config(folder)
             download_weights(path, folder, progress)
         checkpoint = open_folder(folder, verify)

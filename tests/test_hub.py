@@ -177,14 +177,18 @@ class TestCommands:
         assert [patterns == WEIGHTS for _, patterns in hub.requests] == [False, True]
 
 
-def test_orbax_repository_is_downloaded_whole(hub):
+def test_orbax_repository_is_downloaded_whole(hub, monkeypatch):
     shutil.rmtree(hub.repository)
-    to_orbax(source_folder(), hub.repository)
+    to_orbax(source_folder(), hub.repository, quantization="int8")
     (hub.repository / "additional_chat_templates").mkdir()
     (hub.repository / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
     with pytest.raises(DbrxError, match="mesh: expected"):
         DbrxForCausalLM.from_pretrained("hf://someone/dbrx", "nowhere", verify=True)
-    assert len(hub.requests) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("dbrx_jax.planning.memory_check.available_memory", lambda: 5_000_000)
+        done = in_process("dbrx-jax", "generate", "hf://someone/dbrx", "--prompt", "a")
+    assert "(weights 7.5 MB" in done.stderr  # as the manifest says, not of bfloat16
+    assert not any("params/*" in patterns for _, patterns in hub.requests)
     model = DbrxForCausalLM.from_pretrained("hf://someone/dbrx", verify=True)
     names = [{f.relative_to(folder) for f in folder.rglob("*.*")} for folder in (model.checkpoint_path, hub.repository)]
     assert names[0] == names[1]

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from dbrx_jax.checkpoint.folder import PLAN, CheckpointFolder
 from dbrx_jax.checkpoint.huggingface import HuggingFaceFolder
-from dbrx_jax.checkpoint.manifest import MANIFEST
-from dbrx_jax.checkpoint.orbax import PARAMS, OrbaxFolder, is_orbax
+from dbrx_jax.checkpoint.manifest import MANIFEST, read_manifest
+from dbrx_jax.checkpoint.orbax import PARAMS, OrbaxFolder, is_orbax, read_quantization
 from dbrx_jax.errors import CheckpointError
 from dbrx_jax.files import check_links, location
 from dbrx_jax.hub import FILES
+from dbrx_jax.quantization import Quantization
 
 
 def open_folder(path: str | Path, verify: bool = False) -> CheckpointFolder:
@@ -36,6 +37,15 @@ def open_folder(path: str | Path, verify: bool = False) -> CheckpointFolder:
     if verify:
         require_digests(path)
     return HuggingFaceFolder.open(path)
+
+
+def stored_quantization(path: Path) -> Quantization | None:
+    """Returns the quantisation of an Orbax folder's arrays, from its manifest; None for safetensors.
+
+    Raises:
+      CheckpointError: the manifest is missing or damaged.
+    """
+    return read_quantization(path, read_manifest(path)) if is_orbax(path) else None
 
 
 def require_digests(path: Path) -> None:

@@ -13,10 +13,8 @@ from dbrx_jax.errors import GenerationError
 
 if TYPE_CHECKING:
     from dbrx_jax.api import DbrxForCausalLM
-    from dbrx_jax.checkpoint.folder import CheckpointFolder
     from dbrx_jax.config import DbrxConfig
     from dbrx_jax.generation_config import GenerationConfig
-    from dbrx_jax.planning.memory_check import Request
     from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
@@ -112,7 +110,7 @@ def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions:
       DbrxError: as :meth:`DbrxForCausalLM.from_pretrained`.
     """
     from dbrx_jax.api import DbrxForCausalLM
-    from dbrx_jax.checkpoint.open import open_folder
+    from dbrx_jax.checkpoint.open import open_folder, stored_quantization
     from dbrx_jax.hub import download_weights, is_on_hub
     from dbrx_jax.planning.memory_check import Request, check_memory
     from dbrx_jax.runtime import enable_compilation_cache
@@ -122,11 +120,17 @@ def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions:
     mesh = None if options.mesh is None else find_mesh(options.mesh)
     if mesh is not None:
         check_mesh(checkpoint.config, mesh)
-    need = Request(checkpoint.config, mesh, options.dtype, options.quantization, rows, positions, options.cache_dtype)
+    quantization = stored_quantization(checkpoint.folder) or options.quantization
+    need = Request(checkpoint.config, mesh, options.dtype, quantization, rows, positions, options.cache_dtype)
     if is_on_hub(checkpoint.name):
         check_memory(need)
         download_weights(checkpoint.name, checkpoint.folder)
-    check_memory(_as_stored(need, open_folder(checkpoint.folder)))
+    folder = open_folder(checkpoint.folder)
+    check_memory(
+        dataclasses.replace(
+            need, dtype=options.dtype or folder.dtype(), quantization=folder.quantization or quantization
+        )
+    )
     enable_compilation_cache()
     begin = time.perf_counter()
     model = DbrxForCausalLM.from_pretrained(
@@ -137,9 +141,3 @@ def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions:
     stored = str(model.dtype) if model.quantization is None else f"{model.quantization}, {model.dtype}"
     print_status(f"Loaded {checkpoint.name} ({millions:,.1f}M parameters, {stored}) in {seconds:.1f} s")
     return model
-
-
-def _as_stored(need: "Request", folder: "CheckpointFolder") -> "Request":
-    """Returns the request with the dtype and quantisation of the stored weights, where the options choose none."""
-    dtype, quantization = need.dtype or folder.dtype(), folder.quantization or need.quantization
-    return dataclasses.replace(need, dtype=dtype, quantization=quantization)

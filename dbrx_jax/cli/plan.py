@@ -165,8 +165,7 @@ def _quantization(requested: str | None, stored: str | None, model: str) -> str 
 
 def _model(name: str) -> tuple["DbrxConfig", str | None]:
     """Returns the configuration of this name, or a checkpoint's with its stored quantisation."""
-    from dbrx_jax.checkpoint.manifest import read_manifest
-    from dbrx_jax.checkpoint.orbax import is_orbax, read_quantization
+    from dbrx_jax.checkpoint.open import stored_quantization
     from dbrx_jax.config import DbrxConfig, config_names
     from dbrx_jax.files import location
 
@@ -175,5 +174,5 @@ def _model(name: str) -> tuple["DbrxConfig", str | None]:
     folder = location(name)
     if not (folder / "config.json").exists():
         raise PlanError(f"{name}: neither a folder with config.json nor one of {', '.join(config_names())}")
-    stored = read_quantization(folder, read_manifest(folder)) if is_orbax(folder) else None
+    stored = stored_quantization(folder)
     return DbrxConfig.from_file(folder), None if stored is None else str(stored)
