@@ -188,6 +188,8 @@ class Inspect:
                     continue
                 for line in value if key == "problems" else [value]:
                     text = f"{value:,}" if isinstance(value, int) else one_line(line)
+                    if isinstance(line, list):
+                        text = ", ".join(map(str, line))
                     print(f"{'problem' if key == 'problems' else key:<18}{text}")
         sys.exit(1 if facts["problems"] else 0)
 

@@ -192,7 +192,7 @@ class DbrxForCausalLM(CausalLM):
 
     def generate(
         self,
-        input_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]],
+        input_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
         attention_mask: Int[ArrayLike, "B T"] | None = None,
         *,
         streamer: Any = None,
@@ -216,6 +216,11 @@ class DbrxForCausalLM(CausalLM):
         """
         if "burst" in options:
             raise GenerationError("burst: an option of TokenStream; generate takes streamer")
+        if input_ids is None:
+            GenerationConfig().replace(options)  # the prompts may have another name, such as inputs
+            raise GenerationError("input_ids: there are no prompts; give arrays or lists of token ids")
+        if not (streamer is None or callable(streamer) or hasattr(streamer, "put")):
+            raise GenerationError(f"streamer: expected a function, or an object with put and end, got {streamer!r:.40}")
         burst = None if streamer is None else BURST
         stream = TokenStream(self, input_ids, attention_mask, burst=burst, **options)
         request = generation_request(self, stream)

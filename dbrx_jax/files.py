@@ -18,8 +18,10 @@ def location(path: str | Path) -> Path:
     """Returns a local path made absolute, or for a URL such as gs://bucket/folder a UPath with a Path's methods.
 
     Raises:
-      CheckpointError: the file system of such URLs is not installed, or is unknown.
+      CheckpointError: the file system of such URLs is not installed, or is unknown; or it is no path.
     """
+    if not (isinstance(path, str) or hasattr(path, "joinpath")):
+        raise CheckpointError(f"expected a folder's path or URL, got {path!r:.40}")
     if "://" not in str(path):
         return Path(path).absolute()
     try:

@@ -1,6 +1,7 @@
 """Locates a checkpoint's folder: local, at a URL, or on the Hugging Face hub (extra [hub])."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from dbrx_jax.errors import CheckpointError, install_advice
 from dbrx_jax.files import check_links, location
 
 SCHEME = "hf://"
+WEBSITE = "https://huggingface.co/"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 # The files of a checkpoint, without the pickled weights that a repository may hold beside them; params/ are Orbax's.
 WEIGHTS = ("params/*", "*.safetensors")
 SMALL_FILES = ("*.json", "merges.txt", "*.jinja", "*.tiktoken", "additional_chat_templates")
@@ -34,6 +37,8 @@ def checkpoint_folder(path: str | Path, progress: bool | None = None) -> Path:
     """
     if is_on_hub(path):
         return _download(path, SMALL_FILES, None, progress)
+    if str(path).startswith(WEBSITE):
+        raise CheckpointError(f"{path}: is a page of the hub; write {SCHEME}owner/name")
     folder = location(path)
     try:
         if folder.is_dir():
@@ -41,7 +46,8 @@ def checkpoint_folder(path: str | Path, progress: bool | None = None) -> Path:
             return folder
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    raise CheckpointError(f"{path}: there is no such folder")
+    hint = f"; on the hub it would be {SCHEME}{path}" if REPOSITORY.fullmatch(str(path)) else ""
+    raise CheckpointError(f"{path}: there is no such folder{hint}")
 
 
 def download_weights(path: str | Path, folder: Path, progress: bool | None = None) -> None:

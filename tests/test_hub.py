@@ -99,6 +99,8 @@ def test_tokenizer_is_loaded_without_weights(hub):
     ("options", "message"),
     [
         ({"dtype": "int8"}, "dtype: expected one of"),
+        ({"dtype": "fp16"}, "dtype: expected one of float32, bfloat16, float16, got fp16"),
+        ({"mesh": 5}, "mesh: expected a jax Mesh, a recipe or axes such as"),
         ({"quantization": "int3"}, "quantization: expected"),
         ({"quantization": "int8", "dtype": "float16"}, "quantization: its weights are used in"),
         ({"mesh": "nowhere"}, "mesh: expected"),
@@ -203,9 +205,21 @@ def test_hub_error_is_reported_in_one_line(hub):
         DbrxForCausalLM.from_pretrained("hf://someone/dbrx")
 
 
-@pytest.mark.parametrize("path", ["/no/where", "owner/name", "../x", "name", "x" * 300])
-def test_paths_are_not_requested_from_the_hub(hub, path):
-    with pytest.raises(CheckpointError, match=r"there is no such folder$|cannot be read"):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/no/where", "there is no such folder$"),
+        ("../x", "there is no such folder$"),
+        ("name", "there is no such folder$"),
+        ("x" * 300, "cannot be read"),
+        ("owner/name", "there is no such folder; on the hub it would be hf://owner/name$"),
+        ("https://huggingface.co/owner/name", "is a page of the hub; write hf://owner/name$"),
+        (5, "^expected a folder's path or URL, got 5$"),
+        (None, "^expected a folder's path or URL, got None$"),
+    ],
+)
+def test_paths_are_not_requested_from_the_hub(hub, path, message):
+    with pytest.raises(CheckpointError, match=message):
         DbrxForCausalLM.from_pretrained(path)
     assert hub.requests == []
 

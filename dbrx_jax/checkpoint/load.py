@@ -1,5 +1,6 @@
 """Loads a model from an Orbax or Hugging Face folder, each shard straight to its device."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from dbrx_jax.checkpoint.parameters import ArrayLayout, Network, array_layouts, 
 from dbrx_jax.checkpoint.quantized import read_quantized
 from dbrx_jax.config import DTYPES, DbrxConfig
 from dbrx_jax.console import progress
-from dbrx_jax.errors import CheckpointError
+from dbrx_jax.errors import CheckpointError, MeshError
 from dbrx_jax.kernels.attention import select_implementation
 from dbrx_jax.memory import report_memory_errors
 from dbrx_jax.quantization import Format, Quantization, QuantizedArray
@@ -44,7 +45,7 @@ def load_model(
             f"{folder.path}: its weights are {stored} already, and {requested} is asked for; load what it was made from"
         )
     quantization = stored if requested is None else requested
-    target = np.dtype(folder.dtype() if dtype is None else dtype)
+    target = folder.dtype() if dtype is None else _as_dtype(dtype)
     mesh, layouts = plan_arrays(folder.config, mesh, target, quantization, attention_implementation)
     arrays = _read_arrays(folder, layouts, mesh, quantization, target, show_progress)
     config = dataclasses.replace(folder.config, dtype=target.name)
@@ -71,13 +72,22 @@ def plan_arrays(
     Raises:
       DbrxError: an option is unknown, or does not fit the configuration, the others or the devices.
     """
-    if str(np.dtype(dtype)) not in DTYPES:
-        raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    dtype = _as_dtype(dtype)
     mesh = find_mesh(mesh) if isinstance(mesh, str) else mesh
+    if not isinstance(mesh, Mesh | None):
+        raise MeshError(f'mesh: expected a jax Mesh, a recipe or axes such as "expert=8", got {mesh!r:.40}')
     if mesh is not None:
         check_mesh(config, mesh)
     select_implementation(attention_implementation, Partition(mesh).platform)
-    return mesh, array_layouts(config, mesh, Quantization.parse(quantization), np.dtype(dtype))
+    return mesh, array_layouts(config, mesh, Quantization.parse(quantization), dtype)
+
+
+def _as_dtype(dtype: DTypeLike) -> np.dtype:
+    """Returns the dtype of this name, one of DTYPES."""
+    with contextlib.suppress(TypeError):  # of np.dtype: no dtype of any kind
+        if str(np.dtype(dtype)) in DTYPES:
+            return np.dtype(dtype)
+    raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!s:.40}")
 
 
 def _read_arrays(

@@ -81,8 +81,8 @@ def _begin_local(
         free = shutil.disk_usage(folder).free
         if free + written < num_bytes:
             raise CheckpointError(
-                f"{folder.parent}: {free / 1e9:.1f} GB are free and the checkpoint needs "
-                f"{(num_bytes - written) / 1e9:.1f} GB"
+                f"{folder.parent}: {free / 1e9:.3g} GB are free and the checkpoint needs "
+                f"{(num_bytes - written) / 1e9:.3g} GB"
             )
         if not path.exists():
             partial.write_text(json.dumps(plan, indent=2))

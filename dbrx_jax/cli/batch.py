@@ -196,5 +196,4 @@ def derive_seed(*numbers: int) -> int:
 
 
 def _result(item: Item, fields: dict[str, Any]) -> dict[str, Any]:
-    several = item.config is not None and (item.config.num_return_sequences or 1) > 1
-    return item.row.fields | ({"index": item.index} if several else {}) | fields
+    return item.row.fields | ({"index": item.index} if item.copies > 1 else {}) | fields

@@ -1,6 +1,7 @@
 """Options of generation as the user gives them, on the command line or in a row of a prompts file."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from dbrx_jax.errors import GenerationError
 if TYPE_CHECKING:
     from dbrx_jax.generation_config import GenerationConfig
 
+MISSPELT = 0.92  # similarity of names; "top-p" and "seeds" are less like an option's
 MAX_SEED = (1 << 32) - 1
 # Of GenerationConfig: these are for callers in Python.
 OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_logprobs")
@@ -59,9 +61,14 @@ def check_seed(seed: Any, name: str = "seed") -> None:
 
 
 def refuse_foreign_options(row: Mapping[str, Any]) -> None:
-    """Raises GenerationError if a row has an option of another library's, which would do nothing."""
+    """Raises GenerationError if a row has an option of another library's, or a misspelt one, which would do nothing."""
     from dbrx_jax.generation_config import NOT_SUPPORTED, GenerationConfig
 
+    options = [field.name for field in dataclasses.fields(GenerationConfig)]
+    for name in row:
+        near = difflib.get_close_matches(name, options, 1, cutoff=MISSPELT)
+        if near and name != near[0] and name not in NOT_SUPPORTED:
+            raise GenerationError(f"{name}: there is no such option; did you mean {near[0]}?")
     names = [name for name in NOT_SUPPORTED if name in row and name not in (*NAMES_OF_DATA, "stop")]
     GenerationConfig().replace({name: row[name] for name in names})
 

@@ -49,6 +49,7 @@ class Item:
 
     Attributes:
       index: which of the row's completions.
+      copies: the number of them.
       ids: tokens of the prompt.
       config: all options of generation; None if there is an error.
     """
@@ -58,6 +59,7 @@ class Item:
     ids: list[int]
     config: "GenerationConfig | None"
     error: str | None
+    copies: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ class PromptsFile:
             if number + copies > start:
                 item = _prepare(row, checkpoint, options)
                 for index in range(max(0, start - number), copies):
-                    yield dataclasses.replace(item, index=index)
+                    yield dataclasses.replace(item, index=index, copies=copies)
             number += copies
 
     def survey(self, checkpoint: "Checkpoint", options: dict[str, Any]) -> Survey:

@@ -75,6 +75,7 @@ def _make_processors(config: GenerationConfig, vocab_size: int, prompt_width: in
     if config.forced_eos_token_id:
         forced = _vector(vocab_size, [((i,), 0.0) for i in config.forced_eos_token_id], fill=-np.inf)
     penalty = config.exponential_decay_length_penalty
+    ngram_size = config.no_repeat_ngram_size or 0  # one as long as prompt and new tokens cannot repeat
 
     def banned(ids: Sequence[int]) -> np.ndarray | None:
         return _vector(vocab_size, [((i,), -np.inf) for i in ids]) if ids else None
@@ -84,7 +85,7 @@ def _make_processors(config: GenerationConfig, vocab_size: int, prompt_width: in
         sequence_bias=_sequences(biases),
         repetition_penalty=_unless(config.repetition_penalty, 1),
         penalties=penalties if any(penalties) else None,
-        no_repeat_ngram_size=np.int32(config.no_repeat_ngram_size) if config.no_repeat_ngram_size else None,
+        no_repeat_ngram_size=np.int32(ngram_size) if 0 < ngram_size < prompt_width + max_new_tokens else None,
         bad_words=_sequences(bad_words),
         bad_tokens=banned([word[0] for word, _ in bad_words if len(word) == 1]),
         min_new_tokens=np.int32(min_new_tokens) if min_new_tokens > 0 and eos else None,

@@ -356,7 +356,7 @@ def _check_count(name: str, value: Any, largest: int) -> None:
 
 def _functions(name: str, value: Any) -> tuple[Callable[..., Any], ...]:
     """Returns the caller's functions as a tuple."""
-    functions = (value,) if callable(value) and not isinstance(value, Sequence) else tuple(value or ())
-    if not all(map(callable, functions)):
+    functions = (value,) if callable(value) and not isinstance(value, Sequence) else value or ()
+    if not isinstance(functions, Sequence) or not all(map(callable, functions)):
         raise GenerationError(f"{name}: expected functions, got {value!r:.60}")
-    return functions
+    return tuple(functions)

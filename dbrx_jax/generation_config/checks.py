@@ -22,7 +22,9 @@ def _is_number(value: Any) -> bool:
 
 def _whole(minimum: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
-        if not _is_int(value) or not minimum <= value < MAX_ID:
+        if _is_int(value) and value >= MAX_ID:
+            raise GenerationError(f"{name}: expected at most {MAX_ID - 1}, got {value!r:.40}")
+        if not _is_int(value) or value < minimum:
             bound = "above 0" if minimum == 1 else "of at least 0"
             raise GenerationError(f"{name}: expected a whole number {bound}, got {value!r:.40}")
         return int(value)

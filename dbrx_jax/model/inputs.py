@@ -1,5 +1,6 @@
 """Checks of token ids and masks from callers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,9 @@ def check_ids(input_ids: Any, vocab_size: int) -> Array | np.ndarray:
     """
     ids = _array("input_ids", input_ids)
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise GenerationError(f"input_ids: expected integers of shape (batch, tokens), got {ids.dtype} {ids.shape}")
+        raise GenerationError(
+            f"input_ids: expected integers of shape (batch, tokens), got {_described(input_ids, ids)}"
+        )
     if isinstance(ids, np.ndarray) and (ids.min() < 0 or ids.max() >= vocab_size):
         bad = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise GenerationError(f"input_ids: expected ids from 0 to {vocab_size - 1} (the model's vocabulary), got {bad}")
@@ -54,6 +57,17 @@ def pad_rows(input_ids: Any, attention_mask: Any, pad_token_id: int, left: bool)
             raise GenerationError(f"attention_mask: row {i}: expected {length} values, got {row_mask.shape}")
         ids[i, columns], mask[i, columns] = values, row_mask
     return ids, mask
+
+
+def _described(value: Any, array: Array | np.ndarray) -> str:
+    """Returns what was given instead of token ids, with what to do if it is a usual mistake."""
+    if isinstance(value, str) or array.dtype.kind == "U":
+        return "text; a tokenizer makes ids of it"
+    if isinstance(value, Mapping):
+        return "a dictionary; write ** before it"
+    if array.ndim == 1 and array.size and np.issubdtype(array.dtype, np.integer):
+        return f"a single row {array.shape}; write [ids]"
+    return f"{array.dtype} {array.shape}"
 
 
 def _array(name: str, value: Any) -> Array | np.ndarray:

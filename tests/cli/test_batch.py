@@ -92,13 +92,14 @@ class TestResults:
             {"prompt": "abc", "top_p": 0.5},
             {"messages": [{"role": "user"}]},
             b'"\xff"',
+            {"prompt": "abc", "max_new_token": 2},
             {"prompt": "abc", "error": "of an earlier run"},
         ]
         done = run(rows, "--max-new-tokens", 5, "--batch-size", 3)
         assert done.returncode == 1
         lines = done.stderr.splitlines()
-        assert "prompts.jsonl: 7 rows get an error for a completion; line 2: not JSON" in lines[0]
-        assert lines[-1] == "7 of 9 rows have an error"
+        assert "prompts.jsonl: 8 rows get an error for a completion; line 2: not JSON" in lines[0]
+        assert lines[-1] == "8 of 10 rows have an error"
         found = results(tmp_path)
         assert found[0]["completion"] == found[-1]["completion"] != ""
         assert "error" not in found[0]
@@ -111,6 +112,7 @@ class TestResults:
             "line 6: top_p draws at random; give temperature above 0",
             "line 7: the chat template failed",
             "line 8: not JSON",
+            "line 9: max_new_token: there is no such option; did you mean max_new_tokens?",
         )
         for result, fragment in zip(found[1:-1], fragments, strict=True):
             assert fragment in result["error"]

@@ -291,6 +291,9 @@ class TestMistakes:
             ({"do_sample": 1}, "do_sample: expected True or False, got 1"),
             ({"stop_strings": [""]}, "stop_strings: expected texts that are not empty"),
             ({"suppress_tokens": [10**6]}, "suppress_tokens: expected ids below"),
+            ({"streamer": 5}, "streamer: expected a function, or an object with put and end, got 5"),
+            ({"logits_processor": 5}, "logits_processor: expected functions, got 5"),
+            ({"max_new_tokens": 10**10}, "max_new_tokens: expected at most 2147483647, got 10000000000"),
         ],
     )
     def test_unusable_option_is_one_line(self, model, prompts, options, message):
@@ -298,6 +301,31 @@ class TestMistakes:
             model.generate(prompts[0], **options)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("prompts", "message"),
+        [
+            ("a text", "input_ids: expected integers of shape (batch, tokens), got text; a tokenizer makes ids of it"),
+            ({"input_ids": [[1]]}, "got a dictionary; write ** before it"),
+            ([1, 2, 3], "got a single row (3,); write [ids]"),
+            ([[0.5]], "got float64 (1, 1)"),
+            (None, "input_ids: there are no prompts"),
+        ],
+    )
+    def test_prompts_that_are_no_ids_are_one_line(self, model, prompts, message):
+        with pytest.raises(GenerationError) as error:
+            model.generate(prompts)
+        assert message in str(error.value)
+
+    def test_prompts_by_another_name_are_named(self, model):
+        with pytest.raises(GenerationError, match="inputs: the prompts' name is input_ids"):
+            model.generate(inputs=[[1, 2]])
+
+    def test_ngram_longer_than_the_row_is_off(self, model, prompts):
+        stream = TokenStream(model, [[1, 2, 3]], max_new_tokens=4, no_repeat_ngram_size=10**6)
+        assert stream._settings.processors.no_repeat_ngram_size is None
+        stream = TokenStream(model, [[1, 2, 3]], max_new_tokens=4, no_repeat_ngram_size=6)
+        assert stream._settings.processors.no_repeat_ngram_size == 6
 
     @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "typical_p"])
     def test_option_without_effect_warns(self, model, prompts, name):
