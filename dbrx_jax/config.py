@@ -63,7 +63,7 @@ _ARCHITECTURE: dict[str, tuple[Any, ...]] = {
     "softmax_scale": (),
     "uniform_expert_assignment": (False,),
 }
-# Dictionaries of rotary embeddings, in the same places, and what such a dictionary may say.
+# Dictionaries of rotary embeddings, in the same places, and the entries that such a dictionary may have.
 _ROPE_GROUPS = ("rope_parameters", "rope_scaling", "rope_hf_config", "rope_dail_config")
 _ROPE_TYPES = ("default", "no_scaling", "original")
 _ROPE: dict[str, tuple[Any, ...]] = {

@@ -21,7 +21,7 @@ from dbrx_jax.memory import device_memory, explain_memory_error, host_memory, is
 DELAY_SECONDS = 2.0  # work that is done sooner is not worth a line
 LINE_SECONDS = 10  # interval of progress lines where no bar can be drawn
 NOTEBOOK_SECONDS = 0.5  # interval of progress lines that replace each other
-# Loggers of libraries that report at length what our errors say in a line.
+# Loggers of libraries that report at length what our errors report in a line.
 QUIET_LOGGERS = ("absl", "huggingface_hub")
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 

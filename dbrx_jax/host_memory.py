@@ -17,7 +17,7 @@ def total_memory(root: Path = ROOT) -> int:
 
 
 def available_memory(root: Path = ROOT) -> int | None:
-    """Returns the bytes that this process can still allocate; None if the system does not say (only Linux does).
+    """Returns the bytes that this process can still allocate; None if the system does not report it (only Linux does).
 
     It is the least of the free memory and swap, and of what remains under the limits of the container (control groups,
     versions 1 and 2) and of the process (`ulimit -v` and `-d`). Memory that caches files counts as free.

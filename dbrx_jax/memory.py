@@ -68,7 +68,7 @@ def explain_memory_error(error: BaseException, host: Memory, device: Memory | No
 
 
 def host_memory() -> Memory:
-    """Returns the memory of the host; all of it as free where the system does not say."""
+    """Returns the memory of the host; all of it as free where the system does not report what is."""
     total, free = total_memory(), available_memory()
     return Memory(total if free is None else free, total, "this host")
 

@@ -171,7 +171,7 @@ def model(size: Size) -> Iterator[Row]:
 
 
 def write_reference_model(size: Size, path: Path) -> None:
-    """Writes the float32 results that `model` compares with; the environment has turned kernels off."""
+    """Writes the float32 results that `model` compares with; the environment disables kernels."""
     logits, tokens = _run_model(size, jnp.float32)
     np.savez(path, logits=logits, tokens=tokens)
 

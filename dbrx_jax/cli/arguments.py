@@ -15,7 +15,7 @@ import tyro
 from dbrx_jax.console import print_status
 
 T = TypeVar("T")
-# An option that need not be given. The help shows no default: None would say nothing.
+# An option that need not be given. The help shows no default: None would be no help.
 Given = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 _positional: Any = tyro.conf.Positional[str]
 POSITIONAL = _positional.__metadata__[0]

@@ -125,12 +125,8 @@ def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions:
     if is_on_hub(checkpoint.name):
         check_memory(need)
         download_weights(checkpoint.name, checkpoint.folder)
-    folder = open_folder(checkpoint.folder)
-    check_memory(
-        dataclasses.replace(
-            need, dtype=options.dtype or folder.dtype(), quantization=folder.quantization or quantization
-        )
-    )
+    stored_dtype = open_folder(checkpoint.folder).dtype()
+    check_memory(dataclasses.replace(need, dtype=options.dtype or stored_dtype))
     enable_compilation_cache()
     begin = time.perf_counter()
     model = DbrxForCausalLM.from_pretrained(

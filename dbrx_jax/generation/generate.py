@@ -20,7 +20,7 @@ class GenerationOutput(NamedTuple):
 
 
 def run_to_end(stream: TokenStream, streamer: Any = None) -> np.ndarray | GenerationOutput:
-    """Generates all tokens; returns the prompts with them (B, T + N), or a GenerationOutput if the options say so.
+    """Generates all tokens; returns the prompts with them (B, T + N), or a GenerationOutput if the options ask for it.
 
     Args:
       streamer: a function that is called with new tokens (B, n) as they are generated, or an object with

@@ -92,7 +92,7 @@ def check_memory(request: Request, weights_loaded: bool = False) -> None:
     """Refuses what certainly does not fit: more bytes of weights and cache than a device has free.
 
     Activations, the row of cache in which a prompt is computed, and what the runtime needs for itself are not counted.
-    Where a device or system does not say what it has free, everything is accepted.
+    Where a device or system does not report what it has free, everything is accepted.
 
     Args:
       weights_loaded: the weights are on the devices already, so that only the cache is to be made.
@@ -119,7 +119,7 @@ def check_memory(request: Request, weights_loaded: bool = False) -> None:
 def fit_advice(request: Request, weights_loaded: bool = False) -> str:
     """Returns words for the error of a device or host whose memory ran out in spite of the check.
 
-    They say what is asked for, what there is and what would fit, such as "each device needs 76.2 GB (weights …), and
+    They name what is asked for, what there is and what would fit, such as "each device needs 76.2 GB (weights …), and
     NVIDIA H100 80GB HBM3 0 has 81.0 GB; it would fit with 4 rows". If the plan says that the request fits, what is
     suggested takes at most SMALLER of it, besides loaded weights.
     """
@@ -137,7 +137,7 @@ def fit_advice(request: Request, weights_loaded: bool = False) -> str:
 
 
 def _free_bytes(device: Any, num_devices: int) -> int | None:
-    """Returns what a device has free, on a CPU its share of the host's memory; None if it does not say."""
+    """Returns what a device has free, on a CPU its share of the host's memory; None if it does not report it."""
     if device.platform == "cpu":
         available = available_memory()
         return None if available is None else available // num_devices
@@ -146,7 +146,7 @@ def _free_bytes(device: Any, num_devices: int) -> int | None:
 
 
 def _limit_bytes(device: Any, num_devices: int) -> int | None:
-    """Returns the memory that JAX may use of a device, with what is in use; None if it does not say."""
+    """Returns the memory that JAX may use of a device, with what is in use; None if it does not report it."""
     if device.platform == "cpu":
         return total_memory() // num_devices
     return (device.memory_stats() or {}).get("bytes_limit")

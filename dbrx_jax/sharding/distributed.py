@@ -78,7 +78,7 @@ def start(
     except BaseException as error:
         sys.stdout.flush()
         if _is_connection_error(error):  # the log filter prints this line, or the runtime's reason if it logs one
-            line = "the connection to another process broke; see what the others said, and start all again"
+            line = "the connection to another process broke; see the errors of the others, and start all again"
             os.write(2, f"{native_log.MARK}{line}\n".encode())
             os.close(2)
             with contextlib.suppress(subprocess.TimeoutExpired):

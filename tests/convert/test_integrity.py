@@ -199,7 +199,7 @@ class TestDigests:
 
     @pytest.mark.parametrize("name", ["True", "False"])
     def test_missing_chunk_is_refused(self, converted, tmp_path, name):
-        """Of a compressed array too, of which tensorstore would read zeros."""
+        """A missing chunk of a compressed array counts too: tensorstore would read zeros."""
         shutil.copytree(converted / name, tmp_path / "orbax")
         (tmp_path / "orbax" / PARAMS / STATE / W1 / "2.0").unlink()
         assert f"{W1}/2.0: is missing; convert or copy it again" in error_of(tmp_path / "orbax")

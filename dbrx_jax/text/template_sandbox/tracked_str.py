@@ -154,9 +154,9 @@ def concat(texts: Iterable[str]) -> str:
     return TrackedStr().join(texts)
 
 
-def formatted(form: TrackedStr, placeholder: str, values: Sequence[Any], text: str) -> str:
-    """Returns `text`, the result of formatting, with flags if the placeholder is the format's only field."""
-    literals = form.split(placeholder)
+def formatted(form: TrackedStr, field: str, values: Sequence[Any], text: str) -> str:
+    """Returns `text`, the result of formatting, with flags if the format has no other kind of field."""
+    literals = form.split(field)
     if len(literals) != len(values) + 1:
         return text
     parts: list[str] = [literals[0]]
