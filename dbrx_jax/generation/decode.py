@@ -68,6 +68,11 @@ class Options(NamedTuple):
     saved_scores: int = 0
 
 
+def changes_logits(settings: Settings, options: Options) -> bool:
+    """Returns whether a processor is on, so that every token may be banned although the model's logits are finite."""
+    return bool(options.functions) or any(p is not None for p in settings.processors)
+
+
 class ProgramSpecs(NamedTuple):
     """Partition specs of the arguments of the device programs."""
 
@@ -339,7 +344,8 @@ def _append_token(
 ) -> DecodeState:
     """Samples each row's next token and appends it to the state; that of a row that is done is never read.
 
-    A row whose logits are not finite is done: its log-probability, which is not finite either, tells the host.
+    A row whose logits are not finite, or of which every token is banned, is done: its log-probability, which is not
+    finite either, tells the host.
 
     Args:
       x: logits (B, V), or hidden states (B, D) that `head` maps to logits.
@@ -353,6 +359,7 @@ def _append_token(
             logits, settings.processors, row_state, jnp.asarray(settings.eos), state.step, partition
         )
         scores = apply_functions(scores, options.functions, row_state, vocab_size, partition)
+        largest = partition.pmax(scores.max(axis=-1), *VOCAB_AXES) if changes_logits(settings, options) else None
         if settings.sampling is None:
             token = argmax(scores, partition)
         else:
@@ -361,7 +368,10 @@ def _append_token(
         if options.saved_scores and settings.renormalize is not None:
             scores = log_softmax(scores, partition)
         saved = logits if options.saved_logits else None, scores if options.saved_scores else None
-        return token, log_probability(logits, token, partition), saved
+        logprob = log_probability(logits, token, partition)
+        if largest is not None:  # a NaN, or no token is left but the vocabulary's padding
+            logprob = jnp.where(largest > jnp.finfo(jnp.float32).min, logprob, jnp.nan)
+        return token, logprob, saved
 
     position = jnp.where(state.done, state.position, state.position + 1)
     keys = None if settings.sampling is None else settings.sampling.keys

@@ -20,6 +20,7 @@ from dbrx_jax.generation.decode import (
     DecodeState,
     Options,
     broadcast,
+    changes_logits,
     decode,
     first_token,
     lower,
@@ -251,9 +252,10 @@ class TokenStream(Iterator[np.ndarray]):
         is_bad = ~np.isfinite(logprobs) & (np.arange(logprobs.shape[1]) < ends[:, None])
         if is_bad.any():
             row, step = np.argwhere(is_bad)[0]
+            others = "for options that ban every token, or " if changes_logits(self._settings, self._options) else ""
             raise NotFiniteError(
-                f"row {row}: the logits of new token {self._steps + step + 1} are not finite; look for damaged weights "
-                "with dbrx-convert inspect --values"
+                f"row {row}: the logits of new token {self._steps + step + 1} are not finite; look {others}for damaged "
+                "weights with dbrx-convert inspect --values"
             )
 
     def _end_rows(self, tokens: np.ndarray, eos_ends: np.ndarray) -> np.ndarray:

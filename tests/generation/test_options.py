@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dbrx_jax import DbrxForCausalLM
-from dbrx_jax.errors import ConfigError, GenerationError
+from dbrx_jax.errors import ConfigError, GenerationError, NotFiniteError
 from dbrx_jax.generation.stream import TokenStream
 from dbrx_jax.generation_config import GenerationConfig
 from tests.conftest import GOLDEN
@@ -320,6 +320,28 @@ class TestMistakes:
     def test_prompts_by_another_name_are_named(self, model):
         with pytest.raises(GenerationError, match="inputs: the prompts' name is input_ids"):
             model.generate(inputs=[[1, 2]])
+
+    @pytest.mark.parametrize("batch_invariant", [False, True])
+    @pytest.mark.parametrize("do_sample", [False, True])
+    def test_row_without_a_token_left_ends_generation(self, model, prompts, do_sample, batch_invariant):
+        options = {"max_new_tokens": 3, "do_sample": do_sample, "batch_invariant": batch_invariant}
+        match = r"row 0: the logits of new token 1 are not finite; look for options that ban every token, or"
+        with pytest.raises(NotFiniteError, match=match):
+            model.generate([[1, 2]], suppress_tokens=range(model.config.vocab_size), **options)
+
+    def test_function_that_returns_nan_ends_generation(self, model):
+        def spoil(ids, lengths, logits):
+            return logits.at[1, 7].set(jnp.where(lengths[1] == 4, jnp.nan, logits[1, 7]))
+
+        with pytest.raises(NotFiniteError, match="row 1: the logits of new token 3 are not finite"):
+            model.generate([[1, 2], [3, 4]], max_new_tokens=4, eos_token_id=None, logits_processor=spoil)
+
+    def test_function_may_force_a_token(self, model):
+        def force(ids, lengths, logits):
+            return logits.at[:, 7].set(jnp.inf)
+
+        out = model.generate([[1, 2]], max_new_tokens=2, eos_token_id=None, logits_processor=force)
+        assert out.tolist() == [[1, 2, 7, 7]]
 
     def test_ngram_longer_than_the_row_is_off(self, model, prompts):
         stream = TokenStream(model, [[1, 2, 3]], max_new_tokens=4, no_repeat_ngram_size=10**6)
