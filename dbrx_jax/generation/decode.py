@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.generation.filters import log_softmax
+from dbrx_jax.generation.filters import can_sample, log_softmax
 from dbrx_jax.generation.processors import (
     LogitsFunction,
     Processors,
@@ -359,7 +359,7 @@ def _append_token(
             logits, settings.processors, row_state, jnp.asarray(settings.eos), state.step, partition
         )
         scores = apply_functions(scores, options.functions, row_state, vocab_size, partition)
-        largest = partition.pmax(scores.max(axis=-1), *VOCAB_AXES) if changes_logits(settings, options) else None
+        is_usable = can_sample(scores, partition) if changes_logits(settings, options) else None
         if settings.sampling is None:
             token = argmax(scores, partition)
         else:
@@ -369,8 +369,8 @@ def _append_token(
             scores = log_softmax(scores, partition)
         saved = logits if options.saved_logits else None, scores if options.saved_scores else None
         logprob = log_probability(logits, token, partition)
-        if largest is not None:  # a NaN, or no token is left but the vocabulary's padding
-            logprob = jnp.where(largest > jnp.finfo(jnp.float32).min, logprob, jnp.nan)
+        if is_usable is not None:
+            logprob = jnp.where(is_usable, logprob, jnp.nan)
         return token, logprob, saved
 
     position = jnp.where(state.done, state.position, state.position + 1)

@@ -125,6 +125,14 @@ def keep_above(logits: Float[Array, "B V"], cutoff: ArrayLike, partition: Partit
     return jnp.where(is_kept | (logits == _largest_logit(logits, partition)), logits, -jnp.inf)
 
 
+def can_sample(logits: Float[Array, "B V"], partition: Partition) -> Bool[Array, "B"]:
+    """Returns for each row whether a token is left, besides the vocabulary's padding, and no logit is NaN."""
+    is_left = (logits > jnp.finfo(jnp.float32).min).any(axis=-1)
+    is_nan = jnp.isnan(logits).any(axis=-1)  # which a maximum over devices may lose
+    is_left, is_nan = (partition.pmax(a.astype(jnp.int32), *VOCAB_AXES) > 0 for a in (is_left, is_nan))
+    return is_left & ~is_nan
+
+
 def log_softmax(logits: Float[Array, "B V"], partition: Partition) -> Float[Array, "B V"]:
     """Returns the log-probabilities of all tokens, in nats."""
     shifted = logits - _largest_logit(logits, partition)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
 from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_from_state, parameters_of
-from dbrx_jax.errors import MeshError
+from dbrx_jax.errors import MeshError, NotFiniteError
 from dbrx_jax.model.graph import parameter_partition_specs
 from dbrx_jax.sharding.partition import AXES, Partition, make_mesh, parse_axes
 from dbrx_jax.sharding.recipes import find_axes, find_mesh, find_recipe, recipe_names
@@ -330,3 +331,21 @@ def test_partition_specs_match_parameter_axes():
     assert specs["blocks.0.norm_1.scale"] == jax.P(None)
     sizes = dataclasses.asdict(SMALL)
     assert len({sizes[k] for k in ("d_model", "ffn_hidden_size", "vocab_size")}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_row_without_a_usable_token_ends_generation(do_sample):
+    """On each shard of the vocabulary, whose last one has padding."""
+    model = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", "data=2,expert=2,tensor=2", dtype="float32")
+    last = model.config.vocab_size - 1
+
+    def spoil(ids, lengths, logits):
+        return logits.at[0, last].set(jnp.nan)
+
+    options = {"max_new_tokens": 2, "do_sample": do_sample, "eos_token_id": None}
+    for mistake in ({"logits_processor": spoil}, {"suppress_tokens": range(last + 1)}):
+        with pytest.raises(NotFiniteError, match="row 0: the logits of new token 1 are not finite"):
+            model.generate([[1, 2], [3, 4]], **mistake, **options)
+    tokens = model.generate([[1, 2], [3, 4]], suppress_tokens=range(last), **options)
+    assert tokens.tolist() == [[1, 2, last, last], [3, 4, last, last]]
