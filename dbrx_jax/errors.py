@@ -37,6 +37,18 @@ class NotFiniteError(GenerationError):
     """The logits of a row became infinite or NaN while it was generated, as damaged weights make them."""
 
 
+class QueueFullError(DbrxError):
+    """As many requests wait as the engine allows; a later try may succeed."""
+
+
+class RequestTimeoutError(DbrxError):
+    """A request did not end within its time."""
+
+
+class EngineClosedError(DbrxError):
+    """The engine takes no more requests: it was closed, or it failed."""
+
+
 class MeshError(DbrxError):
     """A device mesh does not fit the model or the available devices."""
 
