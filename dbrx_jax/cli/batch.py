@@ -91,7 +91,7 @@ class _Runner:
     """
 
     def __init__(self, command: GenerateOptions, checkpoint: Checkpoint, survey: Survey, output: Output):
-        from dbrx_jax.generation.decode import same_on_all_processes
+        from dbrx_jax.generation.processes import same_on_all_processes
 
         self._command, self._checkpoint = command, checkpoint
         self.num_items, self._positions = survey.num_items, survey.positions

@@ -13,42 +13,60 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from dbrx_jax.generation.rows import take_rows
 from dbrx_jax.sharding.partition import VOCAB_AXES, Partition
 
 
 class Nucleus(NamedTuple):
     """Parameters of top-k, top-p and min-p; without effect: the vocabulary's size, 1 and 0."""
 
-    top_k: ArrayLike  # int32
-    top_p: ArrayLike
-    min_p: ArrayLike
+    top_k: Int[ArrayLike, "M"]
+    top_p: Float[ArrayLike, "M"]
+    min_p: Float[ArrayLike, "M"]
 
 
 class Filters(NamedTuple):
-    """Filters in the order in which they apply; None is off and adds nothing to the program."""
+    """Filters in the order in which they apply; None is off and adds nothing to the program.
+
+    Each array has a dimension of M slots in front, or of 1 if all rows share a value.
+    """
 
     nucleus: Nucleus | None = None
-    typical_p: ArrayLike | None = None
-    epsilon_cutoff: ArrayLike | None = None
-    eta_cutoff: ArrayLike | None = None
+    typical_p: Float[ArrayLike, "M"] | None = None
+    epsilon_cutoff: Float[ArrayLike, "M"] | None = None
+    eta_cutoff: Float[ArrayLike, "M"] | None = None
 
 
-def filter_logits(logits: Float[Array, "B V"], filters: Filters, partition: Partition) -> Float[Array, "B V"]:
-    """Applies all filters that are on to logits, on a mesh to this device's shard of the vocabulary."""
+def filter_logits(
+    logits: Float[Array, "R V"], filters: Filters, slots: Int[Array, "R"], partition: Partition
+) -> Float[Array, "R V"]:
+    """Applies all filters that are on to logits, on a mesh to this device's shard of the vocabulary.
+
+    A filter that would remove no token of any row is not computed.
+    """
     if filters.nucleus is not None:
-        logits = keep_top_k(logits, filters.nucleus.top_k, partition)
-        logits = keep_top_p(logits, filters.nucleus.top_p, partition)
-        logits = keep_min_p(logits, filters.nucleus.min_p, partition)
+        top_k, top_p, min_p = (take_rows(a, slots) for a in filters.nucleus)
+        size = logits.shape[1] * partition.size(*VOCAB_AXES)
+        logits = lax.cond(jnp.any(top_k < size), lambda x: keep_top_k(x, top_k, partition), lambda x: x, logits)
+        logits = lax.cond(jnp.any(top_p < 1), lambda x: keep_top_p(x, top_p, partition), lambda x: x, logits)
+        logits = keep_min_p(logits, min_p[:, None], partition)
     if filters.typical_p is not None:
-        logits = keep_typical(logits, filters.typical_p, partition)
+        mass = take_rows(filters.typical_p, slots)
+        logits = lax.cond(jnp.any(mass < 1), lambda x: keep_typical(x, mass, partition), lambda x: x, logits)
     if filters.epsilon_cutoff is not None:
-        logits = keep_above(logits, filters.epsilon_cutoff, partition)
+        cutoff = take_rows(filters.epsilon_cutoff, slots)[:, None]
+        logits = lax.cond(jnp.any(cutoff > 0), lambda x: keep_above(x, cutoff, partition), lambda x: x, logits)
     if filters.eta_cutoff is not None:
-        epsilon = jnp.asarray(filters.eta_cutoff)
-        logp = log_softmax(logits, partition)
-        cutoff = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-_entropy(logp, partition)))
-        logits = keep_above(logits, cutoff, partition)
+        epsilon = take_rows(filters.eta_cutoff, slots)[:, None]
+        logits = lax.cond(jnp.any(epsilon > 0), lambda x: _keep_eta(x, epsilon, partition), lambda x: x, logits)
     return logits
+
+
+def _keep_eta(logits: Float[Array, "R V"], epsilon: Float[Array, "R 1"], partition: Partition) -> Float[Array, "R V"]:
+    """Keeps tokens above a probability that falls with the entropy (Hewitt et al. 2022, arXiv:2210.15191)."""
+    logp = log_softmax(logits, partition)
+    cutoff = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-_entropy(logp, partition)))
+    return keep_above(logits, cutoff, partition)
 
 
 def keep_top_k(logits: Float[Array, "B V"], top_k: ArrayLike, partition: Partition) -> Float[Array, "B V"]:
@@ -91,7 +109,7 @@ def keep_top_p(logits: Float[Array, "B V"], top_p: ArrayLike, partition: Partiti
 
     is_excess = jnp.any(partition.psum(num_tied, *VOCAB_AXES) > num_kept)
     tied = lax.cond(is_excess, without_excess_ties, lambda tied: tied, tied)
-    is_kept = (logits > least[:, None]) | tied | jnp.greater_equal(top_p, 1)
+    is_kept = (logits > least[:, None]) | tied | jnp.greater_equal(top_p, 1)[..., None]
     return jnp.where(is_kept, logits, -jnp.inf)
 
 
@@ -113,7 +131,8 @@ def keep_typical(logits: Float[Array, "B V"], mass: ArrayLike, partition: Partit
         return partition.psum(total, *VOCAB_AXES) < mass
 
     farthest = _largest_float(is_below_mass, logits.shape[0])
-    return jnp.where(distance <= farthest[:, None], logits, -jnp.inf)
+    is_kept = (distance <= farthest[:, None]) | jnp.greater_equal(mass, 1)[..., None]
+    return jnp.where(is_kept, logits, -jnp.inf)
 
 
 def keep_above(logits: Float[Array, "B V"], cutoff: ArrayLike, partition: Partition) -> Float[Array, "B V"]:

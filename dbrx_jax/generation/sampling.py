@@ -6,25 +6,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
 
 from dbrx_jax.generation.filters import Filters, filter_logits
+from dbrx_jax.generation.rows import take_rows
 from dbrx_jax.sharding.partition import ONE_DEVICE, VOCAB_AXES, VOCAB_BLOCK, Partition
 
 
 class Sampling(NamedTuple):
-    """Parameters of sampling: arguments of the programs, so that changing a value compiles nothing anew."""
+    """Parameters of sampling, each with a dimension of M slots in front, or of 1 if all rows share a value."""
 
-    keys: UInt32[ArrayLike, "B 2"]  # random keys of the rows
-    temperature: ArrayLike = 1.0  # float32
+    keys: UInt32[ArrayLike, "M 2"]  # random keys of the rows
+    temperature: Float[ArrayLike, "M"]
     filters: Filters = Filters()
+    do_sample: Bool[ArrayLike, "M"] | None = None  # False for greedy rows; None: all rows sample
 
 
 def scale_and_filter(
-    logits: Float[Array, "B V"], sampling: Sampling, partition: Partition = ONE_DEVICE
-) -> Float[Array, "B V"]:
+    logits: Float[Array, "R V"], sampling: Sampling, slots: Int[Array, "R"], partition: Partition = ONE_DEVICE
+) -> Float[Array, "R V"]:
     """Divides logits by the temperature and removes tokens; on a mesh, of this device's shard of the vocabulary."""
-    return filter_logits(logits / sampling.temperature, sampling.filters, partition)
+    logits = logits / take_rows(sampling.temperature, slots)[:, None]
+    return filter_logits(logits, sampling.filters, slots, partition)
 
 
 def sample_tokens(

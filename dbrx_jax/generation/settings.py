@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from dbrx_jax.errors import GenerationError
-from dbrx_jax.generation.decode import Settings, same_on_all_processes
 from dbrx_jax.generation.filters import Filters, Nucleus
+from dbrx_jax.generation.processes import same_on_all_processes
 from dbrx_jax.generation.processors import CountPenalties, LengthPenalty, Processors, Sequences
 from dbrx_jax.generation.sampling import Sampling, row_keys
+from dbrx_jax.generation.state import Settings
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.sharding.partition import Partition
 
@@ -25,7 +26,7 @@ def make_settings(
     keys: np.ndarray | None,
     partition: Partition,
 ) -> Settings:
-    """Returns the settings of the decode loop.
+    """Returns the settings of rows that share all but their keys.
 
     Args:
       prompt_width: tokens of the padded prompts, from which min_length counts.
@@ -36,13 +37,12 @@ def make_settings(
     """
     _check_vocabulary(config, vocab_size)
     padded_size = partition.pad_vocabulary(vocab_size)
-    processors = _make_processors(config, padded_size, prompt_width, max_new_tokens)
+    processors = make_processors(config, padded_size, prompt_width, max_new_tokens)
     sampling = None
     if keys is not None:
-        sampling = Sampling(keys, np.float32(config.temperature or 1), _make_filters(config, padded_size))
-    renormalize = np.float32(1) if config.renormalize_logits and config.output_scores else None
+        sampling = Sampling(keys, _float(config.temperature or 1), make_filters(config, padded_size))
     eos = [i for i in config.eos_token_id if i < vocab_size]  # an id that pads the vocabulary is no token
-    return Settings(padded_ids(eos), processors, sampling, renormalize)
+    return Settings(padded_ids(eos)[None], processors, sampling)
 
 
 def padded_ids(ids: Sequence[int]) -> np.ndarray:
@@ -51,23 +51,23 @@ def padded_ids(ids: Sequence[int]) -> np.ndarray:
     return np.array([*ids, *[-1] * (size - len(ids))], np.int32)
 
 
-def _make_filters(config: GenerationConfig, vocab_size: int) -> Filters:
+def make_filters(config: GenerationConfig, vocab_size: int) -> Filters:
     top_k, top_p, min_p = config.top_k or 0, 1.0 if config.top_p is None else config.top_p, config.min_p or 0.0
     nucleus = None
     if top_k or top_p < 1 or min_p:
-        nucleus = Nucleus(np.int32(min(top_k or vocab_size, vocab_size)), np.float32(top_p), np.float32(min_p))
+        nucleus = Nucleus(_int(min(top_k or vocab_size, vocab_size)), _float(top_p), _float(min_p))
     cutoffs = [config.epsilon_cutoff, config.eta_cutoff]
-    epsilon, eta = (np.float32(c) if c is not None and 0 < c < 1 else None for c in cutoffs)
-    typical = None if config.typical_p in (None, 1) else np.float32(config.typical_p)
+    epsilon, eta = (_float(c) if c is not None and 0 < c < 1 else None for c in cutoffs)
+    typical = None if config.typical_p in (None, 1) else _float(config.typical_p)
     return Filters(nucleus, typical, epsilon, eta)
 
 
-def _make_processors(config: GenerationConfig, vocab_size: int, prompt_width: int, max_new_tokens: int) -> Processors:
+def make_processors(config: GenerationConfig, vocab_size: int, prompt_width: int, max_new_tokens: int) -> Processors:
     biases: list[tuple[tuple[int, ...], float]] = [((i,), bias) for i, bias in (config.logit_bias or {}).items()]
     biases += list((config.sequence_bias or {}).items())
     eos = set(config.eos_token_id)
     bad_words = [(word, -np.inf) for word in config.bad_words_ids if not (len(word) == 1 and word[0] in eos)]
-    penalties = CountPenalties(np.float32(config.frequency_penalty or 0), np.float32(config.presence_penalty or 0))
+    penalties = CountPenalties(_float(config.frequency_penalty or 0), _float(config.presence_penalty or 0))
     min_new_tokens = config.min_new_tokens
     if min_new_tokens is None:
         min_new_tokens = (config.min_length or 0) - prompt_width
@@ -84,30 +84,39 @@ def _make_processors(config: GenerationConfig, vocab_size: int, prompt_width: in
         bias=_vector(vocab_size, biases) if any(len(ids) == 1 for ids, _ in biases) else None,
         sequence_bias=_sequences(biases),
         repetition_penalty=_unless(config.repetition_penalty, 1),
-        penalties=penalties if any(penalties) else None,
-        no_repeat_ngram_size=np.int32(ngram_size) if 0 < ngram_size < prompt_width + max_new_tokens else None,
+        penalties=penalties if any(map(np.any, penalties)) else None,
+        no_repeat_ngram_size=_int(ngram_size) if 0 < ngram_size < prompt_width + max_new_tokens else None,
         bad_words=_sequences(bad_words),
         bad_tokens=banned([word[0] for word, _ in bad_words if len(word) == 1]),
-        min_new_tokens=np.int32(min_new_tokens) if min_new_tokens > 0 and eos else None,
+        min_new_tokens=_int(min_new_tokens) if min_new_tokens > 0 and eos else None,
         forced_eos=forced,
-        last_step=None if forced is None else np.int32(max_new_tokens - 1),
-        length_penalty=LengthPenalty(np.int32(penalty[0]), np.float32(penalty[1])) if penalty and eos else None,
+        last_step=None if forced is None else _int(max_new_tokens - 1),
+        length_penalty=LengthPenalty(_int(penalty[0]), _float(penalty[1])) if penalty and eos else None,
         suppressed=banned(config.suppress_tokens),
         suppressed_first=banned(config.begin_suppress_tokens),
     )
 
 
-def _unless(value: float | None, off: float) -> np.floating | None:
-    return None if value is None or value == off else np.float32(value)
+def _float(value: float) -> np.ndarray:
+    """Returns a value that all rows share, as the programs take it."""
+    return np.array([value], np.float32)
+
+
+def _int(value: int) -> np.ndarray:
+    return np.array([value], np.int32)
+
+
+def _unless(value: float | None, off: float) -> np.ndarray | None:
+    return None if value is None or value == off else _float(value)
 
 
 def _vector(size: int, biases: Sequence[tuple[tuple[int, ...], float]], fill: float = 0.0) -> np.ndarray:
-    """Returns a value for each token: the sum of the biases of sequences of this one token, else `fill`."""
+    """Returns a value for each token (1, V): the sum of the biases of sequences of this one token, else `fill`."""
     vector = np.full(size, fill, np.float32)
     for ids, bias in biases:
         if len(ids) == 1:
             vector[ids[0]] = (0 if fill else vector[ids[0]]) + bias
-    return vector
+    return vector[None]
 
 
 def _sequences(biases: Sequence[tuple[tuple[int, ...], float]]) -> Sequences | None:
@@ -121,7 +130,7 @@ def _sequences(biases: Sequence[tuple[tuple[int, ...], float]]) -> Sequences | N
     lengths, values = np.zeros(height, np.int32), np.zeros(height, np.float32)
     for i, (ids, bias) in enumerate(longer):
         reversed_ids[i, : len(ids)], lengths[i], values[i] = ids[::-1], len(ids), bias
-    return Sequences(reversed_ids, lengths, values)
+    return Sequences(reversed_ids[None], lengths[None], values[None])
 
 
 def _check_vocabulary(config: GenerationConfig, vocab_size: int) -> None:

@@ -16,25 +16,17 @@ from jaxtyping import Int
 
 from dbrx_jax.console import announce
 from dbrx_jax.errors import GenerationError, NotFiniteError
-from dbrx_jax.generation.decode import (
-    DecodeState,
-    Options,
-    broadcast,
-    changes_logits,
-    decode,
-    first_token,
-    lower,
-    replicate,
-    same_on_all_processes,
-    stop_rows,
-)
-from dbrx_jax.generation.prefill import prefill
+from dbrx_jax.generation.decode import decode, sample_first
+from dbrx_jax.generation.lowering import lower
+from dbrx_jax.generation.prefill import empty_cache, prefill
+from dbrx_jax.generation.processes import broadcast, replicate, same_on_all_processes
 from dbrx_jax.generation.processors import LogitsFunction
 from dbrx_jax.generation.prompts import new_token_limit, unpadded
 from dbrx_jax.generation.settings import make_keys, make_settings, row_seeds
+from dbrx_jax.generation.state import Options, Outputs, RowState, changes_logits, end_rows, start_rows
 from dbrx_jax.generation.stops import Deadline, StoppingCriterion, StopSearch, ends_by_criteria
 from dbrx_jax.generation_config import SAMPLING_OPTIONS, GenerationConfig
-from dbrx_jax.model.cache import cache_capacity, prefill_chunks, round_up_size
+from dbrx_jax.model.cache import Cache, block_positions, cache_capacity, prefill_chunks, round_up_size
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import GraphDefinition, split_model
 from dbrx_jax.ops.row_tiles import ROW_TILE
@@ -42,6 +34,7 @@ from dbrx_jax.sharding.partition import BATCH_AXES
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 BURST = 8  # decode steps between two transfers to the host, if it has to look at the tokens as they come
+LONGEST_BURST = 64  # otherwise
 MAX_ROWS = 1 << 20
 
 
@@ -69,8 +62,8 @@ class TokenStream(Iterator[np.ndarray]):
         arrays; part of the compiled program. Ids beyond a row's number are undefined.
       stopping_criteria: functions of the sequences so far (B, T + n) and None, called after each token on the host;
         they return whether all rows end, or for each row.
-      burst: limit of tokens in a step of the iterator; None is BURST if the host has to look at tokens (stop strings,
-        criteria, a time limit, saved logits), else no limit.
+      burst: limit of tokens in a step of the iterator, at most LONGEST_BURST; None is that, or BURST if the host has to
+        look at tokens (stop strings, criteria, a time limit, saved logits).
       cache_length: least number of the cache's positions; calls with the same number share compiled programs.
       batch_size: least number of rows of the compiled programs; likewise.
       cache_dtype: "int8" halves a bfloat16 cache, with a scale for each position and head; None is the model's.
@@ -108,24 +101,32 @@ class TokenStream(Iterator[np.ndarray]):
         self.prompt, rows = unpadded(model, input_ids, attention_mask, self.pad_token_id)
         copies = _num_copies(config)
         self.prompt, self._rows = self.prompt.repeat(copies, axis=0), [row for row in rows for _ in range(copies)]
-        num_rows, longest, width = len(self._rows), max(map(len, self._rows)), self.prompt.shape[1]
+        num_rows, longest_prompt, width = len(self._rows), max(map(len, self._rows)), self.prompt.shape[1]
         limit = model.config.max_seq_len
-        self.max_new_tokens = new_token_limit(config, options, width, longest, limit)
+        self.max_new_tokens = new_token_limit(config, options, width, longest_prompt, limit)
         _check_count("burst", burst, limit)
         _check_count("cache_length", cache_length, limit)
         _check_count("batch_size", batch_size, MAX_ROWS)
         if cache_dtype not in (None, "int8"):
             raise GenerationError(f"cache_dtype: expected int8 or None, got {cache_dtype!r:.40}")
+        self._dtype = model.dtype
         self.cache_dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         self._set_stops(tokenizer, stopping_criteria, options)
         saves = config.output_logits or config.output_scores
         looks = bool(self._stop_searches or self._criteria or self._deadline or saves)
-        self._burst = min(burst or (BURST if looks else self.max_new_tokens), self.max_new_tokens)
+        longest = BURST if saves else LONGEST_BURST
+        self._burst = min(burst or (BURST if looks else longest), longest)
         rows_per_group = round_up_size(-(-max(num_rows, batch_size or 1) // self._partition.size(*BATCH_AXES)))
         if batch_invariant:
             rows_per_group = -(-rows_per_group // ROW_TILE) * ROW_TILE
-        self._padding_rows = rows_per_group * self._partition.size(*BATCH_AXES) - num_rows
-        self._positions = cache_capacity(max(longest + self.max_new_tokens, cache_length or 0), self._partition)
+        num_groups = self._partition.size(*BATCH_AXES)
+        self._padding_rows = rows_per_group * num_groups - num_rows
+        self._positions = cache_capacity(max(longest_prompt + self.max_new_tokens, cache_length or 0), self._partition)
+        # Each group of rows numbers its rows and blocks from 0 on; block 0 is spare.
+        self._slots = np.tile(np.arange(rows_per_group, dtype=np.int32), num_groups)
+        width = self._positions // block_positions(self._partition)
+        self._num_blocks = rows_per_group * width + 1
+        self._table = 1 + self._slots[:, None] * width + np.arange(width, dtype=np.int32)
         keys, seed = None, row_seeds(seed, num_rows)
         if config.do_sample:
             keys = np.pad(make_keys(seed, num_rows, self._partition), ((0, self._padding_rows), (0, 0)))
@@ -133,10 +134,12 @@ class TokenStream(Iterator[np.ndarray]):
             config, model.config.vocab_size, width, self.max_new_tokens, keys, self._partition
         )
         self._options = Options(
+            steps=longest,
             batch_invariant=batch_invariant,
             functions=_functions("logits_processor", logits_processor),
-            saved_logits=self._burst if config.output_logits else 0,
-            saved_scores=self._burst if config.output_scores else 0,
+            save_logits=config.output_logits,
+            save_scores=config.output_scores,
+            renormalize=config.renormalize_logits,
         )
         self._lengths = np.zeros(num_rows, np.int32)  # new tokens of each row so far
         self._ended = np.zeros(num_rows, bool)
@@ -145,7 +148,7 @@ class TokenStream(Iterator[np.ndarray]):
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and log-probabilities of each burst
         self.scores: list[np.ndarray] = []  # with output_scores: (B, V) of each step, after all processing
         self.logits: list[np.ndarray] = []  # with output_logits: (B, V) of each step, as the model gives them
-        self._state: DecodeState | None = None
+        self._running: tuple[Cache, RowState] | None = None
         self.timings = Timings()
 
     def _set_stops(self, tokenizer: DbrxTokenizer | None, criteria: Any, options: Mapping[str, Any]) -> None:
@@ -190,43 +193,46 @@ class TokenStream(Iterator[np.ndarray]):
     def __next__(self) -> np.ndarray:
         if self._steps == self.max_new_tokens or self._ended.all() or self._is_over:
             raise StopIteration
-        if self._state is None:
+        if self._running is None:
             self.compile()
             begin = time.perf_counter()
             if self._deadline is not None:
                 self._deadline.start()
-            self._state = self._prefill()
-            tokens = self._collect(self._state)
+            cache, state, outputs = self._prefill()
+            tokens = self._collect(cache, state, outputs)
             self.timings.prefill += time.perf_counter() - begin
         else:
             begin = time.perf_counter()
             steps = np.int32(min(self._burst, self.max_new_tokens - self._steps))
-            self._state = decode(self._model_state, self._options, self._settings, self._state, steps)
-            tokens = self._collect(self._state)
+            arguments = self._model_state, self._options, self._settings, *self._running
+            cache, state, outputs = decode(*arguments, self._slots, self._table, steps)
+            tokens = self._collect(cache, state, outputs)
             self.timings.decode += time.perf_counter() - begin
         return tokens
 
-    def _prefill(self) -> DecodeState:
+    def _prefill(self) -> tuple[Cache, RowState, Outputs]:
         """Runs the model on all prompts and samples each row's first token."""
         rows = [*self._rows, *[np.zeros(0, np.int32)] * self._padding_rows]
-        model = (self._model_state, self._model_config, self._partition)
-        cache, logits = prefill(*model, rows, self._positions, self.cache_dtype)
+        config, partition = self._model_config, self._partition
+        cache = empty_cache(config, partition, self._num_blocks, self.cache_dtype)
+        model = (self._model_state, config, partition)
+        cache, hidden = prefill(*model, rows, cache, self._table, self._dtype)
         prompts = np.stack([np.pad(ids, (0, self._positions - len(ids))) for ids in rows])
         lengths = np.array([max(1, len(ids)) for ids in rows], np.int32)
-        done = np.array([not len(ids) for ids in rows])
-        arrays = (self._settings, cache, logits, prompts, lengths, done)
-        return first_token(self._model_config, self._partition, self._options, *arrays)
+        limits = np.where([len(ids) for ids in rows], self.max_new_tokens, 0).astype(np.int32)
+        state = start_rows(config, partition, self._options, self._settings, prompts, lengths, limits)
+        arguments = (self._model_state, self._options, self._settings, state, self._slots, hidden, self._slots)
+        return cache, *sample_first(*arguments)
 
-    def _collect(self, state: DecodeState) -> np.ndarray:
-        """Returns the tokens since the last call (B, n), and ends rows that the host has to end."""
-        start, stop = self._steps, int(state.step)
-        arrays = [a for a in (state.tokens, state.logprobs, state.saved_logits, state.saved_scores) if a is not None]
+    def _collect(self, cache: Cache, state: RowState, outputs: Outputs) -> np.ndarray:
+        """Returns the new tokens of a call (B, n), and ends rows that the host has to end."""
+        arrays = [a for a in outputs if a is not None]
         if self._partition.mesh is not None:
             arrays = replicate(self._partition, arrays)
-        all_tokens, all_logprobs, *saved = (np.asarray(a) for a in arrays)
-        rows, steps = np.arange(len(self._rows))[:, None], np.arange(start, stop)
-        tokens = all_tokens[rows, np.minimum(self.prompt_lengths[:, None] + steps, self._positions - 1)]
-        logprobs = all_logprobs[: len(rows), start:stop].copy()
+        count, tokens, logprobs, *saved = (np.asarray(a) for a in arrays)
+        start, stop = self._steps, self._steps + int(count)
+        rows, steps = len(self._rows), np.arange(start, stop)
+        tokens, logprobs = (a[:rows, :count].copy() for a in (tokens, logprobs))
         is_eos = np.isin(tokens, self.config.eos_token_id)
         eos_ends = np.where(is_eos.any(axis=1), is_eos.argmax(axis=1) + 1, stop - start + 1)
         eos_ends = np.where(self._ended, 0, eos_ends)
@@ -235,14 +241,14 @@ class TokenStream(Iterator[np.ndarray]):
         is_padding = steps >= self._lengths[:, None]
         tokens[is_padding], logprobs[is_padding] = self.pad_token_id, np.nan
         if stopped.any():
-            done, running = stop_rows(self._partition, state.done, np.pad(stopped, (0, self._padding_rows)))
-            self._state = state._replace(done=done, running=running)
-        self._steps = stop
+            ended = np.pad(stopped, (0, self._padding_rows))
+            state = state._replace(done=end_rows(self._partition, state.done, ended))
+        self._running, self._steps = (cache, state), stop
         num_tokens = max(1, int(self._lengths.max()) - start)  # fewer if the host ended the last rows
         self._chunks.append((tokens[:, :num_tokens], logprobs[:, :num_tokens]))
         wanted = ((self.config.output_logits, self.logits), (self.config.output_scores, self.scores))
         for array, target in zip(saved, [target for is_wanted, target in wanted if is_wanted], strict=True):
-            target += [a[: len(rows), : self._model_config.vocab_size].copy() for a in array[:num_tokens]]
+            target += [a[:rows, : self._model_config.vocab_size].copy() for a in array[:num_tokens]]
         if self._deadline is not None:
             self._is_over = bool(same_on_all_processes(self._partition, int(self._deadline.is_over())))
         return tokens[:, :num_tokens]

@@ -71,35 +71,34 @@ def sequence_attention(
 
 def cached_attention(
     query: Float[Array, "R T H K"],
-    key: Float[Array, "B G S K"],
-    value: Float[Array, "B G S K"],
+    key: Float[Array, "N G P K"],
+    value: Float[Array, "N G P K"],
     positions: Int[Array, "R T"],
-    first_row: Int[Array, ""] | int,
-    block: int,
+    table: Int[Array, "R W"],
     context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
     platform: str = "cpu",
-    scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
+    scales: tuple[Float[Array, "N G P"], Float[Array, "N G P"]] | None = None,
     implementation: str = "xla",
 ) -> PartialAttention:
-    """Computes attention to cache rows first_row, first_row + 1, …: a query at position p sees positions 0 … p.
+    """Computes attention to a paged cache: a query at position p of row r sees positions 0 … p in the row's blocks.
 
-    The positions of a row must be consecutive. The cache is read in blocks, up to the last position that any query
+    The positions of a row must be consecutive. Blocks are read in order, up to the last position that any query
     sees (a single query in plain XLA on a GPU reads all at once), with an online softmax (Milakov and Gimelshein
     2018, arXiv:1805.02867). A block that a query does not see changes none of its bits, so the result depends
-    neither on the cache's length nor on the other rows' positions.
+    neither on the table's width nor on the other rows' positions.
 
     Args:
-      block: positions that "xla" reads at a time.
-      context_shard: (x, X) if index i of the cache holds position i X + x; (0, 1) if it holds all positions.
+      key, value: pools of N blocks; bfloat16 may come as uint16 on a CPU.
+      table: the numbers of each row's blocks.
+      context_shard: (x, X) if local position i is position i X + x; (0, 1) if a row's blocks hold all positions.
       platform: a CPU multiplies in float32, others in the query's dtype with float32 sums.
       scales: of the keys and the values of an int8 cache.
       implementation: as :func:`select_implementation` returns it.
     """
     if implementation == "reference":
-        return reference_cached_attention(query, key, value, positions, first_row, context_shard, scales)
+        return reference_cached_attention(query, key, value, positions, table, context_shard, scales)
     kernels = attention_kernels(platform) if implementation == "flash" else None
     if kernels is not None and kernels.cache.supports(query, key, value):
-        first_positions = positions[:, 0]
-        part = kernels.cache.cache_attention(query, key, value, first_positions, first_row, context_shard, scales)
+        part = kernels.cache.cache_attention(query, key, value, positions[:, 0], table, context_shard, scales)
         return PartialAttention(*part)
-    return xla_cache.cache_attention(query, key, value, positions, first_row, block, context_shard, platform, scales)
+    return xla_cache.cache_attention(query, key, value, positions, table, context_shard, platform, scales)

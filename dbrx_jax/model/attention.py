@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention
-from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache, swap_layout, write_cache
+from dbrx_jax.model.cache import LayerCache, swap_layout, write_cache
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.attention import merge_partial_attention
 from dbrx_jax.ops.linear import linear, matrix
@@ -53,26 +53,26 @@ class Attention(nnx.Module):
     def forward_with_cache(
         self,
         x: Float[Array, "R T D"],
+        valid: Bool[Array, "R T"],
         positions: Int[Array, "R T"],
         cache: LayerCache,
-        first_row: Int[Array, ""] | int,
+        table: Int[Array, "R W"],
         partition: Partition,
-        active: Bool[Array, ""] | bool = True,
     ) -> tuple[Float[Array, "R T D"], LayerCache]:
         """Returns the attention of new tokens to themselves and the cache, and the updated cache.
 
         Args:
-          active: False leaves the cache as it is.
+          valid: False for padding.
+          table: the blocks of each row.
         """
         q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
         platform = partition.platform
         context_shard = partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)
-        cache = write_cache(swap_layout(cache, platform), k, v, positions, first_row, context_shard, active, platform)
+        cache = write_cache(swap_layout(cache, platform), k, v, valid, positions, table, context_shard, platform)
         implementation = select_implementation(partition.attention, platform)
         partial = cached_attention(
-            q, cache.key, cache.value, positions, first_row, CACHE_BLOCK, context_shard, platform, cache.scales,
-            implementation,
-        )  # fmt: skip
+            q, cache.key, cache.value, positions, table, context_shard, platform, cache.scales, implementation
+        )
         y = merge_partial_attention(partial, x.dtype, partition)
         return self._project_out(y, partition), swap_layout(cache, platform)
 

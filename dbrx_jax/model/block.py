@@ -59,17 +59,11 @@ class Block(nnx.Module):
         valid: Bool[Array, "R T"],
         positions: Int[Array, "R T"],
         cache: LayerCache,
-        first_row: Int[Array, ""] | None,
-        active: Bool[Array, ""] | None,
+        table: Int[Array, "R W"],
     ) -> tuple[Float[Array, "R T D"], LayerCache]:
-        """Runs the block on new tokens; returns their hidden states and the updated cache.
-
-        Args:
-          first_row: of the cache; None is 0.
-          active: False leaves the cache as it is; None is True.
-        """
-        row, is_active = 0 if first_row is None else first_row, True if active is None else active
-        y, cache = self.attention.forward_with_cache(self.norm_1(x), positions, cache, row, partition, is_active)
+        """Runs the block on new tokens; returns their hidden states and the updated cache."""
+        normed = self.norm_1(x)
+        y, cache = self.attention.forward_with_cache(normed, valid, positions, cache, table, partition)
         x = x + y
         y, _ = self.moe(self.norm_2(x), partition, valid)
         return x + y, cache
@@ -81,6 +75,7 @@ class Block(nnx.Module):
         valid: Bool[Array, "R"],
         positions: Int[Array, "R"],
         cache: LayerCache,
+        table: Int[Array, "R W"],
         count: Int[Array, ""],
     ) -> tuple[Float[Array, "R 1 D"], LayerCache]:
         """Runs the block on one new token of each row, in tiles of ROW_TILE rows, but experts on all rows together.
@@ -89,10 +84,10 @@ class Block(nnx.Module):
           count: number of tiles, as in :func:`map_row_tiles`.
         """
 
-        def attend(first_row, tile, cache):
-            x, positions = tile
-            normed = self.norm_1(x)
-            y, cache = self.attention.forward_with_cache(normed, positions[:, None], cache, first_row, partition)
+        def attend(_, tile, cache):
+            x, valid, positions, table = tile
+            inputs = self.norm_1(x), valid[:, None], positions[:, None], cache, table
+            y, cache = self.attention.forward_with_cache(*inputs, partition)
             x = x + y
             normed = self.norm_2(x)
             routing = self.moe.route(normed, partition)
@@ -100,7 +95,7 @@ class Block(nnx.Module):
                 x = x + self.moe.combine(normed, routing, partition)
             return (x, normed, routing), cache
 
-        (x, normed, routing), cache = map_row_tiles(attend, (x, positions), cache, count)
+        (x, normed, routing), cache = map_row_tiles(attend, (x, valid, positions, table), cache, count)
         if not self.moe.dense:
             x = x + self.moe.combine(normed, routing, partition, valid[:, None], ROW_TILE)
         return x, cache

@@ -1,19 +1,22 @@
-"""The key-value cache: for each layer an array of keys and one of values, (B, G, S, K).
+"""The paged key-value cache: for each layer a pool of blocks of keys and one of values, (N, G, P, K).
 
-B rows, G key and value heads, S positions, K elements a head. On TPUs the arrays are stored as (B, S, G, K), because
-their compiler would transpose the other layout in every step. On a mesh position p is at index p // X on device p mod X
-along CONTEXT_AXIS, so that devices share attention equally at any length. On each device S is a multiple of
-CACHE_BLOCK. An int8 cache has a bfloat16 scale for the K elements of each position and head, (B, G, S).
+N blocks, G key and value heads, P = CACHE_BLOCK positions, K elements a head. A table (R, W) has the numbers of each
+row's blocks in order: position p of row r is in block table[r, p // P] at p % P. Block 0 is spare: it stays zero, and
+is the entry of a table where a row has no block. On a mesh position p is local position p // X on device p mod X along
+CONTEXT_AXIS, so that devices share attention equally at any length; a block then holds P X positions.
+
+On TPUs the arrays are stored as (N, P, G, K), because their compiler would transpose the other layout in every step. An
+int8 cache has a bfloat16 scale for the K elements of each position and head, (N, G, P).
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int8
@@ -25,6 +28,7 @@ from dbrx_jax.sharding.partition import BATCH_AXES, CONTEXT_AXIS, Partition
 
 CACHE_BLOCK = 128  # positions
 SCALE_DTYPE = jnp.bfloat16
+MIN_CHUNK = 16  # tokens of the shortest chunk; fewer tokens of a row may be at any position
 # Lengths of a prefill chunk on CPUs and on accelerators, each a multiple of the one before.
 CPU_CHUNKS = (16, 128, 512)
 ACCELERATOR_CHUNKS = (32, 128, 512, 2048)
@@ -38,10 +42,10 @@ ACCELERATOR_LEAST_COST = 256
 class LayerCache(NamedTuple):
     """Keys and values of one layer."""
 
-    key: Float[Array, "B G S K"] | Int8[Array, "B G S K"]
-    value: Float[Array, "B G S K"] | Int8[Array, "B G S K"]
-    key_scale: Float[Array, "B G S"] | None = None  # of an int8 cache
-    value_scale: Float[Array, "B G S"] | None = None
+    key: Float[Array, "N G P K"] | Int8[Array, "N G P K"]
+    value: Float[Array, "N G P K"] | Int8[Array, "N G P K"]
+    key_scale: Float[Array, "N G P"] | None = None  # of an int8 cache
+    value_scale: Float[Array, "N G P"] | None = None
 
     @property
     def scales(self) -> tuple[Array, Array] | None:
@@ -52,13 +56,18 @@ class LayerCache(NamedTuple):
 Cache = list[LayerCache]
 
 
+def block_positions(partition: Partition) -> int:
+    """Returns the positions of a block over all devices."""
+    return CACHE_BLOCK * partition.size(CONTEXT_AXIS)
+
+
 def cache_capacity(tokens: int, partition: Partition) -> int:
     """Returns the cache's length in positions for sequences of up to `tokens`.
 
     It is one of few: the longest chunk times 1, 2, 3, 4, 6, 8, 12 and so on, so that programs are seldom compiled anew,
     and at most a third of the cache is unused beyond one chunk.
     """
-    unit = math.lcm(prefill_chunk_lengths(partition)[-1], CACHE_BLOCK * partition.size(CONTEXT_AXIS))
+    unit = math.lcm(prefill_chunk_lengths(partition)[-1], block_positions(partition))
     return unit * round_up_size(-(-tokens // unit))
 
 
@@ -105,7 +114,7 @@ def _cheapest_cover(tokens: int, lengths: tuple[int, ...], least_cost: int) -> t
 
 
 def cache_specs(config: DbrxConfig, partition: Partition, int8: bool = False) -> Cache:
-    """Returns the partition specs of the cache."""
+    """Returns the partition specs of the cache: each group of rows has a pool of its own."""
     axes = (CONTEXT_AXIS, "tensor") if partition.platform == "tpu" else ("tensor", CONTEXT_AXIS)
     spec, scale = partition.array_spec(BATCH_AXES, *axes, None), partition.array_spec(BATCH_AXES, *axes)
     specs: list[Any] = [spec, spec, scale, scale] if int8 else [spec, spec]
@@ -113,48 +122,38 @@ def cache_specs(config: DbrxConfig, partition: Partition, int8: bool = False) ->
 
 
 def swap_layout(cache: LayerCache, platform: str) -> LayerCache:
-    """Transposes a layer's cache between its stored layout and (B, G, S, K); a view of the same bytes on a TPU."""
+    """Transposes a layer's cache between its stored layout and (N, G, P, K); a view of the same bytes on a TPU."""
     return jax.tree.map(lambda x: x.swapaxes(1, 2), cache) if platform == "tpu" else cache
 
 
-def create_cache(config: DbrxConfig, rows: int, positions: int, dtype: DTypeLike, partition: Partition) -> Cache:
-    """Creates this device's shard of an empty cache of `rows` rows and `positions` positions."""
-    local_rows, local_positions = rows // partition.size(*BATCH_AXES), positions // partition.size(CONTEXT_AXIS)
-    shape = (local_rows, config.kv_n_heads // partition.size("tensor"), local_positions, config.head_dim)
+def stored_dtype(dtype: DTypeLike, platform: str) -> np.dtype:
+    """Returns the dtype of the arrays of a cache.
+
+    On CPUs bfloat16 is stored as uint16: XLA would convert a whole pool to float32 to read or write a block of it.
+    """
+    return np.dtype(np.uint16 if platform == "cpu" and dtype == jnp.bfloat16 else dtype)
+
+
+def create_cache(config: DbrxConfig, blocks: int, dtype: DTypeLike, partition: Partition) -> Cache:
+    """Creates this device's shard of an empty cache of `blocks` blocks for each group of rows."""
+    shape = (blocks, config.kv_n_heads // partition.size("tensor"), CACHE_BLOCK, config.head_dim)
+    stored, scale = (stored_dtype(d, partition.platform) for d in (dtype, SCALE_DTYPE))
 
     def layer() -> LayerCache:
-        scales = [jnp.zeros(shape[:3], SCALE_DTYPE) for _ in range(2)] if dtype == jnp.int8 else []
-        return swap_layout(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales), partition.platform)
+        scales = [jnp.zeros(shape[:3], scale) for _ in range(2)] if dtype == jnp.int8 else []
+        return swap_layout(LayerCache(jnp.zeros(shape, stored), jnp.zeros(shape, stored), *scales), partition.platform)
 
     return [layer() for _ in range(config.n_layers)]
 
 
-def copy_positions(
-    source: Cache,
-    target: Cache,
-    row: Int[Array, ""],
-    start: Int[Array, ""],
-    length: int,
-    active: Bool[Array, ""],
-    partition: Partition,
-) -> Cache:
-    """Copies positions start … start + length of a cache of one row to a row of another, on this device.
+def copy_block(cache: Cache, source: Int[Array, ""], target: Int[Array, ""]) -> Cache:
+    """Copies one block of every layer to another, on this device."""
 
-    Args:
-      start, length: multiples of CONTEXT_AXIS' size.
-      active: False leaves the target as it is; only looked at if there are several groups of rows.
-    """
-    axis, context_size = 1 if partition.platform == "tpu" else 2, partition.size(CONTEXT_AXIS)
-    first = start // context_size
+    def copy(pool: Array) -> Array:
+        block = lax.dynamic_index_in_dim(pool, source, keepdims=True)
+        return lax.dynamic_update_slice_in_dim(pool, block, target, 0)
 
-    def copy(target: Array, source: Array) -> Array:
-        piece = lax.dynamic_slice_in_dim(source, first, length // context_size, axis)
-        index = [row if i == 0 else first if i == axis else 0 for i in range(target.ndim)]
-        if partition.size(*BATCH_AXES) > 1:
-            piece = jnp.where(active, piece, lax.dynamic_slice(target, index, piece.shape))
-        return lax.dynamic_update_slice(target, piece, index)
-
-    return _map_in_place(copy, partition.platform, target, source)
+    return jax.tree.map(copy, cache)
 
 
 def quantize_to_int8(x: Float[Array, "R T G K"]) -> tuple[Int8[Array, "R T G K"], Float[Array, "R T G"]]:
@@ -169,71 +168,84 @@ def write_cache(
     cache: LayerCache,
     key: Float[Array, "R T G K"],
     value: Float[Array, "R T G K"],
+    valid: Bool[Array, "R T"],
     positions: Int[Array, "R T"],
-    first_row: Int[Array, ""] | int,
+    table: Int[Array, "R W"],
     context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
-    active: Bool[Array, ""] | bool = True,
     platform: str = "cpu",
 ) -> LayerCache:
-    """Writes new keys and values at `positions` of rows first_row … first_row + R; returns the updated cache.
+    """Writes new keys and values at `positions` of rows with these tables of blocks; returns the updated cache.
 
-    The positions must be within the cache. Several tokens of one row must be consecutive, from a multiple of X on.
+    A chunk of at least MIN_CHUNK tokens of a row must be consecutive, from a multiple of its length, or of a block's,
+    on. The valid tokens come first in it.
 
     Args:
+      valid: False for padding, which changes nothing that is read later.
       context_shard: (x, X): this device has every X-th position from x on.
-      active: False leaves the cache as it is.
     """
-    shard, num_shards = context_shard
-    R, T = positions.shape
+    key, value = (jnp.where(valid[..., None, None], x, 0) for x in (key, value))
     new = LayerCache(key, value)
     if cache.key_scale is not None:
         (key, key_scale), (value, value_scale) = quantize_to_int8(key), quantize_to_int8(value)
         new = LayerCache(key, value, key_scale, value_scale)
-    if R == 1 and T > 1:
+    new = jax.tree.map(_as_stored, new, cache)
+    write = _write_tokens if positions.shape[1] < MIN_CHUNK else _write_chunk
+    return write(cache, new, valid, positions, table, context_shard, platform)
 
-        def write_chunk(stored: Array, new: Array) -> Array:
-            start = (first_row, 0, positions[0, 0] // num_shards, 0)[: new.ndim]
-            shards = new.reshape(1, T // num_shards, num_shards, *new.shape[2:])
-            local = lax.dynamic_index_in_dim(shards, shard, 2, False).swapaxes(1, 2)  # (1, G, T / X, K)
-            if active is not True:
-                local = jnp.where(active, local, lax.dynamic_slice(stored, start, local.shape))
-            return lax.dynamic_update_slice(stored, local, start)
 
-        return _map_in_place(write_chunk, platform, cache, new)
-    # Positions of other devices are mapped past the end, where a scatter drops them.
-    is_local = (positions % num_shards == shard) & active
-    rows, indices = first_row + jnp.arange(R)[:, None], jnp.where(is_local, positions // num_shards, cache.key.shape[2])
+def _as_stored(new: Array, stored: Array) -> Array:
+    """Converts new elements to the dtype of a cache's array."""
+    if stored.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
+    return new.astype(stored.dtype)
 
+
+def _write_chunk(cache, new, valid, positions, table, context_shard, platform):
+    """Writes consecutive tokens in pieces of one block each; pieces of padding go to the spare block, as zeros."""
+    shard, num_shards = context_shard
+    R, T = positions.shape
+    local_tokens, block_size = T // num_shards, cache.key.shape[2]
+    size = math.gcd(local_tokens, block_size)
+    pieces = local_tokens // size
+
+    def write(i: Array, cache: LayerCache) -> LayerCache:
+        row, piece = i // pieces, i % pieces
+        first = positions[row, 0] // num_shards + piece * size
+        is_used = valid[row, piece * size * num_shards]
+        block = jnp.where(is_used, table[row, jnp.minimum(first // block_size, table.shape[1] - 1)], 0)
+
+        def put(pool: Array, new: Array) -> Array:
+            rest = new.shape[2:]
+            shards = new.reshape(R, pieces, size, num_shards, *rest)
+            start = (row, piece, 0, shard, *[0] * len(rest))
+            local = lax.dynamic_slice(shards, start, (1, 1, size, 1, *rest)).reshape(1, size, *rest).swapaxes(1, 2)
+            index = (block, 0, first % block_size, 0)[: pool.ndim]
+            return lax.dynamic_update_slice(pool, local, index)
+
+        return jax.tree.map(put, cache, new)
+
+    return lax.fori_loop(0, R * pieces, write, cache)
+
+
+def _write_tokens(cache, new, valid, positions, table, context_shard, platform):
+    """Writes tokens at any positions, each on its own."""
+    shard, num_shards = context_shard
+    is_local = (positions % num_shards == shard) & valid
+    local, block_size = positions // num_shards, cache.key.shape[2]
+    blocks = jnp.take_along_axis(table, jnp.minimum(local // block_size, table.shape[1] - 1), axis=1)
+    # What is not written here is mapped past the end of a block, where a scatter drops it.
+    offsets = jnp.where(is_local, local % block_size, block_size)
     heads = cache.key.shape[1]
     by_head = platform == "tpu" and is_stored_by_head(heads, cache.key.dtype)
-    kernel = cache_write_kernel(platform) if T == 1 and not by_head else None
+    kernel = cache_write_kernel(platform) if not by_head else None
 
-    def write(stored: Array, new: Array) -> Array:
+    def write(pool: Array, new: Array) -> Array:
         if by_head:  # to scatter all heads of a position at once, XLA would transpose the whole cache
-            index = (rows[..., None], jnp.arange(heads), indices[..., None])
-            return stored.at[index].set(new, unique_indices=True, mode="drop")
-        if kernel is not None and stored.ndim == 4:
-            new = new[:, 0].astype(stored.dtype)
-            return kernel(stored.swapaxes(1, 2), new, rows[:, 0], indices[:, 0]).swapaxes(1, 2)
-        return stored.at[rows, :, indices].set(new, unique_indices=True, mode="drop")
+            index = (blocks[..., None], jnp.arange(heads), offsets[..., None])
+            return pool.at[index].set(new, unique_indices=True, mode="drop")
+        if kernel is not None and pool.ndim == 4:
+            rows = new.reshape(-1, *new.shape[2:])
+            return kernel(pool.swapaxes(1, 2), rows, blocks.reshape(-1), offsets.reshape(-1)).swapaxes(1, 2)
+        return pool.at[blocks, :, offsets].set(new, unique_indices=True, mode="drop")
 
-    return _map_in_place(write, platform, cache, new)
-
-
-def _map_in_place(update: Callable[[Array, Array], Array], platform: str, cache: Any, new: Any) -> Any:
-    """Maps a function that writes the new elements of each array into the cache's.
-
-    On CPUs it gets bfloat16 as integers: XLA of JAX 0.10 would convert the whole array to float32 and back.
-    """
-
-    def as_integers(array: Array) -> Array:
-        return lax.bitcast_convert_type(array, jnp.uint16)
-
-    def run(stored: Array, new: Array) -> Array:
-        if platform != "cpu" or stored.dtype != jnp.bfloat16:
-            return update(stored, new)
-        return lax.bitcast_convert_type(
-            update(as_integers(stored), as_integers(new.astype(stored.dtype))), stored.dtype
-        )
-
-    return jax.tree.map(run, cache, new)
+    return jax.tree.map(write, cache, new)

@@ -21,7 +21,7 @@ from dbrx_jax.ops.linear import Weight, dequantized, linear
 from dbrx_jax.ops.routing import Routing
 from dbrx_jax.ops.row_tiles import map_row_tiles, num_row_tiles
 from dbrx_jax.quantization import Quantization
-from dbrx_jax.sharding.partition import BATCH_AXES, VOCAB_AXES, Partition, check_all_to_all, check_mesh
+from dbrx_jax.sharding.partition import VOCAB_AXES, Partition, check_all_to_all, check_mesh
 
 
 class CausalLM(nnx.Module):
@@ -108,31 +108,31 @@ class CausalLM(nnx.Module):
         valid: Bool[Array, "R T"],
         positions: Int[Array, "R T"],
         cache: Cache,
-        first_row: Int[Array, ""] | None = None,
+        table: Int[Array, "R W"],
     ) -> tuple[Float[Array, "R T D"], Cache]:
-        """Runs new tokens at `positions` of rows first_row … first_row + R; returns hidden states and the cache.
+        """Runs new tokens at `positions` of rows with these tables of blocks; returns hidden states and the cache.
 
         On a mesh each device calls this inside shard_map, on its rows. The states are those before norm_f, of all
         tokens of these rows.
 
         Args:
-          first_row: None is 0.
           valid: False for padding, which changes nothing that is used later.
         """
-        T = input_ids.shape[1]
-        partition = self.partition.with_tokens_split(T)
-        # In a prefill step of one group of rows others may have no prompt.
-        active = jnp.any(valid) if T > 1 and partition.size(*BATCH_AXES) > 1 else None
+        partition = self.partition.with_tokens_split(input_ids.shape[1])
         x, layers = self.embed(input_ids, partition), []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
-                inputs = x, valid, positions, layer, first_row, active
-                x, layer = call_block(Block.forward_with_cache, block, partition, *inputs)
+                x, layer = call_block(Block.forward_with_cache, block, partition, x, valid, positions, layer, table)
             layers.append(layer)
         return partition.gather_tokens(x), layers
 
     def decode_in_row_tiles(
-        self, input_ids: Int[Array, "R"], valid: Bool[Array, "R"], positions: Int[Array, "R"], cache: Cache
+        self,
+        input_ids: Int[Array, "R"],
+        valid: Bool[Array, "R"],
+        positions: Int[Array, "R"],
+        cache: Cache,
+        table: Int[Array, "R W"],
     ) -> tuple[Float[Array, "R D"], Cache]:
         """Runs one new token of each row like :meth:`forward_with_cache`, with bits that do not depend on R.
 
@@ -144,7 +144,7 @@ class CausalLM(nnx.Module):
         layers = []
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
-                inputs = x, valid, positions, layer, count
+                inputs = x, valid, positions, layer, table, count
                 x, layer = call_block(Block.decode_in_row_tiles, block, partition, *inputs)
             layers.append(layer)
         return x[:, 0], layers

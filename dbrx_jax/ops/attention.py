@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.sharding.partition import CONTEXT_AXIS, Partition
 
@@ -41,11 +41,18 @@ class PartialAttention(NamedTuple):
     out: Float[Array, "R T H K"]  # sum of exp(score - max_score) value, float32
 
 
-def reference_cached_attention(query, key, value, positions, first_row, context_shard, scales) -> PartialAttention:
-    """Computes kernels.attention.cached_attention, with its arguments, with the scores of the whole cache at once."""
+def read_blocks(pool: Float[Array, "N G P *rest"], table: Int[Array, "R W"]) -> Float[Array, "R G S *rest"]:
+    """Returns the blocks of each row's table one after another, in float32; uint16 is read as bfloat16."""
+    pool = lax.bitcast_convert_type(pool, jnp.bfloat16) if pool.dtype == jnp.uint16 else pool
+    rows = pool[table].astype(jnp.float32).swapaxes(1, 2)
+    return rows.reshape(*rows.shape[:2], -1, *pool.shape[3:])
+
+
+def reference_cached_attention(query, key, value, positions, table, context_shard, scales) -> PartialAttention:
+    """Computes kernels.attention.cached_attention, with its arguments, with all scores of a row at once."""
     R, T, H, K = query.shape
     shard, num_shards = context_shard
-    rows = [lax.dynamic_slice_in_dim(x, first_row, R).astype(jnp.float32) for x in (key, value, *(scales or ()))]
+    rows = [read_blocks(x, table) for x in (key, value, *(scales or ()))]
     k, v = (x * scale[..., None] for x, scale in zip(rows[:2], rows[2:], strict=True)) if scales else rows
     q = query.astype(jnp.float32).reshape(R, T, key.shape[1], -1, K)
     scores = jnp.einsum("rtgik,rgsk->rtgis", q, k) / math.sqrt(K)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dbrx_jax.errors import MemoryLimitError
-from dbrx_jax.generation.decode import Options, Settings, lower
+from dbrx_jax.generation.lowering import lower
 from dbrx_jax.generation.settings import padded_ids
+from dbrx_jax.generation.state import Options, Settings
 from dbrx_jax.model.cache import CACHE_BLOCK
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import split_model
@@ -64,7 +65,7 @@ def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
     )
     rows = setting.rows * setting.partition.size("data", "fsdp")
     cache_dtype = jnp.dtype(setting.cache_dtype or setting.dtype)
-    return dict(lower(model_state, Settings(padded_ids(())), Options(), rows, setting.positions, cache_dtype))
+    return dict(lower(model_state, Settings(padded_ids(())[None]), Options(), rows, setting.positions, cache_dtype))
 
 
 def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:

@@ -1,6 +1,7 @@
 """Tests of the filters against transformers' definitions in NumPy, whole and with the vocabulary split."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -80,8 +81,9 @@ OPTIONS = {
 
 
 def make_filters(options):
-    value = {name: np.float32(value) for name, value in options.items()}
-    nucleus = Nucleus(np.int32(options.get("top_k", V)), value.get("top_p", 1.0), value.get("min_p", 0.0))
+    value = {name: np.float32([value]) for name, value in options.items()}
+    top_p, min_p = value.get("top_p", np.float32([1])), value.get("min_p", np.float32([0]))
+    nucleus = Nucleus(np.array([options.get("top_k", V)]), top_p, min_p)
     return Filters(nucleus, value.get("typical_p"), value.get("epsilon_cutoff"), value.get("eta_cutoff"))
 
 
@@ -95,14 +97,16 @@ def kept_by_transformers(logits, options, scale):
 
 @jax.jit
 def filtered(logits, filters):
-    return filter_logits(logits, filters, ONE_DEVICE)
+    return filter_logits(logits, filters, jnp.arange(ROWS), ONE_DEVICE)
 
 
 @jax.jit
 def filtered_on_mesh(logits, filters):
     partition = Partition(make_mesh({"expert": 2, "tensor": 2}, jax.devices()[:4]))
     spec = PartitionSpec(None, VOCAB_AXES)
-    run = partition.shard_map(lambda x, f: filter_logits(x, f, partition), (spec, PartitionSpec()), spec)
+    run = partition.shard_map(
+        lambda x, f: filter_logits(x, f, jnp.arange(ROWS), partition), (spec, PartitionSpec()), spec
+    )
     return run(logits, filters)
 
 

@@ -383,8 +383,8 @@ def test_int8_cache_is_smaller_with_similar_logprobs(model, prompts):
     logprobs, sizes = [], []
     for stream in streams:
         next(stream)
-        assert stream._state is not None
-        sizes.append(sum(x.nbytes for x in jax.tree.leaves(stream._state.cache)))
+        assert stream._running is not None
+        sizes.append(sum(x.nbytes for x in jax.tree.leaves(stream._running[0])))
         logprobs.append(stream.logprobs)
     K = model.config.head_dim
     assert sizes[1] * 4 * K == sizes[0] * (K + 2)  # float32 against int8 with a two-byte scale

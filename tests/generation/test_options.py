@@ -392,10 +392,10 @@ class TestDevice:
     def test_loop_ends_when_all_rows_have_ended(self, model, prompts):
         ids, mask, greedy = prompts
         stream = TokenStream(model, ids, mask, max_new_tokens=90, eos_token_id=greedy[:, 3].tolist(), burst=None)
-        list(stream)
-        assert int(stream._state.step) == int(stream.lengths.max()) <= 4
-        assert np.asarray(stream._state.done).all()
-        assert not stream._state.running
+        steps = sum(tokens.shape[1] for tokens in stream)
+        _, state = stream._running
+        assert np.asarray(state.step).max() == steps == int(stream.lengths.max()) <= 4
+        assert np.asarray(state.done).all()
 
     def test_rows_that_the_host_ends_end_on_the_device(self, model, prompts):
         ids, mask, _ = prompts
@@ -404,15 +404,16 @@ class TestDevice:
             stopping_criteria=lambda sequences, _: sequences.shape[1] >= T + 6,
         )  # fmt: skip
         list(stream)
-        assert int(stream._state.step) == 9  # one of the prompt, and two bursts
-        assert np.asarray(stream._state.done).all()
+        _, state = stream._running
+        assert (np.asarray(state.step) == 9).all()  # one of the prompt, and two bursts
+        assert np.asarray(state.done).all()
 
     def test_filler_behind_a_prompt_is_not_seen(self, model, prompts):
         """The array of tokens is as long as the cache; its zeros behind a prompt are no token 0 of the row."""
         rows = [[5, 6, 7], [8]]
         stream = TokenStream(model, rows, max_new_tokens=2, eos_token_id=None, repetition_penalty=1.5)
         next(stream)
-        seen = np.asarray(stream._state.seen)
+        seen = np.asarray(stream._running[1].seen)
         for row, prompt, token in zip(seen, rows, stream.sequences[:, -1], strict=True):
             assert set(np.flatnonzero(row)) == {*prompt, token}
 
@@ -420,7 +421,7 @@ class TestDevice:
         stream = TokenStream(model, [[1, 2]] * 5, max_new_tokens=3, eos_token_id=None)
         assert stream.cache_size == (6, 512)
         next(stream)
-        np.testing.assert_array_equal(stream._state.done, [False] * 5 + [True])
+        np.testing.assert_array_equal(stream._running[1].done, [False] * 5 + [True])
 
 
 def test_deadline_counts_from_the_first_token_not_from_compiling(model, prompts, monkeypatch):

@@ -29,17 +29,17 @@ def processed(options, ids, partition=ONE_DEVICE):
     np.add.at(counts[0], ids[WIDTH:], 1)
     seen[0, ids] = True
     # What lies behind a row's tokens must not count.
-    rows = Rows(jnp.array([[*ids, 0, 0, 1, 2]]), jnp.array([len(ids)]), jnp.asarray(seen), jnp.asarray(counts))
+    lengths, step, tokens = jnp.array([len(ids)]), jnp.array([len(ids) - WIDTH]), jnp.array([[*ids, 0, 0, 1, 2]])
+    rows = Rows(jnp.array([0]), lengths, step, tokens, jnp.asarray(seen), jnp.asarray(counts))
     logits = jnp.pad(LOGITS, ((0, 0), (0, size - V)), constant_values=np.finfo(np.float32).min)
-    step = jnp.int32(len(ids) - WIDTH)
 
-    def run(logits, processors, rows, step):
-        return process_logits(logits, processors, rows, jnp.asarray(settings.eos), step, partition)
+    def run(logits, processors, rows):
+        return process_logits(logits, processors, rows, jnp.asarray(settings.eos), partition)
 
     vocabulary, replicated = partition.array_spec(None, VOCAB_AXES), PartitionSpec()
-    specs = (processor_specs(settings.processors, partition), Rows(replicated, replicated, vocabulary, vocabulary))
-    run = partition.shard_map(run, (vocabulary, *specs, replicated), vocabulary)
-    return np.asarray(jax.jit(run)(logits, settings.processors, rows, step))[0, :V]
+    specs = (processor_specs(settings.processors, partition), Rows(*[replicated] * 4, *[vocabulary] * 2))
+    run = partition.shard_map(run, (vocabulary, *specs), vocabulary)
+    return np.asarray(jax.jit(run)(logits, settings.processors, rows))[0, :V]
 
 
 CASES = [
@@ -91,7 +91,7 @@ def test_ids_that_pad_the_vocabulary_never_end_a_row():
     partition = Partition(make_mesh({"expert": 2}, jax.devices()[:2]))
     config = GenerationConfig(eos_token_id=(5, V + 1), exponential_decay_length_penalty=(0, 3.0))
     assert partition.pad_vocabulary(V) > V + 1
-    assert make_settings(config, V, WIDTH, NEW, None, partition).eos.tolist() == [5, *[-1] * 7]
+    assert make_settings(config, V, WIDTH, NEW, None, partition).eos.tolist() == [[5, *[-1] * 7]]
 
 
 def test_functions_see_the_whole_vocabulary_without_padding():
@@ -102,7 +102,7 @@ def test_functions_see_the_whole_vocabulary_without_padding():
         shapes.append((ids.shape, lengths.shape, logits.shape))
         return logits * 2 + ids[:, :1] + lengths[:, None]
 
-    rows = Rows(jnp.array([[7, 0]]), jnp.array([1]), None, None)
+    rows = Rows(jnp.array([0]), jnp.array([1]), jnp.array([0]), jnp.array([[7, 0]]), None, None)
     logits = jnp.pad(LOGITS, ((0, 0), (0, 58)))
     spec = partition.array_spec(None, VOCAB_AXES)
     run = partition.shard_map(lambda x: apply_functions(x, (double, double), rows, V, partition), spec, spec)

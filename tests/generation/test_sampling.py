@@ -1,6 +1,7 @@
 """Tests of sampling: samples against their distribution, the greedy choice, and random keys."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dbrx_jax.generation.filters import Filters, Nucleus
@@ -16,14 +17,14 @@ def softmax(x):
 
 @jax.jit
 def sample_rows(logits, sampling):
-    scores = scale_and_filter(logits[None], sampling)
+    scores = scale_and_filter(logits[None], sampling, jnp.array([0]))
     return jax.vmap(lambda key: sample_tokens(scores, key[None], np.array([7]))[0])(sampling.keys)
 
 
 def sample_many(logits, temperature, filters, count):
     """Samples `count` tokens for one row."""
     keys = row_keys(np.arange(count, dtype=np.uint32), None)
-    return np.asarray(sample_rows(logits, Sampling(keys, np.float32(temperature), filters)))
+    return np.asarray(sample_rows(logits, Sampling(keys, np.array([temperature], np.float32), filters)))
 
 
 def test_samples_follow_the_distribution():
@@ -37,7 +38,7 @@ def test_samples_follow_the_distribution():
 def test_samples_follow_the_filtered_distribution():
     """Temperature applies before the filters."""
     logits = np.random.default_rng(1).normal(0, 1.5, V).astype(np.float32)
-    tokens = sample_many(logits, 0.8, Filters(Nucleus(np.int32(9), np.float32(0.8), np.float32(0.05))), 20000)
+    tokens = sample_many(logits, 0.8, Filters(Nucleus(np.array([9]), np.float32([0.8]), np.float32([0.05]))), 20000)
     scores = logits / 0.8
     order = np.argsort(-scores)[:9]
     probs = softmax(scores[order])

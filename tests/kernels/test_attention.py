@@ -14,12 +14,13 @@ from dbrx_jax.errors import ConfigError
 from dbrx_jax.kernels import attention
 from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention
 from dbrx_jax.kernels.xla.sequence_attention import blockwise_attention
-from dbrx_jax.model.cache import LayerCache, quantize_to_int8, write_cache
-from dbrx_jax.ops.attention import merge_partial_attention, reference_attention
+from dbrx_jax.model.cache import LayerCache, quantize_to_int8, stored_dtype, write_cache
+from dbrx_jax.ops.attention import merge_partial_attention, reference_attention, reference_cached_attention
 from dbrx_jax.ops.norm import layer_norm
 from dbrx_jax.ops.rope import rotate
 from dbrx_jax.sharding.partition import ONE_DEVICE
 from tests.conftest import GOLDEN
+from tests.kernels.paged import paged
 
 H, G, K = 6, 2, 10  # query heads, key-value heads, elements
 
@@ -28,36 +29,48 @@ def random(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def attend_to_cache(query, key, value, positions, first_row, block):
-    return merge_partial_attention(
-        cached_attention(query, key, value, positions, first_row, block), query.dtype, ONE_DEVICE
-    )
+@jax.jit
+def attend_to_cache(query, key, value, positions, table, scales=None):
+    part = cached_attention(query, key, value, positions, table, scales=scales)
+    return merge_partial_attention(part, query.dtype, ONE_DEVICE)
 
 
 @settings(max_examples=12)
 @given(st.integers(0, 99), st.sampled_from([(4, 1, 5), (8, 3, 1), (4, 3, 2)]), st.data())
 def test_cached_attention_matches_reference(seed, sizes, data):
-    (block, rows, new), S, B = sizes, 24, 4
-    first_row = data.draw(st.integers(0, B - rows))
+    (block, rows, new), S = sizes, 24
     start = np.array(data.draw(st.lists(st.integers(0, S - new), min_size=rows, max_size=rows)))
-    q, k, v = random(seed, rows, new, H, K), random(seed + 1, B, G, S, K), random(seed + 2, B, G, S, K)
+    q, k, v = random(seed, rows, new, H, K), random(seed + 1, rows, G, S, K), random(seed + 2, rows, G, S, K)
     positions = start[:, None] + np.arange(new)
     mask = np.arange(S) <= positions[:, :, None]
-    selected = slice(first_row, first_row + rows)
-    want = reference_attention(q, k[selected].swapaxes(1, 2), v[selected].swapaxes(1, 2), mask)
+    want = reference_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     # Values after a row's last position must not change the result.
-    for r, row in enumerate(range(first_row, first_row + rows)):
-        beyond = int(positions[r, -1]) + 1
+    for row in range(rows):
+        beyond = int(positions[row, -1]) + 1
         k[row, :, beyond:], v[row, :, beyond:] = 1e4, -1e4
-    np.testing.assert_allclose(attend_to_cache(q, k, v, positions, first_row, block), want, rtol=1e-5, atol=1e-5)
+    (k, v), table = paged((k, v), block, seed)
+    np.testing.assert_allclose(attend_to_cache(q, k, v, positions, table), want, rtol=1e-5, atol=1e-5)
 
 
-def test_cached_attention_bits_do_not_depend_on_cache_length_or_other_rows():
+def test_cached_attention_bits_do_not_depend_on_the_table_or_other_rows():
     q, k, v = random(0, 2, 1, H, K), random(1, 2, G, 48, K), random(2, 2, G, 48, K)
-    long = attend_to_cache(q, k, v, np.array([[5], [47]]), 0, 8)
-    short = attend_to_cache(q, k[:, :, :8], v[:, :, :8], np.array([[5], [2]]), 0, 8)
+    (long_k, long_v), long_table = paged((k, v), 8)
+    long = attend_to_cache(q, long_k, long_v, np.array([[5], [47]]), long_table)
+    (short_k, short_v), short_table = paged((k[:, :, :8], v[:, :, :8]), 8, seed=1)
+    short = attend_to_cache(q, short_k, short_v, np.array([[5], [2]]), short_table)
     np.testing.assert_array_equal(long[0], short[0])
+
+
+def test_a_cpu_cache_holds_bfloat16_as_integers_of_the_same_bits():
+    q, k, v = random(0, 2, 1, H, K), random(1, 2, G, 16, K), random(2, 2, G, 16, K)
+    pools, table = paged([np.asarray(jnp.asarray(a, jnp.bfloat16)) for a in (k, v)], 8)
+    positions = np.array([[5], [15]])
+    want = attend_to_cache(q, *pools, positions, table)
+    assert stored_dtype(jnp.bfloat16, "cpu") == np.uint16
+    as_integers = [jax.lax.bitcast_convert_type(a, jnp.uint16) for a in pools]
+    np.testing.assert_array_equal(attend_to_cache(q, *as_integers, positions, table), want)
+    reference = reference_cached_attention(q, *as_integers, positions, table, (0, 1), None)
+    np.testing.assert_allclose(merge_partial_attention(reference, q.dtype, ONE_DEVICE), want, rtol=1e-5, atol=1e-5)
 
 
 def test_int8_cache_matches_dequantised_reference():
@@ -67,38 +80,55 @@ def test_int8_cache_matches_dequantised_reference():
     assert np.abs(k8).max() == 127
     # Values are rounded to integers and scales to eight bits.
     np.testing.assert_allclose(np.float32(k8) * np.float32(k_scale)[..., None], k, atol=np.abs(k).max() * 1.5 / 127)
-    by_head = [jnp.swapaxes(a, 1, 2) for a in (k8, v8, k_scale, v_scale)]
-    part = cached_attention(q, *by_head[:2], positions, 0, 8, scales=tuple(by_head[2:]))
-    out = merge_partial_attention(part, q.dtype, ONE_DEVICE)
+    pools, table = paged([jnp.swapaxes(a, 1, 2) for a in (k8, v8, k_scale, v_scale)], 8)
+    out = attend_to_cache(q, *pools[:2], positions, table, tuple(pools[2:]))
     exact = [np.float32(a) * np.float32(s)[..., None] for a, s in ((k8, k_scale), (v8, v_scale))]
     mask = np.arange(32) <= positions[:, :, None]
     np.testing.assert_allclose(out, reference_attention(q, *exact, mask), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_write_cache_stores_every_position_in_any_layout(int8, tokens, monkeypatch):
-    """Writes every second position from 1 on, to rows 1 and 2 of three; a TPU writes two int8 heads one by one."""
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+def test_write_cache_stores_every_valid_position_in_any_layout(int8, tokens, monkeypatch):
+    """Writes every second position from 1 on, to blocks of 8; a TPU writes two int8 heads one by one."""
     monkeypatch.setenv("DBRX_KERNELS", "0")  # test_tpu_cache_write.py tests the kernel
     new_kv = jnp.asarray(random(0, 2, tokens, G, K)), jnp.asarray(random(1, 2, tokens, G, K))
-    positions = np.array([[4], [8]]) + np.arange(tokens)
-    empty = [jnp.full((3, G, 6, K), 9, jnp.int8 if int8 else jnp.float32)] * 2
-    empty += [jnp.full((3, G, 6), 9, jnp.bfloat16)] * (2 * int8)
+    table, valid = np.array([[4, 2, 0], [1, 5, 3]]), np.arange(tokens) < np.array([[tokens], [max(1, tokens - 9)]])
+    positions = np.array([[16], [32]] if tokens == 16 else [[4], [31]]) + np.arange(tokens)
+    empty = [jnp.full((6, G, 8, K), 9, jnp.int8 if int8 else jnp.float32)] * 2
+    empty += [jnp.full((6, G, 8), 9, jnp.bfloat16)] * (2 * int8)
     want = [np.array(x) for x in empty]
     (key, key_scale), (value, value_scale) = map(quantize_to_int8, new_kv)
     for array, x in zip(want, (key, value, key_scale, value_scale) if int8 else new_kv, strict=True):
         for r, t in np.ndindex(2, tokens):
-            if positions[r, t] % 2 == 1:
-                array[1 + r, :, positions[r, t] // 2] = x[r, t]
+            if positions[r, t] % 2 == 1 and valid[r, t]:
+                local = positions[r, t] // 2
+                array[table[r, local // 8], :, local % 8] = x[r, t]
     for platform in ("cpu", "tpu"):
-        got = write_cache(LayerCache(*empty), *new_kv, positions, 1, (1, 2), platform=platform)
+        arrays = map(jnp.asarray, (valid, positions, table))
+        got = write_cache(LayerCache(*empty), *new_kv, *arrays, (1, 2), platform=platform)
         for a, b in zip((x for x in got if x is not None), want, strict=True):
-            np.testing.assert_array_equal(a, b)
+            if tokens == 16:  # behind a row's valid tokens is padding, within the block
+                np.testing.assert_array_equal(a[1:3, :, :4], b[1:3, :, :4])
+                np.testing.assert_array_equal(np.asarray(a)[[0, 4, 5]], b[[0, 4, 5]])
+            else:
+                np.testing.assert_array_equal(a, b)
+
+
+def test_pieces_of_padding_are_written_to_the_spare_block_as_zeros():
+    new = jnp.asarray(random(0, 2, 32, G, K))
+    cache = LayerCache(*[jnp.full((5, G, 16, K), 9, jnp.float32)] * 2)
+    positions, valid = jnp.zeros((2, 1), int) + jnp.arange(32), jnp.arange(32) < jnp.array([[20], [0]])
+    got = write_cache(cache, new, new, valid, positions, jnp.array([[3, 1], [2, 4]])).key
+    np.testing.assert_array_equal(got[3], new[0, :16].swapaxes(0, 1))
+    np.testing.assert_array_equal(got[1, :, :4], new[0, 16:20].swapaxes(0, 1))
+    assert not np.asarray(got[0]).any()
+    assert (np.asarray(got)[[2, 4]] == 9).all()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def cached_part(implementation, q, k, v, positions, context_shard, scales):
-    return cached_attention(q, k, v, positions, 1, 4, context_shard, scales=scales, implementation=implementation)
+def cached_part(implementation, q, k, v, positions, table, context_shard, scales):
+    return cached_attention(q, k, v, positions, table, context_shard, scales=scales, implementation=implementation)
 
 
 @settings(max_examples=10)
@@ -107,13 +137,17 @@ def test_reference_and_xla_cached_attention_agree(seed, stride, new, int8, data)
     S = 8
     offset = data.draw(st.integers(0, stride - 1))
     start = data.draw(st.lists(st.integers(0, S * stride - new), min_size=2, max_size=2))
-    q, k, v = random(seed, len(start), new, H, K), random(seed + 1, 4, G, S, K), random(seed + 2, 4, G, S, K)
-    scales = None
+    q, k, v = random(seed, len(start), new, H, K), random(seed + 1, 2, G, S, K), random(seed + 2, 2, G, S, K)
+    arrays = [k, v]
     if int8:
         (k, k_scale), (v, v_scale) = quantize_to_int8(jnp.asarray(k)), quantize_to_int8(jnp.asarray(v))
-        scales = k_scale, v_scale
+        arrays = [k, v, k_scale, v_scale]
+    (k, v, *scales), table = paged(arrays, 4, seed)
     positions = np.array(start)[:, None] + np.arange(new)
-    parts = [cached_part(name, q, k, v, positions, (offset, stride), scales) for name in ("reference", "xla")]
+    parts = [
+        cached_part(name, q, k, v, positions, table, (offset, stride), tuple(scales) or None)
+        for name in ("reference", "xla")
+    ]
     for got, want in zip(*parts, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

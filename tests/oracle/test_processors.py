@@ -29,11 +29,11 @@ def processed(config, ids, logits, width, max_new_tokens):
     seen = np.zeros((B, V), bool)
     seen[np.arange(B)[:, None], ids] = True
     ids, logits, seen = map(jnp.asarray, (ids, logits, seen))
-    rows = Rows(jnp.pad(ids, ((0, 0), (0, 5))), jnp.full(B, ids.shape[1]), seen, None)
-    step = ids.shape[1] - width
+    slots, lengths, step = jnp.arange(B), jnp.full(B, ids.shape[1]), jnp.full(B, ids.shape[1] - width)
+    rows = Rows(slots, lengths, step, jnp.pad(ids, ((0, 0), (0, 5))), seen, None)
     with jax.disable_jit():  # each case would compile a program of its own
-        scores = process_logits(logits, settings.processors, rows, settings.eos, np.int32(step), ONE_DEVICE)
-        scores = scale_and_filter(scores, settings.sampling)
+        scores = process_logits(logits, settings.processors, rows, settings.eos, ONE_DEVICE)
+        scores = scale_and_filter(scores, settings.sampling, slots)
     return np.asarray(jax.nn.softmax(scores, axis=-1))
 
 
