@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from dbrx_jax.generation.stream import TokenStream
+from dbrx_jax.text.stop_text import StopText, find_first
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
@@ -11,31 +12,17 @@ def stream_text(stream: TokenStream, tokenizer: DbrxTokenizer, stop_strings: Seq
 
     Special tokens give no text. Text that may begin a stop string is buffered.
     """
-    decoder, buffered, num_decoded = tokenizer.stream(), "", 0
+    text, num_decoded = StopText(tokenizer.stream(), stop_strings), 0
     for tokens in stream:
         num_new = int(stream.lengths[0]) - num_decoded  # without the padding of a row that ended
         num_decoded += num_new
-        buffered += decoder.push(tokens[0][:num_new])
-        if (stop := _find(buffered, stop_strings)) is not None:
-            yield buffered[:stop]
+        yield text.push(tokens[0][:num_new])
+        if text.is_stopped:
             return
-        safe = len(buffered) - _partial_match(buffered, stop_strings)
-        yield buffered[:safe]
-        buffered = buffered[safe:]
-    yield buffered + decoder.finish()
+    yield text.finish()
 
 
 def completion_text(tokenizer: DbrxTokenizer, ids: Iterable[int], stop_strings: Sequence[str] = ()) -> str:
     """Decodes a row's new tokens to text that ends before the first stop string."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    return text[: _find(text, stop_strings)]
-
-
-def _find(text: str, strings: Sequence[str]) -> int | None:
-    """Returns the index of the first of these strings in the text."""
-    return min((text.find(s) for s in strings if s in text), default=None)
-
-
-def _partial_match(text: str, strings: Sequence[str]) -> int:
-    """Returns the length of the longest suffix of the text that begins one of the strings."""
-    return max((n for s in strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return text[: find_first(text, stop_strings)]

@@ -1,0 +1,156 @@
+"""The engine's arrays on the devices, and the programs that run its steps."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dbrx_jax.engine.rows import Row
+from dbrx_jax.engine.scheduler import Limits, Step, table_of
+from dbrx_jax.engine.slots import VECTORS, SlotStart, empty_slots, make_row, write_slot, write_vector
+from dbrx_jax.generation.decode import decode, sample_first
+from dbrx_jax.generation.prefill import copy_blocks, empty_cache, prefill_chunk
+from dbrx_jax.generation.processes import replicate
+from dbrx_jax.generation.state import Options, Outputs
+from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.model.causal_lm import CausalLM
+from dbrx_jax.model.graph import split_model
+
+COPIES = 16  # blocks that one program copies
+
+
+class Results(NamedTuple):
+    """New tokens of rows, still on the devices."""
+
+    rows: list[Row]
+    steps: int  # that each row was promised
+    outputs: Outputs
+
+    def fetch(self) -> Outputs:
+        """Waits for the tokens; returns them as numpy arrays."""
+        return jax.tree.map(np.asarray, self.outputs)
+
+
+class Device:
+    """Cache, settings and state of an engine's rows.
+
+    Args:
+      num_blocks: of the cache, with the spare one.
+      top_logprobs: most probable tokens that a row may ask for.
+    """
+
+    def __init__(self, model: CausalLM, limits: Limits, num_blocks: int, cache_dtype: np.dtype, top_logprobs: int):
+        self._model_state, self._config, self._partition = split_model(model), model.config, model.partition
+        self._limits = limits
+        self._width = -(-limits.positions // limits.block)
+        shared = {"batch_invariant": limits.batch_invariant, "top_logprobs": top_logprobs}
+        self._options, self._first_options = Options(steps=limits.steps, **shared), Options(steps=1, **shared)
+        self._cache = empty_cache(self._config, self._partition, num_blocks, cache_dtype)
+        slots, positions = limits.max_rows, self._width * limits.block
+        self._settings, self._state = empty_slots(self._config, self._partition, self._options, slots, positions)
+        self._positions = positions
+
+    def run(self, step: Step) -> list[Results]:
+        """Starts a step; returns what it will compute, in order."""
+        results = []
+        if step.prefill is not None:
+            x = self._prefill(step)
+            self.copy(step.copies)
+            for row, _ in step.started:
+                self._write(row)
+            num_rows = step.prefill.shape[0]
+            size = max(num_rows, self._first_bucket(len(step.started), num_rows))
+            for i in range(0, len(step.started), size):
+                results.append(self._sample_first(step.started[i : i + size], size, x))
+        if step.decode:
+            results.append(self._decode(step))
+        return results
+
+    def _first_bucket(self, num_started: int, num_rows: int) -> int:
+        """Returns the number of rows of a program that samples first tokens."""
+        smallest = 8 if self._limits.batch_invariant else 1
+        return max(smallest, 16 if num_started > max(smallest, num_rows) else num_rows)
+
+    def _prefill(self, step: Step) -> Any:
+        assert step.prefill is not None
+        rows, starts, counts, (num_rows, length) = step.prefill
+        tokens, spans = np.zeros((num_rows, length), np.int32), np.zeros((num_rows, 2), np.int32)
+        for i, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            tokens[i, :count] = row.sequence[start : start + count]
+            spans[i] = start, count
+        table = table_of(rows, num_rows, self._width)
+        self._cache, x = prefill_chunk(self._model_state, self._cache, table, tokens, spans)
+        return x
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks to others; from block 0, which is zero, to clear them."""
+        for i in range(0, len(pairs), COPIES):
+            some = pairs[i : i + COPIES]
+            array = np.zeros((1, COPIES, 2), np.int32)
+            array[0, : len(some)] = some
+            self._cache = copy_blocks(self._config, self._partition, self._cache, array)
+
+    def _write(self, row: Row) -> None:
+        """Puts a row in its slot, before its next token."""
+        start = SlotStart(row.slot, len(row.sequence), row.generated, row.job.limit)
+        tokens = np.pad(row.sequence, (0, self._positions - len(row.sequence)))
+        self._write_arrays(row.settings, tokens, start)
+
+    def _write_arrays(self, settings: Any, tokens: np.ndarray, start: SlotStart) -> None:
+        numbers = np.array(start, np.int32)
+        arrays = self._settings, self._state, settings.settings, tokens, numbers
+        self._settings, self._state = write_slot(self._partition, *arrays)
+        for name, vector in settings.vectors.items():
+            self._settings = write_vector(self._partition, name, self._settings, numbers[0], vector)
+
+    def _sample_first(self, started: Sequence[tuple[Row, int]], size: int, x: Any) -> Results:
+        slots, index = np.full(size, self._limits.max_rows, np.int32), np.zeros(size, np.int32)
+        for i, (row, segment) in enumerate(started):
+            slots[i], index[i] = row.slot, segment
+        arguments = self._model_state, self._first_options, self._settings, self._state, slots, x, index
+        self._state, outputs = sample_first(*arguments)
+        return Results([row for row, _ in started], 1, self._readable(outputs))
+
+    def _decode(self, step: Step) -> Results:
+        size = next(b for b in self._limits.row_buckets if b >= len(step.decode))
+        slots = np.full(size, self._limits.max_rows, np.int32)
+        slots[: len(step.decode)] = [row.slot for row in step.decode]
+        outputs = self._run_decode(slots, table_of(step.decode, size, self._width), step.steps)
+        return Results(list(step.decode), step.steps, self._readable(outputs))
+
+    def _run_decode(self, slots: np.ndarray, table: np.ndarray, steps: int) -> Outputs:
+        arguments = self._model_state, self._options, self._settings, self._cache, self._state
+        self._cache, self._state, outputs = decode(*arguments, slots, table, np.int32(steps))
+        return outputs
+
+    def _readable(self, outputs: Outputs) -> Outputs:
+        """Returns the outputs as every process can read them."""
+        return outputs if self._partition.mesh is None else replicate(self._partition, outputs)
+
+    # Warm-up.
+
+    def warm_up(self) -> None:
+        """Compiles every program by running it on padding, which changes nothing."""
+        partition, limits = self._partition, self._limits
+        config = GenerationConfig()
+        row = make_row(config, self._config.vocab_size, 1, 1, np.zeros(2, np.uint32), False, partition)
+        vector = np.zeros((1, partition.pad_vocabulary(self._config.vocab_size)), np.float32)
+        row = row._replace(vectors=dict.fromkeys(VECTORS, vector))
+        self._write_arrays(row, np.zeros(self._positions, np.int32), SlotStart(0, 1, 0, 0))
+        self.copy([(0, 0)])
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda run: run(), self._programs()))
+        for num_rows, length in limits.chunk_shapes:
+            table, tokens = np.zeros((num_rows, self._width), np.int32), np.zeros((num_rows, length), np.int32)
+            spans = np.zeros((num_rows, 2), np.int32)
+            self._cache, x = prefill_chunk(self._model_state, self._cache, table, tokens, spans)
+            for size in {self._first_bucket(num_rows, num_rows), self._first_bucket(limits.max_rows, num_rows)}:
+                self._sample_first([], max(size, num_rows), x)
+        for size in limits.row_buckets:
+            slots, table = np.full(size, limits.max_rows, np.int32), np.zeros((size, self._width), np.int32)
+            self._readable(self._run_decode(slots, table, 1))
+
+    def _programs(self) -> Iterator[Any]:
+        return iter(())

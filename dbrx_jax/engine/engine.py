@@ -1,0 +1,339 @@
+"""Engine: continuous batching of requests over one paged cache, in a thread of its own."""
+
+import logging
+import secrets
+import threading
+import time
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from dbrx_jax.console import announce
+from dbrx_jax.engine.compilations import count_compilations
+from dbrx_jax.engine.device import Device, Results
+from dbrx_jax.engine.generation import Generation
+from dbrx_jax.engine.memory import blocks_for
+from dbrx_jax.engine.request import Request
+from dbrx_jax.engine.rows import Job, Row, RowText, make_chunk, token_logprobs
+from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler
+from dbrx_jax.engine.slots import make_row
+from dbrx_jax.errors import EngineClosedError, GenerationError, NotFiniteError, QueueFullError, RequestTimeoutError
+from dbrx_jax.generation.prompts import new_token_limit
+from dbrx_jax.generation.sampling import row_keys
+from dbrx_jax.model.cache import block_positions, prefill_chunk_lengths, prefill_chunks
+from dbrx_jax.model.causal_lm import CausalLM
+from dbrx_jax.model.inputs import check_ids
+from dbrx_jax.sharding.partition import BATCH_AXES
+from dbrx_jax.text.tokenizer import DbrxTokenizer
+
+STEPS = 8  # most decode steps of one program
+BURST_SECONDS = 0.01  # that several decode steps in one program may take: a request that arrives waits for them
+logger = logging.getLogger(__name__)
+
+
+class EngineStats(NamedTuple):
+    """Numbers of an engine, now and since its start."""
+
+    running: int  # rows
+    waiting: int  # requests
+    blocks: int
+    free_blocks: int  # with those whose contents can be shared
+    cached_blocks: int  # free, with contents that can be shared
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int  # prompt tokens that were looked for in the cache
+    prefix_hits: int  # and found
+    preemptions: int
+    compilations_after_warmup: int
+
+
+class Engine:
+    """Generates for many requests at once, which come and go at any time.
+
+    Args:
+      model: on one device, or on a mesh of the axes expert and tensor.
+      tokenizer: for text and stop strings; None gives tokens alone.
+      max_rows: completions that run at once.
+      cache_gb: size of the cache on each device; None is what the memory allows.
+      cache_dtype: "int8" halves a bfloat16 cache; None is the model's.
+      max_waiting: requests that wait.
+      max_length: most tokens of prompt and completion; None is the model's limit.
+      prefill_budget: most prompt tokens that one step computes; None is the longest chunk.
+      top_logprobs: most probable tokens that a request may ask for with each new one.
+      batch_invariant: a request's tokens are bit for bit those that it gets alone.
+      warm_up: compile all programs now, rather than when they are needed first.
+
+    Raises:
+      GenerationError: a size is out of range, or the mesh has axes for rows.
+      MemoryLimitError: the cache does not fit.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: DbrxTokenizer | None = None,
+        *,
+        max_rows: int = 64,
+        cache_gb: float | None = None,
+        cache_dtype: Literal["int8"] | None = None,
+        max_waiting: int = 1024,
+        max_length: int | None = None,
+        prefill_budget: int | None = None,
+        top_logprobs: int = 20,
+        batch_invariant: bool = False,
+        warm_up: bool = True,
+    ):
+        partition = model.partition
+        if partition.size(*BATCH_AXES) > 1:
+            raise GenerationError(
+                "mesh: the engine runs on the axes expert and tensor; start one for each group of rows"
+            )
+        self._model, self._tokenizer = model, tokenizer
+        lengths = prefill_chunk_lengths(partition)
+        self.limits = Limits(
+            max_rows=_whole("max_rows", max_rows),
+            max_waiting=_whole("max_waiting", max_waiting),
+            positions=min(_whole("max_length", max_length or model.config.max_seq_len), model.config.max_seq_len),
+            block=block_positions(partition),
+            chunk_lengths=lengths,
+            prefill_budget=_whole("prefill_budget", prefill_budget or lengths[-1]),
+            steps=STEPS,
+            batch_invariant=batch_invariant,
+        )
+        dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
+        num_blocks = blocks_for(model, self.limits, dtype, cache_gb)
+        self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition))
+        self._device = Device(model, self.limits, num_blocks, dtype, top_logprobs)
+        self._top_logprobs = top_logprobs
+        self._compilations = count_compilations()
+        if warm_up:
+            with announce("Compiling the engine's programs, once"):
+                self._device.warm_up()
+        self._compilations_before = self._compilations()
+        self._condition = threading.Condition()
+        self._incoming: list[Job] = []
+        self._cancelled: list[Job] = []
+        self._is_closing = self._is_aborting = False
+        self.error: BaseException | None = None
+        self._prompt_tokens = self._generation_tokens = 0
+        self._step_seconds = BURST_SECONDS
+        self._in_flight: list[Results] = []
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # Requests.
+
+    def submit(self, request: Request) -> Generation:
+        """Adds a request; returns at once.
+
+        Raises:
+          GenerationError: its prompt or options cannot be used, or it would never fit.
+          QueueFullError: too many requests wait.
+          EngineClosedError: the engine was closed, or failed.
+        """
+        generation = Generation(len(request.prompt))
+        job = self._make_job(request, generation)
+        generation.attach(job, self._cancel)
+        with self._condition:
+            if self._is_closing or self.error is not None:
+                raise EngineClosedError("the engine takes no more requests")
+            waiting = len(self._incoming) + len(self._scheduler.waiting)
+            if waiting >= self.limits.max_waiting:
+                raise QueueFullError(f"{waiting} requests wait already; try again later")
+            self._incoming.append(job)
+            self._condition.notify()
+        return generation
+
+    def _make_job(self, request: Request, generation: Generation) -> Job:
+        """Checks a request, and makes the rows of its completions."""
+        config, vocab_size = request.config, self._model.config.vocab_size
+        prompt = np.asarray(check_ids([request.prompt], vocab_size), np.int32)[0]
+        length, positions = len(prompt), self.limits.positions
+        limit = new_token_limit(config, {"max_new_tokens": 1, "max_length": 1}, length, length, positions)
+        copies = config.num_return_sequences or 1
+        if copies > self.limits.max_rows:
+            raise GenerationError(f"num_return_sequences: expected at most {self.limits.max_rows}, got {copies}")
+        blocks = -(-(length + limit) // self.limits.block) * copies
+        if blocks > self._scheduler.pool.num_blocks:
+            available = self._scheduler.pool.num_blocks * self.limits.block // copies
+            raise GenerationError(
+                f"max_new_tokens: {limit} with a prompt of {length} tokens is beyond the cache of {available} positions "
+                f"for each completion; ask for at most {max(0, available - length)} new tokens"
+            )
+        if (request.top_logprobs or 0) > self._top_logprobs:
+            raise GenerationError(f"top_logprobs: expected at most {self._top_logprobs}, got {request.top_logprobs}")
+        if config.stop_strings and self._tokenizer is None:
+            raise GenerationError("stop_strings: needs a tokenizer, to know the text of the tokens")
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        keys = np.asarray(row_keys(np.full(copies, seed, np.uint32), np.arange(copies, dtype=np.uint32)))
+        job = Job(request, prompt, limit, generation.put)
+        wants_top = bool(request.top_logprobs)
+        for index in range(copies):
+            arguments = (vocab_size, length, limit, keys[index], wants_top, self._model.partition)
+            settings = make_row(config, *arguments)
+            text = RowText(self._tokenizer, config.stop_strings, config.eos_token_id)
+            job.rows.append(Row(job, index, settings, text, sequence=prompt))
+        return job
+
+    def _cancel(self, job: Job) -> None:
+        with self._condition:
+            self._cancelled.append(job)
+            self._condition.notify()
+
+    def stats(self) -> EngineStats:
+        """Returns the engine's numbers."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=len(scheduler.waiting) + len(self._incoming),
+            blocks=scheduler.pool.num_blocks,
+            free_blocks=scheduler.pool.num_free,
+            cached_blocks=scheduler.pool.num_cached,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.num_preemptions,
+            compilations_after_warmup=self._compilations() - self._compilations_before,
+        )
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Takes no more requests, lets those that are here finish for some seconds, and ends the others."""
+        with self._condition:
+            self._is_closing = True
+            self._condition.notify()
+        self._thread.join(drain_seconds)
+        with self._condition:
+            self._is_aborting = True
+            self._condition.notify()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                self._step()
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self.error = error
+        finally:
+            with self._condition:
+                self._is_closing = True
+                jobs = [*self._scheduler.jobs(), *self._incoming]
+            reason = "the engine failed" if self.error is not None else "the engine was closed"
+            for job in jobs:
+                job.put(EngineClosedError(reason))
+
+    def _take_commands(self) -> bool:
+        """Takes new requests and cancellations, and waits for them if there is nothing to do; returns False at the end.
+
+        A request that has ended with all its rows leaves no trace.
+        """
+        with self._condition:
+            while not (self._incoming or self._cancelled or self._in_flight or not self._scheduler.is_idle):
+                if self._is_closing:
+                    return False
+                self._condition.wait()
+            if self._is_aborting:
+                return False
+            incoming, self._incoming = self._incoming, []
+            cancelled, self._cancelled = self._cancelled, []
+            for job in incoming:
+                self._scheduler.add(job)
+        for job in cancelled:
+            self._end(job, None)
+        for job in self._scheduler.jobs():
+            if time.monotonic() > job.deadline:
+                self._end(job, RequestTimeoutError(f"the request took longer than its {job.request.timeout:g} seconds"))
+        return True
+
+    def _end(self, job: Job, item: BaseException | None) -> None:
+        """Ends a request before its completions are done."""
+        if not job.is_over:
+            job.is_over = True
+            self._scheduler.remove(job)
+            job.put(item)
+
+    def _step(self) -> None:
+        """Starts a step on the devices, and then takes the tokens of the one before."""
+        burst = max(1, min(STEPS, int(BURST_SECONDS / self._step_seconds)))
+        try:
+            step = self._scheduler.next_step(burst, not self._in_flight)
+        except OutOfBlocksError:
+            self._collect([])
+            return
+        begin = time.perf_counter()
+        self._collect(self._device.run(step))
+        if step.decode and step.prefill is None:
+            seconds = (time.perf_counter() - begin) / step.steps
+            self._step_seconds += 0.2 * (seconds - self._step_seconds)
+
+    def _collect(self, started: list[Results]) -> None:
+        """Takes the tokens of the steps before, while those just started run."""
+        finished, self._in_flight = self._in_flight, started
+        for results in finished:
+            outputs = results.fetch()
+            count = int(outputs.count)
+            for i, row in enumerate(results.rows):
+                row.pending -= results.steps
+                if row.is_finished:
+                    continue
+                top = None if outputs.top_ids is None else (outputs.top_ids[i], outputs.top_logprobs[i])
+                self._take_tokens(row, outputs.tokens[i, :count].tolist(), outputs.logprobs[i, :count], top)
+
+    def _take_tokens(self, row: Row, tokens: list[int], logprobs: np.ndarray, top) -> None:
+        """Delivers a row's new tokens, and ends it if they do."""
+        job = row.job
+        tokens = tokens[: job.limit - row.generated]
+        known = min(len(row.tokens) - row.generated, len(tokens))  # computed again, and delivered before
+        row.generated += len(tokens)
+        if known:
+            tokens, logprobs = tokens[known:], logprobs[known:]
+        end = row.text.end_of(tokens)
+        tokens = tokens[:end]
+        if not np.isfinite(logprobs[: len(tokens)]).all():
+            self._end_damaged(job)
+            return
+        row.tokens += tokens
+        self._generation_tokens += len(tokens)
+        reason = "stop" if end is not None else "length" if len(row.tokens) == job.limit else None
+        wanted, values = job.request.top_logprobs, []
+        if wanted is not None:
+            for i, token in enumerate(tokens):
+                ids, tops = ([], []) if top is None else (top[0][known + i], top[1][known + i])
+                values.append(token_logprobs(token, logprobs[i], ids, tops, wanted))
+        self._scheduler.record_tokens(row)
+        if tokens:
+            job.put(make_chunk(row, tokens, values, reason))
+        if reason is not None:
+            self._scheduler.finish(row)
+            if all(r.is_finished for r in job.rows):
+                job.is_over = True
+                job.put(None)
+
+    def _end_damaged(self, job: Job) -> None:
+        """Ends a request whose logits are not finite, and clears its blocks for those that get them next."""
+        blocks = [block for row in job.rows for block in row.blocks]
+        own = self._scheduler.pool.of_one_user(blocks)
+        self._scheduler.pool.forget(own)
+        self._end(
+            job,
+            NotFiniteError(
+                "the logits of a new token are not finite; look for damaged weights with "
+                "dbrx-convert inspect --values, or for options that ban every token"
+            ),
+        )
+        self._device.copy([(0, block) for block in own])
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise GenerationError(f"{name}: expected a whole number above 0, got {value!r:.40}")
+    return value

@@ -1,0 +1,89 @@
+"""Generation: what the engine returns for a request, an iterator over its chunks."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+from dbrx_jax.engine.request import Chunk, TokenLogprobs
+from dbrx_jax.engine.rows import Job
+
+
+class Generation:
+    """Iterator, plain or asynchronous, over the chunks of a request's completions as they are generated.
+
+    Iteration raises what ended the request before its completions were done: RequestTimeoutError, GenerationError or
+    EngineClosedError. A request that was cancelled just ends.
+    """
+
+    def __init__(self, prompt_tokens: int):
+        self.prompt_tokens = prompt_tokens
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._lock = threading.Lock()
+        self._job: Job | None = None
+        self._cancel: Callable[[Job], None] | None = None
+        self._is_over = False
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed, because the cache had them."""
+        return 0 if self._job is None else self._job.cached_tokens
+
+    def attach(self, job: Job, cancel: Callable[[Job], None]) -> None:
+        """Connects this with the engine's own record of the request."""
+        self._job, self._cancel = job, cancel
+
+    def cancel(self) -> None:
+        """Ends the request; its blocks are free for the engine's next step. Callable from any thread."""
+        if self._job is not None and self._cancel is not None:
+            self._cancel(self._job)
+
+    def put(self, item: Chunk | BaseException | None) -> None:
+        """Adds a chunk, or what ends the iteration: an exception, or None. Called by the engine."""
+        with self._lock:
+            self._items.put(item)
+            if self._waiter is not None:
+                loop, event = self._waiter
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(event.set)
+
+    def _take(self, item: Chunk | BaseException | None) -> Chunk | None:
+        """Returns a chunk, or None at the end; raises what ended the request."""
+        if isinstance(item, Chunk):
+            return item
+        self._is_over = True
+        if item is not None:
+            raise item
+        return None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        chunk = None if self._is_over else self._take(self._items.get())
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._is_over:
+            raise StopAsyncIteration
+        with self._lock:
+            if self._waiter is None:
+                self._waiter = asyncio.get_running_loop(), asyncio.Event()
+        event = self._waiter[1]
+        while True:
+            event.clear()
+            try:
+                chunk = self._take(self._items.get_nowait())
+            except queue.Empty:
+                await event.wait()
+                continue
+            if chunk is None:
+                raise StopAsyncIteration
+            return chunk

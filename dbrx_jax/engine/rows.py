@@ -1,0 +1,117 @@
+"""Rows of the engine: completions that wait, are prefilled, or are decoded."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dbrx_jax.engine.request import Chunk, FinishReason, Request, TokenLogprobs
+from dbrx_jax.engine.slots import SlotRow
+from dbrx_jax.generation.stops import StopSearch
+from dbrx_jax.text.stop_text import StopText
+from dbrx_jax.text.tokenizer import DbrxTokenizer
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request in the engine: its completions share a prompt.
+
+    Attributes:
+      prompt: int32.
+      limit: most new tokens of a completion.
+      put: takes each Chunk, and at last an exception or None.
+      hashes: of the prompt's full blocks, for the prefix cache.
+    """
+
+    request: Request
+    prompt: np.ndarray
+    limit: int
+    put: Callable[[Chunk | BaseException | None], None]
+    hashes: list[bytes] = dataclasses.field(default_factory=list)
+    rows: list["Row"] = dataclasses.field(default_factory=list)
+    arrival: float = dataclasses.field(default_factory=time.monotonic)
+    cached_tokens: int = 0
+    is_over: bool = False
+
+    @property
+    def deadline(self) -> float:
+        """Time at which the request must have ended."""
+        return np.inf if self.request.timeout is None else self.arrival + self.request.timeout
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """One completion of a job.
+
+    Attributes:
+      settings: its options, for a slot.
+      tokens: new tokens that the host knows.
+      sequence: tokens that prefill computes: the prompt, and new ones if the row was put back.
+      computed: number of these that are in the cache, or in a program that was started.
+      pending: decode steps that were started and whose tokens the host does not know yet.
+      generated: number of new tokens since the row was admitted last; tokens up to len(tokens) are known from before.
+    """
+
+    job: Job
+    index: int
+    settings: SlotRow
+    text: "RowText"
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    sequence: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    hashes: list[bytes] = dataclasses.field(default_factory=list)
+    chunks: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # to come, of the sequence
+    slot: int = -1
+    computed: int = 0
+    pending: int = 0
+    generated: int = 0
+    num_recorded: int = 0  # first blocks that are in the prefix cache
+    is_finished: bool = False
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.computed == len(self.sequence)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the row that the host knows, without those that are computed again."""
+        return len(self.job.prompt) + self.generated
+
+
+class RowText:
+    """Text of a completion, and where its stop strings end it."""
+
+    def __init__(self, tokenizer: DbrxTokenizer | None, stop_strings: Sequence[str], eos: Sequence[int]):
+        self._eos = frozenset(eos)
+        self._search = StopSearch(tokenizer, stop_strings) if tokenizer is not None and stop_strings else None
+        self._text = None if tokenizer is None else StopText(tokenizer.stream(), stop_strings)
+
+    def end_of(self, tokens: Sequence[int]) -> int | None:
+        """Returns the number of these tokens after which a token or a stop string ends the row, or None."""
+        end = next((i for i, token in enumerate(tokens, 1) if token in self._eos), None)
+        if self._search is not None:
+            found = self._search.push(np.asarray(tokens[:end]))
+            end = end if found is None else found
+        return end
+
+    def push(self, tokens: Sequence[int], is_last: bool) -> str:
+        """Returns the text that these tokens complete."""
+        if self._text is None:
+            return ""
+        return self._text.push(tokens) + (self._text.finish() if is_last else "")
+
+
+def make_chunk(
+    row: Row, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], reason: FinishReason | None
+) -> Chunk:
+    """Returns the chunk of a row's new tokens."""
+    text = row.text.push(tokens, reason is not None)
+    return Chunk(row.index, tuple(tokens), text, tuple(logprobs), reason)
+
+
+def token_logprobs(token: int, logprob: float, top_ids: Any, top_values: Any, number: int) -> TokenLogprobs:
+    """Returns a token's log-probability with those of the `number` most probable tokens."""
+    top = tuple((int(i), float(v)) for i, v in zip(top_ids[:number], top_values[:number], strict=True))
+    return TokenLogprobs(int(token), float(logprob), top)
