@@ -41,7 +41,6 @@ def collect(setting: plan.Setting, read_rate: float) -> dict[str, Any]:
         "memory": {
             "parameters": dict(memory.parameters),
             "cache": memory.cache,
-            "prefill": memory.prefill,
             "state": memory.state,
             "working": memory.working,
             "total": memory.total,
@@ -79,7 +78,7 @@ def _memory(facts: dict[str, Any]) -> list[str]:
     return [
         "memory of a device, GB",
         *(f"  {name:<22}{size / GB:9.3f}" for name, size in memory["parameters"].items()),
-        *(f"  {name:<22}{memory[name] / GB:9.3f}" for name in ("cache", "prefill", "state", "working", "total")),
+        *(f"  {name:<22}{memory[name] / GB:9.3f}" for name in ("cache", "state", "working", "total")),
         f"  {'usable':<22}{memory['usable'] / GB:9.3f}",
         *textwrap.wrap(fit, WIDTH, break_on_hyphens=False),
     ]

@@ -33,7 +33,7 @@ class Compiled:
     compile_seconds: float
     arguments: int
     temporaries: int
-    total: int  # arguments, temporaries, outputs that do not alias arguments, and beside a prefill the batch's cache
+    total: int  # arguments, temporaries, and outputs that do not alias arguments
     planned: int  # estimate of `total` by :func:`dbrx_jax.planning.plan.memory`
     traffic: int  # bytes read from and written to HBM, with every position of the cache live
     least_traffic: int  # lower bound: all weights and the live cache read once
@@ -81,7 +81,6 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     sizes, text = program.memory_analysis(), program.as_text()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     total = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    total += 0 if name == "decode" else cache_bytes(setting)
     local_positions = setting.positions // setting.partition.size(CONTEXT_AXIS)
     trips = {"cache_blocks": math.ceil(local_positions / CACHE_BLOCK)}
     traffic = hlo.hbm_traffic(text, trips)

@@ -91,7 +91,7 @@ def report_generation_memory(request: Request) -> AbstractContextManager[None]:
 def check_memory(request: Request, weights_loaded: bool = False) -> None:
     """Refuses what certainly does not fit: more bytes of weights and cache than a device has free.
 
-    Activations, the row of cache in which a prompt is computed, and what the runtime needs for itself are not counted.
+    Activations and what the runtime needs for itself are not counted.
     Where a device or system does not report what it has free, everything is accepted.
 
     Args:

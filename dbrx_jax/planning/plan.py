@@ -17,7 +17,7 @@ from dbrx_jax.backend import kernel_backend
 from dbrx_jax.checkpoint.parameters import ArrayLayout, array_layouts
 from dbrx_jax.config import DTYPES, DbrxConfig
 from dbrx_jax.errors import MeshError, PlanError, QuantizationError
-from dbrx_jax.model.cache import cache_capacity, prefill_chunk_lengths, round_up_size
+from dbrx_jax.model.cache import CACHE_BLOCK, cache_capacity, prefill_chunk_lengths, round_up_size
 from dbrx_jax.planning.targets import Target
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding.partition import AXES, BATCH_AXES, CONTEXT_AXIS, VOCAB_AXES, Partition, axis_names_of, check_mesh
@@ -127,13 +127,12 @@ class Memory:
 
     parameters: Mapping[str, int]  # by group
     cache: int
-    prefill: int  # one more row of the cache, in which a prompt is computed
-    state: int  # logits, tokens and log-probabilities of a generation
+    state: int  # logits and tokens of a generation
     working: int  # activations of a decode step or a prefill chunk, the larger
 
     @property
     def total(self) -> int:
-        return sum(self.parameters.values()) + self.cache + self.prefill + self.state + self.working
+        return sum(self.parameters.values()) + self.cache + self.state + self.working
 
 
 def memory(setting: Setting) -> Memory:
@@ -145,19 +144,16 @@ def memory(setting: Setting) -> Memory:
         shards = (shard_bytes(leaf, spec, partition) for _, leaf, spec in array.leaves())
         groups[group] = groups.get(group, 0) + sum(shards)
     vocabulary = partition.pad_vocabulary(config.vocab_size) // partition.size(*VOCAB_AXES)
-    state = setting.rows * (vocabulary * 4 + setting.positions * 8)  # logits; tokens and log-probabilities
+    state = setting.rows * (vocabulary + setting.positions) * 4  # logits and tokens
     working = max(_working(setting, setting.rows, 1), _working(setting, 1, setting.chunk))
-    return Memory(groups, cache_bytes(setting), _cache_row_bytes(setting), state, working)
+    return Memory(groups, cache_bytes(setting), state, working)
 
 
 def cache_bytes(setting: Setting) -> int:
-    """Returns the bytes of the key-value cache on one device."""
-    return setting.rows * _cache_row_bytes(setting)
-
-
-def _cache_row_bytes(setting: Setting) -> int:
+    """Returns the bytes of the key-value cache on one device, with its spare block."""
     config, partition = setting.config, setting.partition
-    heads, positions = config.kv_n_heads // partition.size("tensor"), setting.positions // partition.size(CONTEXT_AXIS)
+    heads = config.kv_n_heads // partition.size("tensor")
+    positions = setting.rows * setting.positions // partition.size(CONTEXT_AXIS) + CACHE_BLOCK
     bytes_per_head = config.head_dim + SCALE_BYTES if setting.cache_dtype == "int8" else config.head_dim * setting.width
     return config.n_layers * 2 * heads * positions * bytes_per_head
 
