@@ -102,7 +102,8 @@ class Engine:
         )
         dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         num_blocks = blocks_for(model, self.limits, dtype, cache_gb)
-        self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition))
+        longest = self.limits.chunk_shapes[-1][1]
+        self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition, longest))
         self._device = Device(model, self.limits, num_blocks, dtype, top_logprobs)
         self._top_logprobs = top_logprobs
         self._compilations = count_compilations()

@@ -101,20 +101,24 @@ def process_logits(
       logits: float32, as the model gives them; on a mesh, this device's shard of the vocabulary.
       eos: end-of-sequence ids, -1 for padding.
     """
-    used = None
-    if processors.used is not None:
-        used = lax.reduce(take_rows(processors.used, rows.slots), jnp.int32(0), lax.bitwise_or, (0,))
+    used = None if processors.used is None else take_rows(processors.used, rows.slots)
     for name, function in _PROCESSORS.items():
         parameters = getattr(processors, name)
         if parameters is None:
             continue
         run = partial(function, parameters=parameters, processors=processors, rows=rows, eos=eos, partition=partition)
-        if used is None:
-            logits = run(logits)
-        else:
-            is_used = (used >> Processors._fields.index(name)) & 1 > 0
-            logits = lax.cond(is_used, run, lambda logits: logits, logits)
+        logits = run(logits) if used is None else _run_where_used(run, used >> Processors._fields.index(name), logits)
     return logits
+
+
+def _run_where_used(run: Callable[[Array], Array], used: Int[Array, "R"], logits: Float[Array, "R V"]) -> Array:
+    """Applies a processor to the rows whose lowest bit of `used` is 1; to none of them at no cost."""
+    is_used = (used & 1) > 0
+
+    def run_some(logits: Array) -> Array:
+        return jnp.where(is_used[:, None], run(logits), logits)
+
+    return lax.cond(is_used.any(), run_some, lambda logits: logits, logits)
 
 
 def _column(array: ArrayLike, rows: Rows) -> Array:

@@ -85,13 +85,13 @@ def prefill_chunk_lengths(partition: Partition) -> tuple[int, ...]:
     return tuple(shortest * (length // lengths[0]) for length in lengths)
 
 
-def prefill_chunks(tokens: int, partition: Partition) -> list[tuple[int, int]]:
+def prefill_chunks(tokens: int, partition: Partition, longest: int | None = None) -> list[tuple[int, int]]:
     """Returns the first position and padded length of each chunk of a prompt of `tokens` tokens.
 
-    They depend on the prompt's length alone. Among all ways to cover it with chunks of descending lengths, this is the
+    They depend on the prompt's length alone, and on the length of the longest chunk if it is limited. Among all ways to cover it with chunks of descending lengths, this is the
     one that takes least time.
     """
-    lengths = prefill_chunk_lengths(partition)
+    lengths = tuple(n for n in prefill_chunk_lengths(partition) if longest is None or n <= longest)
     least_cost = CPU_LEAST_COST if partition.platform == "cpu" else ACCELERATOR_LEAST_COST
     num_longest, rest = divmod(tokens, lengths[-1])
     sizes = [*[lengths[-1]] * num_longest, *_cheapest_cover(rest, lengths, least_cost)[1]]

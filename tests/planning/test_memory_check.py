@@ -69,16 +69,16 @@ class TestDevices:
         )
 
     def test_only_what_certainly_does_not_fit_is_refused(self, gpus):
-        needed = INT4_BYTES + 8 * ROW_BYTES
+        needed = INT4_BYTES + 8 * ROW_BYTES + BLOCK_BYTES
         gpus(needed)
         check_memory(INT4)
         gpus(needed - 1)
         assert refusal(INT4).endswith("it would fit with an int8 cache, or 2048 positions, or 4 rows")
 
     def test_loaded_weights_are_not_counted_again(self, gpus):
-        gpus(8 * ROW_BYTES)
+        gpus(8 * ROW_BYTES + BLOCK_BYTES)
         check_memory(INT4, weights_loaded=True)
-        gpus(8 * ROW_BYTES - 1)
+        gpus(8 * ROW_BYTES + BLOCK_BYTES - 1)
         message = refusal(INT4, weights_loaded=True)
         assert "each device needs 5.4 GB (cache 5.4 GB for 8 rows of 4096 positions)" in message
 
@@ -118,7 +118,7 @@ class TestDevices:
         small = dataclasses.replace(INT4, rows=4, positions=2048)
         check_memory(small)  # fits, says the plan
         assert fit_advice(dataclasses.replace(INT4, rows=64), weights_loaded=True) == (
-            "each device needs 113.1 GB (weights 70.2 GB, cache 42.9 GB for 64 rows of 4096 positions), and NVIDIA "
+            "each device needs 113.1 GB (weights 70.2 GB, cache 43.0 GB for 64 rows of 4096 positions), and NVIDIA "
             "H100 0 has 80.0 GB; it would fit with 8 rows"
         )
         assert fit_advice(dataclasses.replace(small, quantization="int8")).endswith("; it would fit with int4 weights")

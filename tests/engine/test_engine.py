@@ -1,0 +1,258 @@
+"""Tests of the engine against generate: the same tokens and log-probabilities, whatever else runs."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from dbrx_jax.engine.engine import Engine
+from dbrx_jax.engine.request import Request
+from dbrx_jax.errors import EngineClosedError, GenerationError, QueueFullError, RequestTimeoutError
+from dbrx_jax.generation_config import GenerationConfig
+from tests.engine.conftest import cache_gb
+
+
+def prompt_of(seed, length, vocabulary=389):
+    return np.random.default_rng(seed).integers(0, vocabulary, length).tolist()
+
+
+def completions(generation):
+    """Runs a generation to its end; returns tokens, log-probabilities and the reason of each completion."""
+    tokens, logprobs, reasons = {}, {}, {}
+    for chunk in generation:
+        tokens.setdefault(chunk.index, []).extend(chunk.tokens)
+        logprobs.setdefault(chunk.index, []).extend(x.logprob for x in chunk.logprobs)
+        assert chunk.index not in reasons
+        if chunk.finish_reason:
+            reasons[chunk.index] = chunk.finish_reason
+    assert reasons.keys() == tokens.keys()
+    return [(tokens[i], logprobs[i], reasons[i]) for i in sorted(tokens)]
+
+
+def alone(model, prompt, config, seed=None, **options):
+    """Returns what generate gives for each completion of one prompt."""
+    out = model.generate(
+        [prompt], generation_config=config, seed=seed, output_logprobs=True, return_dict_in_generate=True, **options
+    )
+    results = []
+    for row, logprobs in zip(out.sequences[:, len(prompt) :], out.logprobs, strict=True):
+        count = int(np.isfinite(logprobs).sum())
+        results.append((row[:count].tolist(), logprobs[:count]))
+    return results
+
+
+def check(engine, model, requests):
+    """Submits requests together; compares each with generate alone."""
+    generations = [engine.submit(request) for request in requests]
+    for request, generation in zip(requests, generations, strict=True):
+        got = completions(generation)
+        want = alone(model, request.prompt, request.config, request.seed)
+        assert len(got) == len(want)
+        for (tokens, logprobs, _), (wanted, wanted_logprobs) in zip(got, want, strict=True):
+            assert tokens == wanted, request
+            np.testing.assert_allclose(logprobs, wanted_logprobs, rtol=0, atol=1e-4)
+
+
+OPTIONS = [
+    {},
+    {"do_sample": True, "temperature": 0.7},
+    {"do_sample": True, "top_k": 5},
+    {"do_sample": True, "top_p": 0.8, "min_p": 0.01},
+    {"do_sample": True, "typical_p": 0.7},
+    {"do_sample": True, "epsilon_cutoff": 0.004, "eta_cutoff": 0.01},
+    {"do_sample": True, "num_return_sequences": 3},
+    {"repetition_penalty": 1.7},
+    {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+    {"no_repeat_ngram_size": 2},
+    {"logit_bias": {7: 4.0, 11: -50.0}, "suppress_tokens": [3, 252]},
+    {"sequence_bias": {(7, 9): 8.0, (5,): 2.0}},
+    {"bad_words_ids": [[330], [247, 198, 4], [9, 2]]},
+    {"min_new_tokens": 6, "eos_token_id": list(range(0, 389, 13))},
+    {"eos_token_id": [3, 80, 120, 250], "exponential_decay_length_penalty": (2, 3.0)},
+    {"forced_eos_token_id": 17, "begin_suppress_tokens": [5, 9, 200]},
+    {"max_length": 40},
+]
+
+
+def test_rows_with_different_options_get_what_generate_gives_them(engine, model):
+    """All at once, in few rows and blocks, with prompts of one to three chunks."""
+    requests = []
+    for i, options in enumerate(OPTIONS):
+        limit = {} if "max_length" in options else {"max_new_tokens": 4 + i % 7}
+        config = GenerationConfig.from_dict({"eos_token_id": 400, **limit, **options})
+        requests.append(Request(prompt_of(i, (3, 21, 30, 145)[i % 4]), config, seed=i, top_logprobs=0))
+    check(engine, model, requests)
+    stats = engine.stats()
+    assert stats.free_blocks == stats.blocks == 8
+    assert stats.running == stats.waiting == 0
+
+
+def test_rows_that_are_put_back_go_on_with_the_same_tokens(model):
+    """Four rows grow to three blocks each, and there are six blocks."""
+    config = GenerationConfig(max_new_tokens=150, eos_token_id=400)
+    sampled = GenerationConfig(max_new_tokens=150, eos_token_id=400, do_sample=True, repetition_penalty=1.3)
+    requests = [Request(prompt_of(i, 120 + i), sampled if i % 2 else config, seed=i, top_logprobs=0) for i in range(4)]
+    with Engine(model, max_rows=4, cache_gb=cache_gb(model, 6), warm_up=False) as engine:
+        check(engine, model, requests)
+        assert engine.stats().preemptions > 0
+        assert engine.stats().free_blocks == 6
+
+
+def test_second_turn_computes_only_what_is_new(engine, model):
+    config = GenerationConfig(max_new_tokens=20, eos_token_id=400)
+    first = prompt_of(50, 300)
+    request = Request(first, config, top_logprobs=0)
+    generation = engine.submit(request)
+    ((tokens, _, _),) = completions(generation)
+    assert generation.cached_tokens == 0
+    second = [*first, *tokens, *prompt_of(51, 90)]
+    generation = engine.submit(Request(second, config, top_logprobs=0))
+    ((again, logprobs, _),) = completions(generation)
+    assert generation.cached_tokens == 256  # two full blocks
+    ((wanted, wanted_logprobs),) = alone(model, second, config)
+    assert again == wanted
+    np.testing.assert_allclose(logprobs, wanted_logprobs, rtol=0, atol=1e-4)
+    for salt, cached in (("key", 0), ("", 256)):
+        generation = engine.submit(Request(second, config, cache_salt=salt))
+        assert completions(generation)[0][0] == wanted
+        assert generation.cached_tokens == cached
+
+
+def test_cancelled_request_frees_its_blocks(engine):
+    config = GenerationConfig(max_new_tokens=400, eos_token_id=400)
+    generations = [engine.submit(Request(prompt_of(i, 9), config)) for i in range(3)]
+    next(generations[1])
+    for generation in generations:
+        generation.cancel()
+    chunks = [list(generation) for generation in generations]
+    assert all(chunk.finish_reason is None for some in chunks for chunk in some)
+    assert completions(engine.submit(Request([1, 2], GenerationConfig(max_new_tokens=2, eos_token_id=400))))
+    assert engine.stats().free_blocks == engine.stats().blocks
+
+
+def test_request_ends_at_its_time_limit(engine):
+    config = GenerationConfig(max_new_tokens=500, eos_token_id=400)
+    with pytest.raises(RequestTimeoutError, match=r"^the request took longer than its 0.05 seconds$"):
+        list(engine.submit(Request([1, 2, 3], config, timeout=0.05)))
+
+
+def test_requests_that_can_never_run_are_refused(engine):
+    cases = [
+        (Request([], GenerationConfig()), "input_ids: expected integers"),
+        (Request([1, 389], GenerationConfig()), "input_ids: expected ids from 0 to 388"),
+        (Request([1] * 512, GenerationConfig()), "a prompt of 512 tokens fills the model's 512 positions"),
+        (
+            Request([1, 2], GenerationConfig(max_new_tokens=511)),
+            "max_new_tokens: 511 with a prompt of 2 tokens is beyond",
+        ),
+        (
+            Request([1], GenerationConfig(num_return_sequences=7, do_sample=True)),
+            "num_return_sequences: expected at most 6",
+        ),
+        (
+            Request([1], GenerationConfig(num_return_sequences=5, do_sample=True, max_new_tokens=200)),
+            "beyond the cache of",
+        ),
+        (Request([1], GenerationConfig(), top_logprobs=21), "top_logprobs: expected at most 20, got 21"),
+        (Request([1], GenerationConfig(stop_strings=("a",))), "stop_strings: needs a tokenizer"),
+        (Request([1], GenerationConfig(logit_bias={389: 1.0})), "logit_bias: expected ids below 389"),
+        (Request([1], GenerationConfig(bad_words_ids=[[1, 2]] * 65)), "bad_words_ids: expected at most 64 sequences"),
+    ]
+    for request, message in cases:
+        with pytest.raises(GenerationError, match=message):
+            engine.submit(request)
+
+
+def test_most_probable_tokens_are_those_of_the_logits(engine, model):
+    prompt = prompt_of(3, 10)
+    chunks = list(engine.submit(Request(prompt, GenerationConfig(max_new_tokens=3, eos_token_id=400), top_logprobs=4)))
+    found = [entry for chunk in chunks for entry in chunk.logprobs]
+    assert len(found) == 3
+    for i, entry in enumerate(found):
+        logits = np.asarray(model([prompt + [e.token for e in found[:i]]]))[0, -1]
+        logprobs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        order = np.argsort(-logprobs, kind="stable")[:4]
+        assert [token for token, _ in entry.top] == order.tolist()
+        np.testing.assert_allclose([value for _, value in entry.top], logprobs[order], atol=1e-5)
+        assert entry.top[0] == (entry.token, entry.logprob)
+
+
+def test_full_queue_and_closed_engine_refuse_requests(model):
+    engine = Engine(model, max_rows=1, max_waiting=2, cache_gb=cache_gb(model, 4), warm_up=False)
+    config = GenerationConfig(max_new_tokens=300, eos_token_id=400)
+    first = engine.submit(Request([1], config))
+    next(first)
+    others = [engine.submit(Request([2], config)) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait already; try again later"):
+        engine.submit(Request([3], config))
+    engine.close()
+    with pytest.raises(EngineClosedError, match="the engine was closed"):
+        list(first)
+    for generation in others:
+        with pytest.raises(EngineClosedError):
+            next(generation)
+    with pytest.raises(EngineClosedError, match="takes no more requests"):
+        engine.submit(Request([4], config))
+
+
+def test_draining_engine_finishes_what_runs(model):
+    engine = Engine(model, max_rows=2, cache_gb=cache_gb(model, 4), warm_up=False)
+    generation = engine.submit(Request([1, 2], GenerationConfig(max_new_tokens=9, eos_token_id=400)))
+    engine.close(drain_seconds=60)
+    assert sum(len(chunk.tokens) for chunk in generation) == 9
+
+
+def test_failing_engine_ends_its_requests_and_keeps_the_error(model, monkeypatch, caplog):
+    engine = Engine(model, max_rows=2, cache_gb=cache_gb(model, 4), warm_up=False)
+    monkeypatch.setattr(engine._device, "run", lambda step: 1 / 0)
+    with pytest.raises(EngineClosedError, match="the engine failed"):
+        list(engine.submit(Request([1], GenerationConfig(max_new_tokens=2))))
+    engine._thread.join(10)
+    assert isinstance(engine.error, ZeroDivisionError)
+    assert "the engine failed" in caplog.text
+    with pytest.raises(EngineClosedError):
+        engine.submit(Request([1]))
+
+
+def test_async_iteration_serves_many_tasks(engine, model):
+    config = GenerationConfig(max_new_tokens=5, eos_token_id=400)
+    prompts = [prompt_of(70 + i, 4) for i in range(9)]
+
+    async def collect(prompt):
+        return [token async for chunk in engine.submit(Request(prompt, config)) for token in chunk.tokens]
+
+    async def run():
+        return await asyncio.gather(*map(collect, prompts))
+
+    want = [alone(model, prompt, config)[0][0] for prompt in prompts]
+    assert asyncio.run(run()) == want
+
+
+def test_threads_submit_at_once(engine, model):
+    config, results = GenerationConfig(max_new_tokens=4, eos_token_id=400), {}
+
+    def work(seed):
+        results[seed] = completions(engine.submit(Request(prompt_of(seed, 6), config)))[0][0]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {seed: alone(model, prompt_of(seed, 6), config)[0][0] for seed in range(8)}
+
+
+def test_text_comes_in_whole_characters_and_ends_before_a_stop_string(demo):
+    model, tokenizer = demo
+    prompt = tokenizer.encode("A list is")
+    config = model.generation_config.replace({"max_new_tokens": 40})
+    with Engine(model, tokenizer, max_rows=2, cache_gb=0.2, warm_up=False) as engine:
+        chunks = list(engine.submit(Request(prompt, config)))
+        text = "".join(chunk.text for chunk in chunks)
+        assert text == tokenizer.decode(model.generate([prompt], max_new_tokens=40)[0, len(prompt) :])
+        stop = text[10:14]
+        stopped = list(engine.submit(Request(prompt, config.replace({"stop_strings": [stop]}))))
+        assert "".join(chunk.text for chunk in stopped) == text[: text.index(stop)]
+        assert stopped[-1].finish_reason == "stop"
+        assert chunks[-1].finish_reason == "length"
