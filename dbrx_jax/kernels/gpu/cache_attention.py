@@ -1,9 +1,10 @@
-"""Flash attention over the key-value cache on Hopper GPUs, for prefill chunks and for decoding.
+"""Flash attention over the paged key-value cache on Hopper GPUs, for prefill chunks and for decoding.
 
 A warp group computes a tile of up to 64 queries that share a key and value head: positions of one query head in
 prefill, query heads of one position in decoding. It streams blocks of 64 live positions through a ring of buffers in
-shared memory, with an online softmax. In decoding a row's live blocks are split among several warp groups, whose
-partial results XLA merges.
+shared memory, with an online softmax. A block is a part of a cache block; the table of the row's cache blocks is read
+ahead of the copies. In decoding a row's live blocks are split among several warp groups, whose partial results XLA
+merges.
 """
 
 import functools
@@ -28,12 +29,12 @@ _load: Any = plgpu.load  # its signature requires an index before jax 0.11, whic
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
-    """Returns whether the kernel supports queries (R, T, H, K) and a cache (B, G, S, K), arrays or shapes."""
+    """Returns whether the kernel supports queries (R, T, H, K) and a cache (N, G, P, K), arrays or shapes."""
     T, H, K = query.shape[1:]
-    G, S = key.shape[1:3]
+    G, P = key.shape[1:3]
     dtypes = query.dtype == jnp.bfloat16 and key.dtype == value.dtype and key.dtype in (jnp.bfloat16, jnp.int8)
     queries = H // G <= ROWS if T == 1 else T % ROWS == 0
-    return dtypes and queries and K == 128 and S % BLOCK == 0
+    return dtypes and queries and K == 128 and P % BLOCK == 0
 
 
 class Shape(NamedTuple):
@@ -75,17 +76,18 @@ def _shape(query: Any, key: Any, stride: int) -> Shape:
 
 def cache_attention(
     query: Float[Array, "R T H K"],
-    key: Float[Array, "B G S K"],
-    value: Float[Array, "B G S K"],
+    key: Float[Array, "N G P K"],
+    value: Float[Array, "N G P K"],
     starts: Int[Array, "R"],
-    first_row: Int[Array, ""] | int,
+    table: Int[Array, "R W"],
     context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
-    scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
+    scales: tuple[Float[Array, "N G P"], Float[Array, "N G P"]] | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """Computes partial causal attention of queries at positions starts[r] + arange(T) over cache row first_row + r.
+    """Computes partial causal attention of row r's queries at positions starts[r] + arange(T) over blocks table[r].
 
     Args:
+      table: the numbers of each row's cache blocks. Those behind the last that a query sees are not read.
       context_shard: (x, X) if the cache holds positions x, x + X, x + 2 X and so on.
       scales: of the keys and the values of an int8 cache.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
@@ -103,9 +105,8 @@ def cache_attention(
     else:
         padding = shape.rows - group_size
         q = jnp.pad(q.reshape(R, shape.kv_heads, group_size, K), ((0, 0), (0, 0), (0, padding), (0, 0)))
-    offsets = jnp.stack([jnp.int32(first_row), jnp.int32(context_shard[0])])
-    scalars = jnp.concatenate([offsets, starts.astype(jnp.int32)])
-    out, stats = _build_kernel(shape, R, interpret)(scalars, q, key, value, *(scales or ()))
+    scalars = jnp.concatenate([jnp.int32(context_shard[0])[None], starts.astype(jnp.int32)])
+    out, stats = _build_kernel(shape, R, interpret)(scalars, table.astype(jnp.int32), q, key, value, *(scales or ()))
     maximum, total, out = _merge_splits(stats[..., 0, :], stats[..., 1, :], out)
     if T > 1:
         return maximum.swapaxes(1, 2), total.swapaxes(1, 2), out.swapaxes(1, 2)
@@ -114,9 +115,9 @@ def cache_attention(
 
 
 def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int, int] = (0, 1)) -> tuple[int, int]:
-    """Returns the bytes that a call's kernel reads and writes, for queries (R, T, H, K) and a cache (B, G, S, K).
+    """Returns the bytes that a call's kernel reads and writes, for queries (R, T, H, K) and a cache (N, G, P, K).
 
-    XLA's operations around the kernel are not counted. Reads of the cache are counted for each head and query tile,
+    XLA's operations around the kernel and the table are not counted. Reads of the cache are counted for each head and query tile,
     though in prefill most of them come from the L2 cache.
     """
     shape, (offset, stride) = _shape(query, key, context_shard[1]), context_shard
@@ -138,7 +139,7 @@ def _merge_splits(maximum: Array, total: Array, out: Array) -> tuple[Array, Arra
 
 
 def _build_kernel(shape: Shape, rows: int, interpret: Any) -> Any:
-    """Builds the kernel, a function of (first row, context shard, starts), queries, keys, values and scales."""
+    """Builds the kernel, a function of (context shard, starts), table, queries, keys, values and scales."""
     swizzled = plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE)
     K, ring, block = shape.head_dim, shape.buffers, (BLOCK, shape.head_dim)
     scratch: dict[str, Any] = {
@@ -175,21 +176,36 @@ class _Copies(NamedTuple):
 
     scratch: dict[str, Any]
     sources: dict[str, Any]
+    table: Any  # (R, W)
     row: Array
     head: Array
     begin: Array
     end: Array
     ring: int
 
+    @property
+    def parts(self) -> int:
+        """Number of blocks in a cache block."""
+        return self.sources["k"].shape[2] // BLOCK
+
     def slot(self, i: Array) -> Array:
         return lax.rem(i - self.begin, jnp.int32(self.ring))
 
-    def start(self, i: Array) -> None:
-        """Starts to copy block i of keys and values, and their scales, if i is less than `end`."""
+    def find(self, i: Array) -> Array:
+        """Returns the number of the cache block that has block i; any number if i is not less than `end`."""
+        return self.table[self.row, lax.min(lax.div(i, jnp.int32(self.parts)), jnp.int32(self.table.shape[1] - 1))]
+
+    def start(self, i: Array, number: Array) -> None:
+        """Starts to copy block i of keys and values, and their scales, if i is less than `end`.
+
+        Args:
+          number: of its cache block.
+        """
 
         @pl.when(i < self.end)
         def _():
-            slot, block = self.slot(i), (self.row, self.head, pl.ds(i * BLOCK, BLOCK))
+            slot, first = self.slot(i), lax.rem(i, jnp.int32(self.parts)) * BLOCK
+            block = number, self.head, pl.ds(first, BLOCK)
             for name in "kv":
                 barrier = self.scratch[f"{name}_barrier"].at[slot]
                 buffer = self.scratch.get(f"{name}_int8", self.scratch[name])
@@ -210,29 +226,31 @@ class _Copies(NamedTuple):
         return self.scratch[name], scale.astype(jnp.float32)
 
 
-def _kernel(shape: Shape, scalars_ref, q_ref, k_ref, v_ref, *refs):
+def _kernel(shape: Shape, scalars_ref, table_ref, q_ref, k_ref, v_ref, *refs):
     """Computes one tile of queries of one unit and row, over one split of its live blocks."""
     *scale_refs, out_ref, stats_ref, scratch = refs
     tile, split = lax.div(lax.axis_index("tile"), shape.splits), lax.rem(lax.axis_index("tile"), shape.splits)
     unit, row = lax.axis_index("unit"), lax.axis_index("row")
-    offset, first = scalars_ref[1], scalars_ref[2 + row] + tile * shape.rows
+    offset, first = scalars_ref[0], scalars_ref[1 + row] + tile * shape.rows
     last = first + (shape.rows - 1 if shape.prefill else 0)
     num_live = lax.div(last - offset + shape.stride, jnp.int32(shape.stride))  # 0 or less if this shard has none
     num_blocks = lax.div(num_live + (BLOCK - 1), jnp.int32(BLOCK))
     begin, end = (lax.div(num_blocks * (split + i), jnp.int32(shape.splits)) for i in (0, 1))
     sources = dict(zip(("k", "v", "k_scale", "v_scale"), (k_ref, v_ref, *scale_refs), strict=False))
     head = lax.div(unit, jnp.int32(shape.units // shape.kv_heads))
-    copies = _Copies(scratch, sources, scalars_ref[0] + row, head, begin, end, shape.buffers)
+    copies = _Copies(scratch, sources, table_ref, row, head, begin, end, shape.buffers)
 
     tile_rows, used = pl.ds(tile * shape.rows, shape.rows), pl.ds(0, shape.rows)
     plgpu.copy_gmem_to_smem(q_ref.at[row, unit, tile_rows], scratch["q"].at[used], scratch["q_barrier"])
-    for i in range(shape.buffers):
-        copies.start(begin + i)
+    numbers = [copies.find(begin + i) for i in range(shape.buffers)]
+    for i, number in enumerate(numbers):
+        copies.start(begin + i, number)
     plgpu.barrier_wait(scratch["q_barrier"])
 
     def add_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        number = copies.find(i + shape.buffers)  # before it is needed: the read takes long, and goes on meanwhile
         carry = _add_block(shape, copies, first - offset, i, carry)
-        copies.start(i + shape.buffers)
+        copies.start(i + shape.buffers, number)
         return carry
 
     per_row, layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
