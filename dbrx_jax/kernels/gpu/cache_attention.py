@@ -181,6 +181,7 @@ class _Copies(NamedTuple):
     head: Array
     begin: Array
     end: Array
+    num_live: Array  # positions before and at that of the tile's last query
     ring: int
 
     @property
@@ -225,6 +226,27 @@ class _Copies(NamedTuple):
         scale = _load(self.scratch[f"{name}_scale"].at[slot], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         return self.scratch[name], scale.astype(jnp.float32)
 
+    def wait_for_values(self, i: Array) -> tuple[Any, Array | None]:
+        """Waits for block i of values; returns it as `wait` does, with zeros at positions that no query sees.
+
+        An earlier row may have left infinities or NaNs there, which a probability of zero would not remove.
+        """
+        values, scale = self.wait("v", i)
+        num_live = self.num_live - i * BLOCK
+        if scale is not None:  # integers are finite
+            per_position = plgpu.Layout.WGMMA.reduce(0)
+            is_live = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=per_position) < num_live
+            return values, jnp.where(is_live, scale, 0)
+
+        @pl.when(num_live < BLOCK)
+        def _():
+            is_live = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA) < num_live
+            block = _load(values, layout=plgpu.Layout.WGMMA, optimized=False)
+            values[...] = jnp.where(is_live, block, 0)
+            plgpu.commit_smem()
+
+        return values, None
+
 
 def _kernel(shape: Shape, scalars_ref, table_ref, q_ref, k_ref, v_ref, *refs):
     """Computes one tile of queries of one unit and row, over one split of its live blocks."""
@@ -238,7 +260,7 @@ def _kernel(shape: Shape, scalars_ref, table_ref, q_ref, k_ref, v_ref, *refs):
     begin, end = (lax.div(num_blocks * (split + i), jnp.int32(shape.splits)) for i in (0, 1))
     sources = dict(zip(("k", "v", "k_scale", "v_scale"), (k_ref, v_ref, *scale_refs), strict=False))
     head = lax.div(unit, jnp.int32(shape.units // shape.kv_heads))
-    copies = _Copies(scratch, sources, table_ref, row, head, begin, end, shape.buffers)
+    copies = _Copies(scratch, sources, table_ref, row, head, begin, end, num_live, shape.buffers)
 
     tile_rows, used = pl.ds(tile * shape.rows, shape.rows), pl.ds(0, shape.rows)
     plgpu.copy_gmem_to_smem(q_ref.at[row, unit, tile_rows], scratch["q"].at[used], scratch["q_barrier"])
@@ -286,7 +308,7 @@ def _add_block(shape: Shape, copies: _Copies, first: Array, i: Array, carry: Any
     scale = jnp.exp(maximum - new_maximum)
     probs = jnp.exp(scores - lax.broadcast_in_dim(new_maximum, tile, [0]))
     total = total * scale + probs.sum(axis=1)
-    values, value_scale = copies.wait("v", i)
+    values, value_scale = copies.wait_for_values(i)
     if value_scale is not None:
         probs = probs * lax.broadcast_in_dim(value_scale, tile, [1])
     probs = probs.astype(jnp.bfloat16)
