@@ -152,7 +152,8 @@ def test_padding_behind_the_table_does_not_change_a_chunk():
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # from NumPy, in the interpreter
 def test_infinite_row_does_not_change_other_rows():
-    query, (key, value, table, _) = jnp.asarray(random(0, 2, 1, H, K), jnp.bfloat16), random_cache(0, 2, 128, "bfloat16")
+    query = jnp.asarray(random(0, 2, 1, H, K), jnp.bfloat16)
+    key, value, table, _ = random_cache(0, 2, 128, "bfloat16")
     clean = kernel(query, key, value, [100, 90], table)
     dirty = kernel(query.at[1].set(jnp.inf), key.at[table[1]].set(jnp.inf), value, [100, 90], table)
     for a, b in zip(clean, dirty, strict=True):
@@ -160,8 +161,8 @@ def test_infinite_row_does_not_change_other_rows():
 
 
 def test_large_scores_do_not_overflow():
-    query, (key, value, table, _) = jnp.asarray(random(0, 1, 1, H, K), jnp.bfloat16), random_cache(0, 1, 128, "bfloat16")
-    query = query * 1000
+    query = jnp.asarray(random(0, 1, 1, H, K), jnp.bfloat16) * 1000
+    key, value, table, _ = random_cache(0, 1, 128, "bfloat16")
     _, total, out = kernel(query, key, value, [127], table)
     q, k, v = (x.astype(jnp.float32) for x in (query, *(pool[table[:, 0]].swapaxes(1, 2) for pool in (key, value))))
     want = reference_attention(q, k, v, np.ones((1, 1, 128), bool))

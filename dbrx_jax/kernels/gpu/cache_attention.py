@@ -87,7 +87,7 @@ def cache_attention(
     """Computes partial causal attention of row r's queries at positions starts[r] + arange(T) over blocks table[r].
 
     Args:
-      table: the numbers of each row's cache blocks. Those behind the last that a query sees are not read.
+      table: the numbers of each row's cache blocks; blocks behind the last that a query sees are not read.
       context_shard: (x, X) if the cache holds positions x, x + X, x + 2 X and so on.
       scales: of the keys and the values of an int8 cache.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
@@ -117,8 +117,8 @@ def cache_attention(
 def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int, int] = (0, 1)) -> tuple[int, int]:
     """Returns the bytes that a call's kernel reads and writes, for queries (R, T, H, K) and a cache (N, G, P, K).
 
-    XLA's operations around the kernel and the table are not counted. Reads of the cache are counted for each head and query tile,
-    though in prefill most of them come from the L2 cache.
+    XLA's operations around the kernel, and reads of the table, are not counted. Reads of the cache are counted for each
+    head and query tile, though in prefill most of them come from the L2 cache.
     """
     shape, (offset, stride) = _shape(query, key, context_shard[1]), context_shard
     last = starts[:, None] + (np.arange(shape.tiles) + 1) * shape.rows - 1 if shape.prefill else starts[:, None]
@@ -193,7 +193,10 @@ class _Copies(NamedTuple):
         return lax.rem(i - self.begin, jnp.int32(self.ring))
 
     def find(self, i: Array) -> Array:
-        """Returns the number of the cache block that has block i; any number if i is not less than `end`."""
+        """Returns the number of the cache block that has block i.
+
+        It is any of the row's where only padding sees block i, which may be behind the table.
+        """
         return self.table[self.row, lax.min(lax.div(i, jnp.int32(self.parts)), jnp.int32(self.table.shape[1] - 1))]
 
     def start(self, i: Array, number: Array) -> None:
@@ -229,7 +232,7 @@ class _Copies(NamedTuple):
     def wait_for_values(self, i: Array) -> tuple[Any, Array | None]:
         """Waits for block i of values; returns it as `wait` does, with zeros at positions that no query sees.
 
-        An earlier row may have left infinities or NaNs there, which a probability of zero would not remove.
+        The block's earlier row may have left infinities or NaNs there. Times a probability of 0 they would be NaN.
         """
         values, scale = self.wait("v", i)
         num_live = self.num_live - i * BLOCK
