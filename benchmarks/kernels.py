@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks import tiles
 from benchmarks.record import RESULTS, stamp, write
 from dbrx_jax.kernels.tile_table import table
-from dbrx_jax.model.cache import LayerCache, swap_layout
+from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache, swap_layout
 from dbrx_jax.planning import targets
 
 KINDS = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu"}
@@ -69,18 +69,19 @@ def attention(kind: str) -> Iterator[Case]:
     attend: Any = (gpu_cache_attention if kind == "gpu" else tpu_cache_attention).cache_attention
     config = tiles.CONFIG
     heads, G, K = config.n_heads, config.kv_n_heads, config.head_dim
-    row_shape = (G, POSITIONS) if kind == "gpu" else (POSITIONS, G)  # in the cache's stored layout
+    block_shape = (G, CACHE_BLOCK) if kind == "gpu" else (CACHE_BLOCK, G)  # in the cache's stored layout
     for rows, tokens, dtype in ((8, 1, "bfloat16"), (8, 1, "int8"), (1, 2048, "bfloat16"), (1, 2048, "int8")):
         query = jax.ShapeDtypeStruct((rows, tokens, heads, K), jnp.bfloat16)
-        cache = [jax.ShapeDtypeStruct((rows, *row_shape, K), dtype)] * 2
-        scales = [jax.ShapeDtypeStruct((rows, *row_shape), jnp.bfloat16)] * 2 if dtype == "int8" else []
-        starts = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        blocks = rows * POSITIONS // CACHE_BLOCK + 1
+        cache = [jax.ShapeDtypeStruct((blocks, *block_shape, K), dtype)] * 2
+        scales = [jax.ShapeDtypeStruct((blocks, *block_shape), jnp.bfloat16)] * 2 if dtype == "int8" else []
+        indices = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows,), (rows, POSITIONS // CACHE_BLOCK))]
 
-        def call(query, starts, *cache):
+        def call(query, starts, table, *cache):
             key, value, *scales = swap_layout(LayerCache(*cache), "cuda" if kind == "gpu" else kind)
-            return attend(query, key, value, starts, 0, scales=None if scales[0] is None else scales)
+            return attend(query, key, value, starts, table, scales=None if scales[0] is None else scales)
 
-        yield Case(f"attention, {dtype} cache, {rows} x {tokens} queries", call, (query, starts, *cache, *scales))
+        yield Case(f"attention, {dtype} cache, {rows} x {tokens} queries", call, (query, *indices, *cache, *scales))
 
 
 def gradients(kind: str) -> Iterator[Case]:
@@ -100,8 +101,9 @@ def cache_write() -> Case:
     from dbrx_jax.kernels.tpu import cache_write as tpu_cache_write
 
     G, K = tiles.CONFIG.kv_n_heads, tiles.CONFIG.head_dim
-    indices = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2  # rows and positions
-    stored, new = (jax.ShapeDtypeStruct((8, *size, K), jnp.bfloat16) for size in ((POSITIONS, G), (G,)))
+    indices = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2  # blocks, and positions in them
+    blocks = 8 * POSITIONS // CACHE_BLOCK + 1
+    stored, new = (jax.ShapeDtypeStruct((*size, G, K), jnp.bfloat16) for size in ((blocks, CACHE_BLOCK), (8,)))
     return Case("writing 8 positions", tpu_cache_write.write_positions, (stored, new, *indices))
 
 

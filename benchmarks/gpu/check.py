@@ -99,24 +99,33 @@ def attention(size: Size) -> Iterator[Row]:
 def _cached_attention(config: DbrxConfig) -> Iterator[Row]:
     H, G, K, S = config.n_heads, config.kv_n_heads, config.head_dim, 1024
     implementation = select_implementation(None, ONE_DEVICE.platform)
-    attend = partial(
-        cached_attention, first_row=0, block=CACHE_BLOCK, platform=ONE_DEVICE.platform, implementation=implementation
-    )
-    for rows, tokens, length, int8 in ((1, 1, 700, False), (5, 1, 700, True), (1, 256, 500, False), (1, 256, 0, True)):
+    attend = partial(cached_attention, platform=ONE_DEVICE.platform, implementation=implementation)
+    for rows, tokens, length, int8 in ((1, 1, 700, False), (5, 1, 700, True), (3, 256, 500, False), (1, 256, 0, True)):
         keys = jax.random.split(jax.random.key(rows), 3)
         q = jax.random.normal(keys[0], (rows, tokens, H, K), jnp.bfloat16)
         k, v = (jax.random.normal(key, (rows, S, G, K), jnp.bfloat16) for key in keys[1:])
         positions = length + jnp.arange(rows)[:, None] * 3 + jnp.arange(tokens)
-        cache, scales = [k, v], None
+        table = 1 + jax.random.permutation(keys[0], rows * S // CACHE_BLOCK).reshape(rows, -1)
+        cache = [k, v]
         if int8:
             (k8, key_scale), (v8, value_scale) = quantize_to_int8(k), quantize_to_int8(v)
-            cache, scales = [k8, v8], (key_scale.swapaxes(1, 2), value_scale.swapaxes(1, 2))
+            cache = [k8, v8, key_scale, value_scale]
             k = k8.astype(jnp.float32) * key_scale[..., None].astype(jnp.float32)
             v = v8.astype(jnp.float32) * value_scale[..., None].astype(jnp.float32)
-        part = jax.jit(attend)(q, *(a.swapaxes(1, 2) for a in cache), positions, scales=scales)
+        key, value, *scales = (_in_blocks(a, table) for a in cache)
+        part = jax.jit(attend)(q, key, value, positions, table, scales=tuple(scales) or None)
         expected = _attention_in_float32(q, k, v, jnp.arange(S) <= positions[:, :, None])
         name = f"{implementation} attention, {rows} rows, {tokens} tokens, {'int8' if int8 else 'bfloat16'} cache"
         yield _row(name, merge_partial_attention(part, jnp.float32, ONE_DEVICE), expected)
+
+
+def _in_blocks(array: Any, table: Any) -> Any:
+    """Returns an array (R, S, G, …) as a pool of cache blocks (N, G, P, …), with NaNs in the spare block."""
+    blocks = array.reshape(-1, CACHE_BLOCK, *array.shape[2:]).swapaxes(1, 2)
+    pool = jnp.full(
+        (len(blocks) + 1, *blocks.shape[1:]), jnp.nan if jnp.issubdtype(array.dtype, jnp.floating) else 9, array.dtype
+    )
+    return pool.at[table.reshape(-1)].set(blocks)
 
 
 def _attention_in_float32(q: Any, k: Any, v: Any, mask: Any) -> Any:
