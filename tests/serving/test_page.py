@@ -12,7 +12,6 @@ import time
 from importlib import resources
 
 import pytest
-import uvicorn
 
 pytestmark = pytest.mark.slow
 HTML = resources.files("dbrx_jax.serving").joinpath("page/index.html").read_text(encoding="utf-8")
@@ -39,7 +38,7 @@ class Stub:
 
     Attributes:
       replies: one for each request of an answer, in order: (status, error, headers) or a list of pieces of text, WAIT,
-        CUT and dictionaries, which are sent as events. "ok" is the answer when there are none left.
+        CUT, and events as dictionaries or bytes. "ok" is the answer when there are none left.
       bodies: of the requests for answers.
       keys: the header Authorization of every request to the API.
       key: the API key that requests need.
@@ -85,7 +84,7 @@ class Stub:
                 if await self._wait(receive):
                     return
             else:
-                await _event(send, piece if isinstance(piece, dict) else _choice({"content": piece}))
+                await _event(send, _choice({"content": piece}) if isinstance(piece, str) else piece)
                 await asyncio.sleep(0.002)
         await _event(send, _choice({}, "stop"))
         await _event(send, {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 42}})
@@ -109,11 +108,14 @@ def _choice(delta, finish=None):
 
 
 async def _event(send, value):
-    await send({"type": "http.response.body", "body": f"data: {json.dumps(value)}\n\n".encode(), "more_body": True})
+    body = value if isinstance(value, bytes) else f"data: {json.dumps(value)}\n\n".encode()
+    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _error(send, status, message, headers=()):
-    await _respond(send, status, json.dumps({"error": {"message": message, "type": "x", "code": None}}).encode(), headers)
+    await _respond(
+        send, status, json.dumps({"error": {"message": message, "type": "x", "code": None}}).encode(), headers
+    )
 
 
 async def _respond(send, status, body, headers=()):
@@ -124,6 +126,8 @@ async def _respond(send, status, body, headers=()):
 @pytest.fixture(scope="module")
 def server():
     """The stub, and the address where it listens."""
+    import uvicorn
+
     stub = Stub()
     config = uvicorn.Config(stub, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
     process = uvicorn.Server(config)
@@ -240,6 +244,13 @@ def test_two_turns_stream_in_order(chat, stub):
     }
 
 
+def test_events_in_other_spellings_and_in_pieces(chat, stub):
+    event = 'data:{"choices": [{"delta": {"content": "naïve 🙂"}}]}\r\n\r\n: a comment\r\n\r\n'.encode()
+    stub.replies = [[event[i : i + 1] for i in range(len(event))]]
+    chat.ask("Hi")
+    assert chat.texts() == ["Hi", "naïve 🙂"]
+
+
 @pytest.mark.parametrize("way", ["button", "Escape"])
 def test_stop_keeps_what_has_come(chat, stub, way):
     stub.replies = [["Once upon", WAIT, " a time"]]
@@ -275,7 +286,7 @@ def test_settings_are_sent_and_remembered_by_this_tab(chat, stub):
         "seed": 7,
     }
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert stub.keys[0] == "" and stub.keys[-1] == "Bearer secret"
+    assert [stub.keys[0], stub.keys[-1]] == ["", "Bearer secret"]
     assert chat.page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
 
 
@@ -394,6 +405,13 @@ def test_code_blocks(chat, stub):
     assert chat.page.evaluate("document.querySelector('figure').mark") == 1  # what a user has selected in it stays
 
 
+def test_code_in_a_list_item_loses_its_indent(chat, stub):
+    stub.replies = [["1. Install:\r\n   ```sh\r\n   if a; then\r\n     b\r\n   ```\r\n2. Run"]]
+    chat.ask("how")
+    assert chat.page.locator("pre").inner_text() == "if a; then\n  b"
+    assert chat.page.locator("ol").evaluate_all("lists => lists.map((list) => list.start)") == [1, 2]
+
+
 def test_long_and_strange_answers_are_quick(chat):
     milliseconds = chat.page.evaluate(
         """() => {
@@ -421,7 +439,7 @@ def test_by_keyboard_alone(chat, stub):
     for _ in range(6):
         press("Shift+Tab")
         order.append(focused())
-    assert order == ["Regenerate", "Copy", "Edit", "Copy", "Settings", "New conversation"]
+    assert order == ["Regenerate", "Copy", "Edit", "Copy", "Settings", "New chat"]
     press("Shift+Tab")
     assert focused() == "Skip to the message"
     press("Enter")
@@ -467,7 +485,7 @@ def test_new_conversation_ends_the_answer(chat, stub):
     chat.send("Hi")
     until(chat.page, "document.querySelector('.assistant .content').innerText === 'Half'")
     chat.page.on("dialog", lambda dialog: dialog.accept())
-    chat.button("New conversation").click()
+    chat.button("New chat").click()
     assert stub.gone.wait(5)
     assert chat.texts() == []
     chat.ask("Other")
@@ -496,7 +514,8 @@ def test_live_region_speaks_seldom_and_tells_all(chat, stub):
     chat.page.evaluate(
         """() => {
             window.spoken = [];
-            new MutationObserver(() => spoken.push($("announcer").textContent)).observe($("announcer"), {childList: true});
+            const region = $("announcer");
+            new MutationObserver(() => spoken.push(region.textContent)).observe(region, {childList: true});
         }"""
     )
     chat.ask("Hi")
@@ -512,7 +531,10 @@ def test_accessibility(open_chat, stub, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
     chat = open_chat(color_scheme=scheme, reduced_motion="reduce", viewport={"width": 320, "height": 640})
-    stub.replies = [["## Title\nSome `code` and **bold**\n- a\n\n```python\nx = 1\n```"], (503, "the server is stopping")]
+    stub.replies = [
+        ["## Title\nSome `code` and **bold**\n- a\n\n```python\nx = 1\n```"],
+        (503, "the server is stopping"),
+    ]
     results = [Axe().run(chat.page)]
     chat.ask("Hi")
     chat.ask("again")
@@ -536,7 +558,16 @@ def test_a_phone_needs_no_sideways_scrolling(open_chat, stub):
     chat.button("Settings").click()
     assert max(chat.page.evaluate(widths)) <= 320
     box = chat.button("Done").bounding_box()
-    assert box["x"] >= 0 and box["x"] + box["width"] <= 320
+    assert 0 <= box["x"] <= 320 - box["width"]
+
+
+def test_enter_starts_a_line_on_a_phone(open_chat, stub):
+    chat = open_chat(viewport={"width": 320, "height": 568}, has_touch=True, is_mobile=True)
+    chat.box.fill("one")
+    chat.box.press("Enter")
+    assert chat.box.input_value() == "one\n"
+    assert stub.bodies == []
+    assert not chat.page.locator("#hint").is_visible()
 
 
 def test_the_page_follows_an_answer_unless_its_reader_scrolls_away(chat, stub):
@@ -561,5 +592,7 @@ def test_motion_can_be_switched_off(open_chat, stub):
         chat = open_chat(reduced_motion=motion)
         chat.send("Hi")
         chat.page.locator(".waiting").wait_for()
-        names.append(chat.page.evaluate("getComputedStyle(document.querySelector('.waiting'), '::after').animationName"))
+        names.append(
+            chat.page.evaluate("getComputedStyle(document.querySelector('.waiting'), '::after').animationName")
+        )
     assert names == ["pulse", "none"]
