@@ -14,9 +14,9 @@ def model(models):
 @pytest.fixture(scope="package")
 def demo():
     """The demo in float32, and its tokenizer."""
-    from dbrx_jax.demo import demo_checkpoint
+    from dbrx_jax.demo import source_folder
 
-    path = demo_checkpoint()
+    path = source_folder()
     return DbrxForCausalLM.from_pretrained(path, dtype="float32"), DbrxTokenizer.from_pretrained(path)
 
 

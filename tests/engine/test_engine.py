@@ -113,7 +113,7 @@ def test_second_turn_computes_only_what_is_new(engine, model):
     ((wanted, wanted_logprobs),) = alone(model, second, config)
     assert again == wanted
     np.testing.assert_allclose(logprobs, wanted_logprobs, rtol=0, atol=1e-4)
-    for salt, cached in (("key", 0), ("", 256)):
+    for salt, cached in (("key", 0), ("", 384)):
         generation = engine.submit(Request(second, config, cache_salt=salt))
         assert completions(generation)[0][0] == wanted
         assert generation.cached_tokens == cached

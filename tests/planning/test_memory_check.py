@@ -22,6 +22,7 @@ GB = 10**9
 INT4 = Request(DBRX, None, "bfloat16", "int4", rows=8, positions=4096)  # 70.2 GB and 8 cache rows of 0.67 GB
 INT4_BYTES = sum(memory(INT4.setting("gpu", 0)).parameters.values())
 ROW_BYTES = 163_840 * 4096
+BLOCK_BYTES = 163_840 * 128  # of the spare block
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ class TestDevices:
         assert fit_advice(small, weights_loaded=True).endswith("; it would fit with an int8 cache, or 2 rows")
         jax.local_devices()[0].memory_stats = lambda: None
         assert fit_advice(small, weights_loaded=True) == (
-            "each device needs 71.5 GB (weights 70.2 GB, cache 1.3 GB for 4 rows of 2048 positions); it would fit with "
+            "each device needs 71.5 GB (weights 70.2 GB, cache 1.4 GB for 4 rows of 2048 positions); it would fit with "
             "an int8 cache, or 2 rows"
         )
 
