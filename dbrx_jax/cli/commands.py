@@ -7,6 +7,7 @@ from dbrx_jax.cli.arguments import Program
 from dbrx_jax.cli.chat import Chat
 from dbrx_jax.cli.generate import Generate
 from dbrx_jax.cli.plan import Plan
+from dbrx_jax.cli.serve import Serve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Info:
 PROGRAM = Program(
     "dbrx-jax",
     "DBRX in JAX.",
-    {"generate": Generate, "chat": Chat, "plan": Plan, "info": Info},
+    {"generate": Generate, "chat": Chat, "serve": Serve, "plan": Plan, "info": Info},
     {
         "generate": (
             '--prompt "A list is"',
@@ -39,6 +40,7 @@ PROGRAM = Program(
             "/path/to/dbrx --file prompts.jsonl --output out.jsonl",
         ),
         "chat": ("", '/path/to/dbrx --system "Answer in one sentence."'),
+        "serve": ("", "/path/to/dbrx --port 8080 --api-key-file keys.txt"),
         "plan": ("132b-instruct --on h100-1 --quantization int4", "/path/to/dbrx --on v5e-64 --batch 64"),
         "info": ("",),
     },

@@ -1,4 +1,4 @@
-"""Loading for generate and chat: a checkpoint's small files first, which show most mistakes, then its weights."""
+"""Loading for the commands: a checkpoint's small files first, which show most mistakes, then its weights."""
 
 import dataclasses
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbrx_jax.cli.generation_options import OUTPUTS, as_typed, merge
-from dbrx_jax.cli.options import Options
+from dbrx_jax.cli.options import LoadOptions
 from dbrx_jax.console import print_status
 from dbrx_jax.errors import GenerationError
 
@@ -68,7 +68,7 @@ class Checkpoint:
         return config.replace(limits)
 
 
-def open_checkpoint(options: Options) -> Checkpoint:
+def open_checkpoint(options: LoadOptions) -> Checkpoint:
     """Reads the small files of the checkpoint, or of the demo, and checks the options of loading.
 
     Raises:
@@ -95,14 +95,14 @@ def open_checkpoint(options: Options) -> Checkpoint:
     return Checkpoint(options.checkpoint or "the demo", folder, config, tokenizer, generation)
 
 
-def load_weights(checkpoint: Checkpoint, options: Options, rows: int, positions: int) -> "DbrxForCausalLM":
+def load_weights(checkpoint: Checkpoint, options: LoadOptions, rows: int, positions: int) -> "DbrxForCausalLM":
     """Loads the weights, downloaded if necessary, and enables the compilation cache.
 
     The memory check takes the dtype of the stored weights. Before a download only config.json says one: it is checked
     with that, and again with the weights' own, which seldom differs.
 
     Args:
-      rows: rows of a batch.
+      rows: rows of a batch; 0 checks the memory for the weights alone.
       positions: of a row's key-value cache.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The program dbrx-jax: generate, chat, plan and info."""
+"""The program dbrx-jax: generate, chat, serve, plan and info."""
 
 import os
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Options of generate and chat."""
+"""Options of generate, chat and serve."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ CheckpointArgument = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of both generate and chat."""
+class LoadOptions:
+    """Options of loading a model."""
 
     checkpoint: CheckpointArgument = None
     """Orbax folder made by dbrx-convert, or Hugging Face folder of safetensors."""
@@ -36,6 +36,12 @@ class Options:
     """int8 halves the memory of a bfloat16 model's key-value cache."""
     batch_invariant: bool = False
     """Make each prompt's result bit-identical in batches of any size; slower, most of all for few prompts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(LoadOptions):
+    """Options of both generate and chat."""
+
     max_new_tokens: Given[int] = None
     """Maximum number of new tokens per prompt; the checkpoint's by default, else 256, or what fits the model."""
     min_new_tokens: Given[int] = None

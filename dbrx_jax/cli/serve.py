@@ -1,0 +1,175 @@
+"""The command dbrx-jax serve: an HTTP server with OpenAI's API."""
+
+import dataclasses
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbrx_jax.cli.arguments import Given
+from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
+from dbrx_jax.cli.options import LoadOptions
+from dbrx_jax.console import print_status
+from dbrx_jax.errors import ConfigError, GenerationError, install_advice
+
+if TYPE_CHECKING:
+    from dbrx_jax.api import DbrxForCausalLM
+    from dbrx_jax.serving.settings import Settings
+
+API_KEYS = "DBRX_API_KEYS"  # of the environment, separated by commas or white space
+DEMO_NAME = "dbrx-demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve(LoadOptions):
+    """Serve a model over HTTP, with OpenAI's API.
+
+    Without CHECKPOINT the included demo is served. SIGTERM or Ctrl-C lets requests end; a second Ctrl-C does not.
+    """
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every network of this machine."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    model_name: Given[str] = None
+    """Name of the model in requests and answers; the checkpoint's by default."""
+    api_key_file: Given[Path] = None
+    """File of API keys, one in a line; requests need one of them. The variable DBRX_API_KEYS may hold others."""
+    allow_origin: Given[str] = None
+    """Origins of web pages that may use the server, separated by commas; * is every page. None by default."""
+    max_rows: Given[int] = None
+    """Completions that are computed together."""
+    cache_gb: Given[float] = None
+    """Memory of the key-value cache in GB, of all devices together; what is free by default."""
+    max_waiting: Given[int] = None
+    """Requests that may wait; more are refused with status 429."""
+    timeout: float = 600.0
+    """Seconds after which a request ends with an error."""
+    drain_seconds: float = 30.0
+    """Seconds that requests have to end after SIGTERM or Ctrl-C."""
+
+    def run(self) -> None:
+        self._check()
+        keys = read_api_keys(self.api_key_file, os.environ)
+        _require_packages()
+        from dbrx_jax.serving.server import bind
+
+        bound = bind(self.host, self.port)
+        status = self._serve(bound, keys)
+        if status:
+            sys.exit(status)
+
+    def _check(self) -> None:
+        """Checks the options that need no file."""
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"--port: expected a number from 0 to 65535, got {self.port}")
+        above_zero = ("max_rows", "cache_gb", "max_waiting", "timeout")
+        for name in above_zero:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise GenerationError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise GenerationError(f"--drain-seconds: expected a number of at least 0, got {self.drain_seconds:g}")
+
+    def _serve(self, bound: socket.socket, keys: tuple[str, ...]) -> int:
+        """Loads the model and serves it; returns the exit status."""
+        from dbrx_jax.engine.constraints import Constraints
+        from dbrx_jax.serving.app import create_app
+        from dbrx_jax.serving.server import run_server, url_of
+
+        checkpoint = open_checkpoint(self)
+        model = load_weights(checkpoint, self, 0, 0)
+        engine = self._start_engine(model, checkpoint)
+        settings = self._settings(checkpoint, bound, keys)
+        constraints = Constraints(checkpoint.tokenizer, checkpoint.config.vocab_size)
+
+        def make_constraint(kind: str, value: Any) -> Any:
+            make = getattr(constraints, kind)
+            return make() if kind == "json_object" else make(value)
+
+        app = create_app(engine, checkpoint.tokenizer, settings, make_constraint, _write_log)
+        axes = "one device" if self.mesh is None else f"mesh {self.mesh}"
+        blocks = engine.stats().blocks
+        print_status(
+            f"Serving {settings.model_name} at {url_of(bound)}/v1 ({axes}, cache of {blocks} blocks, up to "
+            f"{settings.max_model_len} tokens and {settings.timeout:g} s a request, {len(keys)} API keys)"
+        )
+        try:
+            return run_server(app, bound, self.drain_seconds)
+        finally:
+            engine.close()
+
+    def _start_engine(self, model: "DbrxForCausalLM", checkpoint: Checkpoint) -> Any:
+        from dbrx_jax.engine import Engine
+
+        names = ("max_rows", "cache_gb", "max_waiting", "cache_dtype")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return Engine(model, checkpoint.tokenizer, batch_invariant=self.batch_invariant, **given)
+
+    def _settings(self, checkpoint: Checkpoint, bound: socket.socket, keys: tuple[str, ...]) -> "Settings":
+        from dbrx_jax.serving.auth import LOOPBACK_HOSTS
+        from dbrx_jax.serving.settings import Settings
+
+        is_local = ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
+        if not is_local and not keys:
+            print_status(f"Anyone who reaches {self.host} may use this server; --api-key-file asks for keys")
+        return Settings(
+            model_name=self.model_name or _name_of(self.checkpoint),
+            max_model_len=checkpoint.config.max_seq_len,
+            vocab_size=checkpoint.config.vocab_size,
+            defaults=checkpoint.generation,
+            api_keys=keys,
+            hosts=(*LOOPBACK_HOSTS, self.host) if is_local and not keys else (),
+            allow_origins=tuple(filter(None, (one.strip() for one in (self.allow_origin or "").split(",")))),
+            timeout=self.timeout,
+        )
+
+
+def read_api_keys(path: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the API keys of a file, one in a line, and of the environment.
+
+    Raises:
+      ConfigError: the file cannot be read, or has no key.
+    """
+    keys = environment.get(API_KEYS, "").replace(",", " ").split()
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ConfigError(f"--api-key-file {path}: cannot be read ({reason})") from None
+        in_file = [line.strip() for line in lines if line.strip()]
+        if not in_file:
+            raise ConfigError(f"--api-key-file {path}: there is no key; write one in a line")
+        keys += in_file
+    return tuple(dict.fromkeys(keys))
+
+
+def _name_of(checkpoint: str | None) -> str:
+    """Returns the model's name: that of the Hugging Face Hub, or the last part of a path or URL."""
+    from dbrx_jax.hub import is_on_hub
+
+    if checkpoint is None:
+        return DEMO_NAME
+    return checkpoint if is_on_hub(checkpoint) else checkpoint.rstrip("/").rpartition("/")[2] or checkpoint
+
+
+def _require_packages() -> None:
+    """Raises ConfigError if the packages of the server are not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"serve: needs the package {error.name}; {install_advice('serve')}") from None
+
+
+def _write_log(line: str) -> None:
+    """Writes a line of the access log on stdout, unless nobody reads it."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the server goes on

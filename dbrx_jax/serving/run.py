@@ -1,0 +1,129 @@
+"""Runs a request's generations: queues them, merges their chunks, and measures them."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from dbrx_jax.engine.request import Chunk, Request
+from dbrx_jax.serving.engine_interface import Generation
+from dbrx_jax.serving.state import State
+
+
+class Run:
+    """The generations of one HTTP request, an engine request for each of its prompts.
+
+    Args:
+      requests: at least one.
+      started: when the HTTP request came, of time.monotonic.
+      log: fields of its line in the access log; the numbers of tokens are added.
+
+    Raises:
+      DbrxError: the engine did not take one of them; none runs then.
+    """
+
+    def __init__(self, state: State, requests: Sequence[Request], started: float, log: dict[str, Any]):
+        self._state, self._requests, self._started, self._log = state, requests, started, log
+        self.prompt_tokens = sum(len(request.prompt) for request in requests)
+        self.completion_tokens = 0
+        self.generations: list[Generation] = []
+        self._num_unfinished = sum(request.config.num_return_sequences or 1 for request in requests)
+        log["prompt_tokens"] = self.prompt_tokens
+        try:
+            for request in requests:
+                self.generations.append(state.engine.submit(request))
+        except BaseException:
+            self._cancel()
+            raise
+
+    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """Yields the index of a prompt and a chunk of its completion; cancels what has not ended if it is closed.
+
+        Raises:
+          DbrxError: a request ended with an error.
+          TimeoutError: all did not end within the server's time.
+        """
+        metrics, reason = self._state.metrics, "abort"
+        last: dict[tuple[int, int], float] = {}
+        try:
+            async with contextlib.aclosing(_merge(self.generations)) as merged:
+                async for number, chunk in merged:
+                    self._measure((number, chunk.index), len(chunk.tokens), last)
+                    self.completion_tokens += len(chunk.tokens)
+                    self._log["completion_tokens"] = self.completion_tokens
+                    if chunk.finish_reason is not None:
+                        self._num_unfinished -= 1
+                        metrics.count_finished(chunk.finish_reason)
+                    yield number, chunk
+            metrics.request.observe(time.monotonic() - self._started)
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            metrics.count_finished(reason, self._num_unfinished)
+            self._cancel()
+
+    def usage(self, completion_tokens: int | None = None) -> dict[str, Any]:
+        """Returns the numbers of tokens until now.
+
+        Args:
+          completion_tokens: in place of the number of new tokens.
+        """
+        new = self.completion_tokens if completion_tokens is None else completion_tokens
+        cached = sum(generation.cached_tokens for generation in self.generations)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": new,
+            "total_tokens": self.prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _measure(self, key: tuple[int, int], num_tokens: int, last: dict[tuple[int, int], float]) -> None:
+        """Observes the time until a completion's first token, or from one token to the next."""
+        if not num_tokens:
+            return
+        now = time.monotonic()
+        if not last:
+            self._state.metrics.first_token.observe(now - self._started)
+        elif key in last:
+            for _ in range(num_tokens):
+                self._state.metrics.inter_token.observe((now - last[key]) / num_tokens)
+        last[key] = now
+
+    def _cancel(self) -> None:
+        for generation in self.generations:
+            generation.cancel()
+
+
+async def _merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """Yields the chunks of several generations as they come, each with its generation's index."""
+    if len(generations) == 1:
+        async for chunk in generations[0]:
+            yield 0, chunk
+        return
+    queue: asyncio.Queue[tuple[int, Chunk] | Exception | None] = asyncio.Queue()
+
+    async def read(number: int, generation: Generation) -> None:
+        try:
+            async for chunk in generation:
+                queue.put_nowait((number, chunk))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(read(number, generation)) for number, generation in enumerate(generations)]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,129 @@
+"""Runs the application on a socket until a signal, or the engine's end."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from dbrx_jax.console import one_line, print_status
+from dbrx_jax.errors import ConfigError
+from dbrx_jax.serving.state import State
+
+TICK = 0.1  # seconds between looks at the engine and the requests
+CLOSE_SECONDS = 5  # for answers that are complete but not yet sent
+KEEP_ALIVE_SECONDS = 75  # longer than most proxies keep an unused connection
+INTERRUPTED = 130
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket with this address, which does not listen yet.
+
+    Raises:
+      ConfigError: the address is not this machine's, or is in use.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError, OverflowError):
+        raise ConfigError(f"--host {host}: is no address of this machine") from None
+    bound = socket.socket(family, kind)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _not_usable(host, port, error) from None
+    return bound
+
+
+def _not_usable(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"--port {port}: cannot be used on {host} ({error.strerror}); give another")
+
+
+def url_of(bound: socket.socket) -> str:
+    """Returns the URL of a socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(app: FastAPI, bound: socket.socket, drain_seconds: float) -> int:
+    """Serves the application until SIGTERM or Ctrl-C; returns the exit status.
+
+    After a signal, new requests are refused and those that run have `drain_seconds` to end. A second Ctrl-C ends the
+    process at once. The status is 0, or 1 if the engine failed.
+
+    Raises:
+      ConfigError: another process listens on the socket's port, since the socket was bound.
+    """
+    try:
+        bound.listen()
+    except OSError as error:
+        raise _not_usable(*bound.getsockname()[:2], error) from None
+    config = uvicorn.Config(
+        app,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+    )
+    server = _Server(config, app.state.server, drain_seconds)
+    asyncio.run(server.serve_until_drained(bound))
+    return server.status
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which goes on after a signal until its requests have ended.
+
+    Attributes:
+      status: of the process.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: State, drain_seconds: float):
+        super().__init__(config)
+        self._state, self._drain_seconds, self.status = state, drain_seconds, 0
+
+    async def serve_until_drained(self, bound: socket.socket) -> None:
+        watch = asyncio.create_task(self._watch())
+        try:
+            await self.serve([bound])
+        finally:
+            watch.cancel()
+            self._state.workers.close()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to drain; called by a signal."""
+        if self._state.draining and sig == signal.SIGINT:
+            os._exit(INTERRUPTED)  # the engine's thread may be in the middle of a step
+        self._state.draining = True
+
+    async def _watch(self) -> None:
+        """Ends the server when it has drained, or when the engine has failed."""
+        state = self._state
+        while not state.draining and state.engine.error is None:
+            await asyncio.sleep(TICK)
+        if state.engine.error is not None:
+            self._fail()
+            return
+        if state.in_flight:
+            print_status(f"Waiting for {state.in_flight} requests, at most {self._drain_seconds:g} seconds")
+        deadline = time.monotonic() + self._drain_seconds
+        while state.in_flight and time.monotonic() < deadline and state.engine.error is None:
+            await asyncio.sleep(TICK)
+        if state.engine.error is not None:
+            self._fail()
+            return
+        # What still runs ends with an error that its client sees.
+        await asyncio.to_thread(state.engine.close)
+        self.should_exit = True
+
+    def _fail(self) -> None:
+        print_status(f"The engine failed: {one_line(repr(self._state.engine.error))}")
+        self.status = 1
+        self.should_exit = True
