@@ -1,7 +1,6 @@
 """The frame of both kinds of completions: ids and times of answers, events, and the deadline."""
 
 import asyncio
-import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
@@ -54,9 +53,8 @@ async def respond(request: Request, work: Coroutine[Any, Any, Response], setting
     Raises:
       TimeoutError: the deadline passed.
     """
-    seconds = None if settings.timeout is None else settings.timeout + GRACE_SECONDS
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(_seconds(settings)):
             return await until_disconnect(request.receive, work)
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
@@ -73,15 +71,11 @@ async def stream(events: AsyncGenerator[str, None], settings: Settings) -> Event
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, _until(events, settings))
+    return EventStream(first, events, _seconds(settings))
 
 
-async def _until(events: AsyncGenerator[str, None], settings: Settings) -> AsyncGenerator[str, None]:
-    """Yields events until a deadline: a client that does not read would keep its connection for ever."""
-    seconds = None if settings.timeout is None else settings.timeout + GRACE_SECONDS
-    async with asyncio.timeout(seconds), contextlib.aclosing(events):
-        async for event in events:
-            yield event
+def _seconds(settings: Settings) -> float | None:
+    return None if settings.timeout is None else settings.timeout + GRACE_SECONDS
 
 
 def usage_events(body: Body) -> tuple[bool, bool]:

@@ -82,7 +82,7 @@ class _Writer:
             async for _, chunk in chunks:
                 self._append(choices[chunk.index], chunk)
         for choice in choices:
-            if "tool_calls" in choice["message"] and not choice["message"]["content"]:
+            if "tool_calls" in choice["message"] and not choice["message"]["content"].strip():
                 choice["message"]["content"] = None
         return {**self._header, "choices": choices, "usage": self._run.usage()}
 

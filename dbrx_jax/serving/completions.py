@@ -100,7 +100,8 @@ class _Writer:
         is_first = index not in self._logprobs
         writer = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer))
         prompt = self._requests[number].prompt
-        text, logprobs = "", None
+        text = ""
+        logprobs: dict[str, list[Any]] | None = None
         if self._body.logprobs is not None:
             logprobs = {name: [] for name in LISTS}
         if is_first and self._body.echo:

@@ -16,6 +16,7 @@ from dbrx_jax.errors import DbrxError, EngineClosedError, NotFiniteError, QueueF
 
 MAX_MESSAGE = 500  # characters; a message may quote the request
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would send the same work again
+SURROGATE = "a text has half of a surrogate pair, which is no character"
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +48,8 @@ class ApiError(Exception):
         message = one_line(self.message)
         if len(message) > MAX_MESSAGE:
             message = message[:MAX_MESSAGE] + "…"
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else one_line(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
@@ -83,6 +85,8 @@ def as_api_error(error: BaseException, retry_after: int = 2) -> ApiError:
             return ApiError(500, str(error), code="not_finite", headers=NO_RETRY)
         case DbrxError():
             return bad_request(str(error))
+        case UnicodeEncodeError():
+            return bad_request(SURROGATE)
         case RecursionError():
             return bad_request("the request is nested too deeply")
     logger.error("a request failed", exc_info=error)
@@ -125,6 +129,8 @@ def add_error_handlers(app: FastAPI) -> None:
             message, code = f"there is no route {request.method} {request.url.path}", "not_found"
         elif error.status_code == 405:
             message = f"{request.url.path} has no method {request.method}"
+        elif error.status_code == 400:  # of FastAPI, for what its JSON parser refuses but as a syntax error
+            message = "the body cannot be read as JSON"
         return ApiError(error.status_code, message, code=code, headers=error.headers).response()
 
     app.add_exception_handler(RequestValidationError, answer_validation)
@@ -138,10 +144,9 @@ def _validation_error(error: RequestValidationError, request: Request) -> ApiErr
     if first["type"] == "json_invalid":
         return bad_request(f"the body is not JSON: {first['ctx']['error']}")
     if not path:
-        kind = request.headers.get("content-type", "")
-        if "json" not in kind:
+        if "json" not in request.headers.get("content-type", ""):
             return bad_request("send a JSON object with the header Content-Type: application/json")
-        return bad_request("the body must be a JSON object")
+        return bad_request(SURROGATE if first["type"] == "string_unicode" else "the body must be a JSON object")
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
     message = first["msg"].removeprefix("Value error, ")
     return bad_request(f"{name}: {message[:1].lower()}{message[1:]}", str(path[0]))

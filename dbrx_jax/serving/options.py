@@ -1,5 +1,6 @@
 """Options of generation from the fields of a request, over the checkpoint's."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from dbrx_jax.serving.protocol import Body
 from dbrx_jax.serving.settings import Settings
 
 MAX_STOP_CHARACTERS = 1000  # of one stop string
+MAX_DIGITS = 12  # of a token id
 GREEDY_BELOW = 1e-3  # temperatures so low are greedy: logits divided by them may be infinite
 # Options under the engine's names, as they begin its messages, and the fields they come from.
 FIELDS = {
@@ -34,7 +36,7 @@ def check_bounds(body: Body, settings: Settings) -> None:
     _at_most("logit_bias", len(body.logit_bias or ()), settings.max_logit_bias)
     for name, ids in (("logit_bias", body.logit_bias or ()), ("stop_token_ids", body.stop_token_ids or ())):
         for token in ids:
-            if not str(token).isdecimal() or int(token) >= settings.vocab_size:
+            if len(str(token)) > MAX_DIGITS or not str(token).isdecimal() or int(token) >= settings.vocab_size:
                 raise bad_request(f"{name}: {token!r:.40} is no token id below {settings.vocab_size}", name)
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options: only with stream", "stream_options")
@@ -86,6 +88,8 @@ def generation_config(body: Body, max_new_tokens: int, settings: Settings) -> Ge
       ApiError: a value cannot be used.
     """
     defaults = settings.defaults
+    if (body.min_tokens or 0) > max_new_tokens:
+        raise bad_request(f"min_tokens: {body.min_tokens} are more than max_tokens, {max_new_tokens}", "min_tokens")
     temperature = next((t for t in (body.temperature, defaults.temperature) if t is not None), 1.0)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -151,16 +155,27 @@ def _constraints(body: Body) -> list[tuple[str, str, Any]]:
                 raise bad_request("response_format.json_schema.schema: expected a JSON schema", "response_format")
             found.append(("response_format", "json_schema", schema))
     outputs = body.structured_outputs
-    given = (
-        ("guided_json", "json_schema", body.guided_json),
+    given: tuple[tuple[str, str, Any], ...] = (
+        ("guided_json", "json_schema", _schema("guided_json", body.guided_json)),
         ("guided_regex", "regex", body.guided_regex),
         ("guided_choice", "choice", body.guided_choice),
-        ("structured_outputs", "json_schema", outputs and outputs.json_),
-        ("structured_outputs", "json_object", (outputs and outputs.json_object) or None),
+        ("structured_outputs", "json_schema", outputs and _schema("structured_outputs", outputs.json_)),
         ("structured_outputs", "regex", outputs and outputs.regex),
         ("structured_outputs", "choice", outputs and outputs.choice),
     )
+    if outputs is not None and outputs.json_object:
+        found.append(("structured_outputs", "json_object", None))
     return found + [(field, kind, value) for field, kind, value in given if value is not None]
+
+
+def _schema(field: str, schema: Any) -> Any:
+    """Returns a JSON schema, which may have been given as a text."""
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return json.loads(schema)
+    except ValueError:
+        raise bad_request(f"{field}: expected a JSON schema", field) from None
 
 
 def seed(body: Body) -> int | None:

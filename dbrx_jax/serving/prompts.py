@@ -34,6 +34,8 @@ class PromptReader:
             prompt = [prompt]
         if not isinstance(prompt, list):
             raise bad_request(EXPECTED, "prompt")
+        if not prompt:
+            raise bad_request(f"prompt: {EMPTY}", "prompt")
         if len(prompt) > self._settings.max_prompts:
             raise bad_request(f"prompt: at most {self._settings.max_prompts} prompts, got {len(prompt)}", "prompt")
         return [self._prompt(one) for one in prompt]

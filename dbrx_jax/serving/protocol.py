@@ -28,8 +28,9 @@ Prompt = Annotated[
     ),
 ]
 # Fields that change nothing in the answer.
-IGNORED = frozenset(
-    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction", "request_id", "session_id", "priority", "guided_decoding_backend", "add_special_tokens"]
+IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("prediction", "request_id", "session_id", "priority", "guided_decoding_backend", "add_special_tokens"),
 )
 # Fields that would change the answer, and the values that ask for nothing; None never does.
 REFUSED: Mapping[str, tuple[Any, ...]] = {

@@ -62,7 +62,8 @@ def run_server(app: FastAPI, bound: socket.socket, drain_seconds: float) -> int:
     try:
         bound.listen()
     except OSError as error:
-        raise _not_usable(*bound.getsockname()[:2], error) from None
+        host, port = bound.getsockname()[:2]
+        raise _not_usable(host, port, error) from None
     config = uvicorn.Config(
         app,
         ws="none",

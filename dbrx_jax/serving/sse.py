@@ -12,8 +12,11 @@ from dbrx_jax.serving.errors import as_api_error, to_json
 
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
-HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
-NO_BUFFERING = ((b"x-accel-buffering", b"no"),)  # of nginx
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would keep events back
+)
 
 
 class ClientGone(Exception):
@@ -61,18 +64,21 @@ class EventStream(Response):
     Args:
       first: the first event.
       events: the others.
+      seconds: after which the connection is closed: a client that does not read would keep it for ever. None is no
+        limit.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: str, events: AsyncGenerator[str, None]):
+    def __init__(self, first: str, events: AsyncGenerator[str, None], seconds: float | None):
         self.status_code, self.background = 200, None
-        self.raw_headers = [*HEADERS, *NO_BUFFERING]
-        self._first, self._events = first, events
+        self.raw_headers = list(HEADERS)
+        self._first, self._events, self._seconds = first, events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientGone):
-            await until_disconnect(receive, self._send_all(send))
+        with contextlib.suppress(ClientGone, TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                await until_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         async with contextlib.aclosing(self._events) as events:

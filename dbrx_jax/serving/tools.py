@@ -21,16 +21,19 @@ def tools_of(body: ChatBody, tokenizer: DbrxTokenizer) -> list[dict[str, Any]] |
     Raises:
       ApiError: the checkpoint's template has no tools, or a tool is not a function with a name.
     """
-    if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
-            raise bad_request("tool_choice: there are no tools", "tool_choice")
-        return None
-    template = tokenizer.get_chat_template(tools=body.tools)
-    if not re.search(r"\btools\b", template) or BEGIN not in template:
-        raise bad_request(f"tools: this model's chat template does not describe tools with {BEGIN}", "tools")
+    tools = None if body.tool_choice == "none" else body.tools or None
+    has_calls = any(
+        message.role == "tool" or (message.model_extra or {}).get("tool_calls") for message in body.messages
+    )
+    if tools or has_calls:
+        template = tokenizer.get_chat_template(tools=tools)
+        if not re.search(r"\btools\b", template) or BEGIN not in template:
+            field = "tools" if tools else "messages"
+            raise bad_request(f"{field}: this model's chat template has no tools with {BEGIN}", field)
     if body.tool_choice not in (None, "none", "auto"):
-        raise bad_request("tool_choice: only none and auto are supported", "tool_choice")
-    for number, tool in enumerate(body.tools):
+        reason = "only none and auto are supported" if tools else "there are no tools"
+        raise bad_request(f"tool_choice: {reason}", "tool_choice")
+    for number, tool in enumerate(tools or ()):
         function = tool.get("function")
         if (
             tool.get("type") != "function"
@@ -38,7 +41,7 @@ def tools_of(body: ChatBody, tokenizer: DbrxTokenizer) -> list[dict[str, Any]] |
             or not isinstance(function.get("name"), str)
         ):
             raise bad_request(f"tools[{number}]: expected a function with a name", "tools")
-    return None if body.tool_choice == "none" else body.tools
+    return tools
 
 
 class ToolParser:
@@ -51,28 +54,34 @@ class ToolParser:
     """
 
     def __init__(self) -> None:
-        self._text, self.num_calls = "", 0
+        self._text, self.num_calls, self._is_behind_call = "", 0, False
 
     def push(self, text: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
         """Returns the text outside of calls, and the calls that are complete, as the API has them."""
         self._text += text
-        outside: list[str] = []
+        outside = ""
         calls: list[dict[str, Any]] = []
-        while (begin := self._text.find(BEGIN)) >= 0:
-            end = self._text.find(END, begin)
-            if end < 0:
-                break
-            outside.append(self._text[:begin])
-            inner = self._text[begin + len(BEGIN) : end]
-            call = self._call(inner)
-            calls += [call] if call else []
-            outside.append("" if call else f"{BEGIN}{inner}{END}")
-            self._text = self._text[end + len(END) :].lstrip("\n")
-        keep = len(self._text) if is_last else (begin if begin >= 0 else len(self._text) - _partial_tag(self._text))
-        outside.append(self._text[:keep])
-        self._text = self._text[keep:]
-        text = "".join(outside)
-        return (text.rstrip("\n") if calls else text), calls
+        while (begin := self._text.find(BEGIN)) >= 0 and (end := self._text.find(END, begin)) >= 0:
+            outside += self._take(begin)
+            whole = self._take(end - begin + len(END))
+            if (call := self._call(whole.removeprefix(BEGIN).removesuffix(END))) is None:
+                outside += whole
+            else:
+                calls.append(call)
+                self._is_behind_call = True
+        if is_last:
+            begin = len(self._text)
+        elif begin < 0:
+            begin = len(self._text) - _partial_tag(self._text)
+        return outside + self._take(begin), calls
+
+    def _take(self, length: int) -> str:
+        """Removes and returns the beginning of the text, without the ends of lines behind a call."""
+        text, self._text = self._text[:length], self._text[length:]
+        if self._is_behind_call:
+            text = text.lstrip("\n")
+            self._is_behind_call = not text
+        return text
 
     def _call(self, text: str) -> dict[str, Any] | None:
         try:

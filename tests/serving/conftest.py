@@ -69,6 +69,7 @@ def start_server(tokenizer, engine, settings):
         def start(write_log=None, **changes):
             app = create_app(engine, tokenizer, dataclasses.replace(settings, **changes), None, write_log)
             bound = bind("127.0.0.1", 0)
+            bound.listen()
             server = uvicorn.Server(uvicorn.Config(app, ws="none", log_config=None, timeout_graceful_shutdown=2))
             thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
             thread.start()
