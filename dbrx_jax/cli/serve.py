@@ -1,5 +1,6 @@
 """The command dbrx-jax serve: an HTTP server with OpenAI's API."""
 
+import contextlib
 import dataclasses
 import ipaddress
 import os
@@ -57,8 +58,8 @@ class Serve(LoadOptions):
         _require_packages()
         from dbrx_jax.serving.server import bind
 
-        bound = bind(self.host, self.port)
-        status = self._serve(bound, keys)
+        with contextlib.closing(bind(self.host, self.port)) as bound:
+            status = self._serve(bound, keys)
         if status:
             sys.exit(status)
 

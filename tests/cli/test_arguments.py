@@ -32,7 +32,7 @@ def run(arguments):
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        ((), ("give a command: generate, chat, plan, info",)),
+        ((), ("give a command: generate, chat, serve, plan, info",)),
         (("genrate",), ("genrate: there is no such command, did you mean generate?",)),
         (("--versoin",), ("--versoin: there is no such option, did you mean --version?",)),
         (("generate", "--max-token", "3"), ("--max-token: there is no such option, did you mean --max-new-tokens?",)),
