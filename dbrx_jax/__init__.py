@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dbrx_jax.api import DbrxForCausalLM as DbrxForCausalLM
     from dbrx_jax.config import DbrxConfig as DbrxConfig
+    from dbrx_jax.engine.engine import Engine as Engine
+    from dbrx_jax.engine.request import Request as Request
     from dbrx_jax.runtime import enable_compilation_cache as enable_compilation_cache
     from dbrx_jax.text.tokenizer import DbrxTokenizer as DbrxTokenizer
 
@@ -14,6 +16,8 @@ _MODULES = {
     "DbrxConfig": "dbrx_jax.config",
     "DbrxForCausalLM": "dbrx_jax.api",
     "DbrxTokenizer": "dbrx_jax.text.tokenizer",
+    "Engine": "dbrx_jax.engine.engine",
+    "Request": "dbrx_jax.engine.request",
     "enable_compilation_cache": "dbrx_jax.runtime",
 }
 

@@ -5,7 +5,7 @@ PACKAGES = {
     "compile": "'jax[tpu]' jax-cuda13-plugin nvidia-cuda-nvcc nvidia-nvvm",
     "gcs": "universal_pathlib gcsfs",
     "hub": "huggingface_hub",
-    "serve": "fastapi uvicorn pydantic prometheus-client",
+    "serve": "fastapi uvicorn pydantic prometheus-client llguidance",
 }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import ipaddress
 import os
 import socket
@@ -44,7 +45,7 @@ class Serve(LoadOptions):
     max_rows: Given[int] = None
     """Completions that are computed together."""
     cache_gb: Given[float] = None
-    """Memory of the key-value cache in GB, of all devices together; what is free by default."""
+    """Memory of the key-value cache on each device in GB; a share of what is free by default."""
     max_waiting: Given[int] = None
     """Requests that may wait; more are refused with status 429."""
     timeout: float = 600.0
@@ -85,10 +86,14 @@ class Serve(LoadOptions):
         model = load_weights(checkpoint, self, 0, 0)
         engine = self._start_engine(model, checkpoint)
         settings = self._settings(checkpoint, bound, keys)
-        constraints = Constraints(checkpoint.tokenizer, checkpoint.config.vocab_size)
+
+        @functools.cache
+        def constraints() -> Constraints:
+            eos = checkpoint.generation.eos_token_id
+            return Constraints(checkpoint.tokenizer, checkpoint.config.vocab_size, eos)
 
         def make_constraint(kind: str, value: Any) -> Any:
-            make = getattr(constraints, kind)
+            make = getattr(constraints(), kind)
             return make() if kind == "json_object" else make(value)
 
         app = create_app(engine, checkpoint.tokenizer, settings, make_constraint, _write_log)
@@ -104,7 +109,7 @@ class Serve(LoadOptions):
             engine.close()
 
     def _start_engine(self, model: "DbrxForCausalLM", checkpoint: Checkpoint) -> Any:
-        from dbrx_jax.engine import Engine
+        from dbrx_jax.engine.engine import Engine
 
         names = ("max_rows", "cache_gb", "max_waiting", "cache_dtype")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -171,6 +171,20 @@ class Matcher:
         self._mask = None
         self._num_tokens += 1
 
+    def follow(self, tokens: Sequence[int]) -> bool:
+        """Appends new tokens, and computes the mask of the next; returns whether nothing but the end may come.
+
+        An end-of-sequence token, and what is behind it, is ignored.
+
+        Raises:
+          GenerationError: as :meth:`accept`.
+        """
+        for token in tokens:
+            if self._matcher.is_stopped():
+                return True
+            self.accept(token)
+        return self.is_finished
+
     @property
     def is_finished(self) -> bool:
         """Whether nothing but the end may come."""

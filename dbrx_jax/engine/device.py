@@ -9,7 +9,7 @@ import numpy as np
 
 from dbrx_jax.engine.rows import Row
 from dbrx_jax.engine.scheduler import Limits, Step, table_of
-from dbrx_jax.engine.slots import VECTORS, SlotStart, empty_slots, make_row, write_slot, write_vector
+from dbrx_jax.engine.slots import VECTORS, SlotStart, empty_slots, make_row, write_masks, write_slot, write_vector
 from dbrx_jax.generation.decode import decode, sample_first
 from dbrx_jax.generation.prefill import copy_blocks, empty_cache, prefill_chunk
 from dbrx_jax.generation.processes import replicate
@@ -19,6 +19,7 @@ from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import split_model
 
 COPIES = 16  # blocks that one program copies
+MASKS = 8  # rows whose masks one program writes
 
 
 class Results(NamedTuple):
@@ -62,8 +63,10 @@ class Device:
                 self._write(row)
             num_rows = step.prefill.shape[0]
             size = max(num_rows, self._first_bucket(len(step.started), num_rows))
+            self._write_masks([row for row, _ in step.started if row.matcher is not None])
             for i in range(0, len(step.started), size):
                 results.append(self._sample_first(step.started[i : i + size], size, x))
+        self._write_masks([row for row in step.decode if row.matcher is not None])
         if step.decode:
             results.append(self._decode(step))
         return results
@@ -105,6 +108,20 @@ class Device:
         for name, vector in settings.vectors.items():
             self._settings = write_vector(self._partition, name, self._settings, numbers[0], vector)
 
+    def _write_masks(self, rows: Sequence[Row]) -> None:
+        """Writes the masks of rows whose next token is constrained."""
+        for i in range(0, len(rows), MASKS):
+            some = rows[i : i + MASKS]
+            masks = np.stack([row.matcher.mask() for row in some if row.matcher is not None])
+            self._write_mask_arrays([row.slot for row in some], masks)
+
+    def _write_mask_arrays(self, slots: Sequence[int], masks: np.ndarray) -> None:
+        width = -(-self._partition.pad_vocabulary(self._config.vocab_size) // 32)
+        padded = np.zeros((MASKS, width), np.uint32)
+        padded[: len(masks), : masks.shape[1]] = masks[:, :width]
+        numbers = np.array([*slots, *[self._limits.max_rows] * (MASKS - len(slots))], np.int32)
+        self._settings = write_masks(self._partition, self._settings, numbers, padded)
+
     def _sample_first(self, started: Sequence[tuple[Row, int]], size: int, x: Any) -> Results:
         slots, index = np.full(size, self._limits.max_rows, np.int32), np.zeros(size, np.int32)
         for i, (row, segment) in enumerate(started):
@@ -135,11 +152,12 @@ class Device:
         """Compiles every program by running it on padding, which changes nothing."""
         partition, limits = self._partition, self._limits
         config = GenerationConfig()
-        row = make_row(config, self._config.vocab_size, 1, 1, np.zeros(2, np.uint32), False, partition)
+        row = make_row(config, self._config.vocab_size, 1, 1, np.zeros(2, np.uint32), False, False, partition)
         vector = np.zeros((1, partition.pad_vocabulary(self._config.vocab_size)), np.float32)
         row = row._replace(vectors=dict.fromkeys(VECTORS, vector))
         self._write_arrays(row, np.zeros(self._positions, np.int32), SlotStart(0, 1, 0, 0))
         self.copy([(0, 0)])
+        self._write_mask_arrays([], np.zeros((0, 1), np.uint32))
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda run: run(), self._programs()))
         for num_rows, length in limits.chunk_shapes:

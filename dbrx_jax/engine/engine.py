@@ -170,10 +170,14 @@ class Engine:
         job = Job(request, prompt, limit, generation.put)
         wants_top = bool(request.top_logprobs)
         for index in range(copies):
-            arguments = (vocab_size, length, limit, keys[index], wants_top, self._model.partition)
+            is_constrained = request.constraint is not None
+            arguments = (vocab_size, length, limit, keys[index], wants_top, is_constrained, self._model.partition)
             settings = make_row(config, *arguments)
             text = RowText(self._tokenizer, config.stop_strings, config.eos_token_id)
-            job.rows.append(Row(job, index, settings, text, sequence=prompt))
+            matcher = request.constraint.matcher() if is_constrained else None
+            if matcher is not None:
+                matcher.follow([])
+            job.rows.append(Row(job, index, settings, text, matcher, sequence=prompt))
         return job
 
     def _cancel(self, job: Job) -> None:
@@ -265,6 +269,9 @@ class Engine:
     def _step(self) -> None:
         """Starts a step on the devices, and then takes the tokens of the one before."""
         burst = max(1, min(STEPS, int(BURST_SECONDS / self._step_seconds)))
+        if self._in_flight and any(row.matcher is not None for row in self._scheduler.running):
+            self._collect([])  # the tokens that may come next depend on the one before
+            burst = 1
         try:
             step = self._scheduler.next_step(burst, not self._in_flight)
         except OutOfBlocksError:
@@ -295,6 +302,13 @@ class Engine:
         tokens = tokens[: job.limit - row.generated]
         known = min(len(row.tokens) - row.generated, len(tokens))  # computed again, and delivered before
         row.generated += len(tokens)
+        is_complete = False
+        if row.matcher is not None and tokens:
+            try:
+                is_complete = row.matcher.follow(tokens)
+            except GenerationError as error:
+                self._end(job, error)
+                return
         if known:
             tokens, logprobs = tokens[known:], logprobs[known:]
         end = row.text.end_of(tokens)
@@ -304,7 +318,7 @@ class Engine:
             return
         row.tokens += tokens
         self._generation_tokens += len(tokens)
-        reason = "stop" if end is not None else "length" if len(row.tokens) == job.limit else None
+        reason = "stop" if end is not None or is_complete else "length" if len(row.tokens) == job.limit else None
         wanted, values = job.request.top_logprobs, []
         if wanted is not None:
             for i, token in enumerate(tokens):

@@ -42,7 +42,9 @@ def error_of(matcher: "LLMatcher") -> str:
     text = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
     if "NoExtension" in text:
         return "no text matches"
-    text = text.split(" 1 | start:")[0].split("regex parse error: ")[-1]  # where the library's own text quotes the regex
+    text = text.split(" 1 | start:")[0].split("regex parse error: ")[
+        -1
+    ]  # where the library's own text quotes the regex
     return text.split(" error: ")[-1][:MAX_REASON]
 
 

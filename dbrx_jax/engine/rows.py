@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dbrx_jax.engine.constraints import Matcher
 from dbrx_jax.engine.request import Chunk, FinishReason, Request, TokenLogprobs
 from dbrx_jax.engine.slots import SlotRow
 from dbrx_jax.generation.stops import StopSearch
@@ -58,6 +59,7 @@ class Row:
     index: int
     settings: SlotRow
     text: "RowText"
+    matcher: Matcher | None = None  # limits the tokens that may come next
     tokens: list[int] = dataclasses.field(default_factory=list)
     sequence: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     blocks: list[int] = dataclasses.field(default_factory=list)

@@ -222,7 +222,9 @@ class Scheduler:
         if self.prefilling:
             step.prefill = self._next_prefill()
             self._start(step)
-        step.decode = [row for row in self.running if not self._is_complete(row)]
+        # What a constraint allows next depends on the token before.
+        ready = [row for row in self.running if row.matcher is None or not row.pending]
+        step.decode = [row for row in ready if not self._is_complete(row)]
         for row in step.decode:
             row.pending += steps
         return step
@@ -256,6 +258,8 @@ class Scheduler:
             new = [] if self.limits.batch_invariant else r.tokens
             r.sequence = np.array([*r.job.prompt, *new], np.int32)
             r.computed = r.generated = r.pending = 0
+            if r.matcher is not None and self.limits.batch_invariant:
+                r.matcher = r.job.request.constraint.matcher()
         self.waiting.appendleft(row.job if is_first else row)
         self.num_preemptions += 1
 

@@ -55,6 +55,7 @@ def _neutral(vocabulary: int) -> Settings:
         min_new_tokens=value(0, np.int32),
         last_step=value(-1, np.int32),
         length_penalty=LengthPenalty(value(NEVER, np.int32), value(1, np.float32)),
+        allowed=np.full((1, -(-vocabulary // 32)), 0xFFFFFFFF, np.uint32),
         used=value(0, np.int32),
     )
     filters = Filters(
@@ -74,6 +75,7 @@ def make_row(
     limit: int,
     key: np.ndarray,
     wants_top: bool,
+    is_constrained: bool,
     partition: Partition,
 ) -> SlotRow:
     """Returns the settings of a row with these options.
@@ -82,6 +84,7 @@ def make_row(
       limit: most new tokens.
       key: the row's random key (2,).
       wants_top: whether the most probable tokens of each step are needed.
+      is_constrained: whether masks of the tokens that may come next will be written.
 
     Raises:
       GenerationError: an id is not in the vocabulary, or an option has more entries than a slot holds.
@@ -97,7 +100,7 @@ def make_row(
     fields = {name: getattr(p, name) for name in Processors._fields if name not in VECTORS}
     fields |= {"sequence_bias": _padded(p.sequence_bias), "bad_words": _padded(p.bad_words)}
     fields |= {"bad_tokens": None, "suppressed": None}
-    is_used = {name: value is not None for name, value in {**fields, **vectors}.items()}
+    is_used = {name: value is not None for name, value in {**fields, **vectors}.items()} | {"allowed": is_constrained}
     used = sum(is_used.get(name, False) << i for i, name in enumerate(Processors._fields))
     processors = base._replace(**{n: v for n, v in fields.items() if v is not None}, used=np.array([used], np.int32))
     sampling = neutral.sampling
@@ -244,3 +247,12 @@ def write_vector(partition, name, settings, slot, vector):
         spec = partition.array_spec(None, VOCAB_AXES)
         array = jax.lax.with_sharding_constraint(array, partition.sharding(spec))
     return settings._replace(processors=settings.processors._replace(**{name: array}))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def write_masks(partition, settings, slots, masks):
+    """Writes masks (R, W) of the tokens that may come next to slots (R,); a slot M is none."""
+    allowed = settings.processors.allowed.at[slots].set(masks, mode="drop")
+    if partition.mesh is not None:
+        allowed = jax.lax.with_sharding_constraint(allowed, partition.sharding(partition.array_spec()))
+    return settings._replace(processors=settings.processors._replace(allowed=allowed))

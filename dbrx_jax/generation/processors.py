@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation.rows import take_rows
+from dbrx_jax.generation.token_mask import apply_mask
 from dbrx_jax.sharding.partition import VOCAB_AXES, Partition
 
 # Maps ids (B, S), the number of tokens in each row (B,) and logits (B, V) to logits; all are JAX arrays.
@@ -65,6 +66,7 @@ class Processors(NamedTuple):
     length_penalty: LengthPenalty | None = None
     suppressed: Float[ArrayLike, "M V"] | None = None  # -inf
     suppressed_first: Float[ArrayLike, "M V"] | None = None  # -inf for the first new token
+    allowed: UInt32[ArrayLike, "M W"] | None = None  # a bit for each token that may come next
     # Processors that a row uses, a bit for each by its index here. One that no row of a step uses is not computed. None
     # computes all that are not None.
     used: Int[ArrayLike, "M"] | None = None
@@ -163,6 +165,10 @@ def _suppress_first(logits, parameters, processors, rows, eos, partition):
     return jnp.where(rows.step[:, None] == 0, logits + take_rows(parameters, rows.slots), logits)
 
 
+def _allow(logits, parameters, processors, rows, eos, partition):
+    return apply_mask(logits, take_rows(parameters, rows.slots), partition)
+
+
 def _is_eos(logits: Array, rows: Rows, eos: Array, partition: Partition) -> Bool[Array, "R V"]:
     """Marks the end-of-sequence ids in this device's shard of the vocabulary; negative ids are none."""
     ids = local_ids(take_rows(eos, rows.slots), logits.shape[1], partition)
@@ -248,4 +254,5 @@ _PROCESSORS: dict[str, Callable[..., Array]] = {
     "length_penalty": _favour_end,
     "suppressed": _add,
     "suppressed_first": _suppress_first,
+    "allowed": _allow,
 }

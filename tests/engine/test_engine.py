@@ -1,11 +1,14 @@
 """Tests of the engine against generate: the same tokens and log-probabilities, whatever else runs."""
 
 import asyncio
+import json
+import re
 import threading
 
 import numpy as np
 import pytest
 
+from dbrx_jax.engine.constraints import Constraints
 from dbrx_jax.engine.engine import Engine
 from dbrx_jax.engine.request import Request
 from dbrx_jax.errors import EngineClosedError, GenerationError, QueueFullError, RequestTimeoutError
@@ -256,3 +259,46 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_string(demo):
         assert "".join(chunk.text for chunk in stopped) == text[: text.index(stop)]
         assert stopped[-1].finish_reason == "stop"
         assert chunks[-1].finish_reason == "length"
+
+
+def test_constrained_rows_follow_their_schema_beside_free_ones(demo):
+    model, tokenizer = demo
+    eos = model.generation_config.eos_token_id
+    constraints = Constraints(tokenizer, model.config.vocab_size, eos)
+    schema = constraints.json_schema({"type": "object", "properties": {"a": {"enum": ["x", "yes"]}}, "required": ["a"]})
+    digits = constraints.regex("[0-9]{3}-[a-c]{2}")
+    prompt = tokenizer.encode("A list is")
+    config = model.generation_config.replace({"max_new_tokens": 24})
+    sampled = config.replace({"do_sample": True})
+    with Engine(model, tokenizer, max_rows=8, cache_gb=0.2, warm_up=False) as engine:
+        free = engine.submit(Request(prompt, config))
+        constrained = [engine.submit(Request(prompt, sampled, seed=i, constraint=digits)) for i in range(3)]
+        constrained.append(engine.submit(Request(prompt, sampled, seed=7, constraint=schema)))
+        texts = ["".join(chunk.text for chunk in generation) for generation in constrained]
+        text = "".join(chunk.text for chunk in free)
+    for found in texts[:3]:
+        assert re.fullmatch("[0-9]{3}-[a-c]{2}", found), found
+    assert json.loads(texts[3])["a"] in ("x", "yes")
+    assert text == tokenizer.decode(model.generate([prompt], max_new_tokens=24)[0, len(prompt) :])
+
+
+@pytest.mark.parametrize("blocks", [3, 12])
+def test_batch_invariant_rows_have_the_bits_of_a_row_alone(model, blocks):
+    """With few blocks rows are put back and decoded again, with many the prefix cache serves the last of them."""
+    shared = prompt_of(90, 520, 389)[:300]
+    requests = []
+    for i in range(5):
+        options = {"do_sample": True, "temperature": 1.3} if i % 2 else {}
+        config = GenerationConfig(max_new_tokens=90 + i, eos_token_id=400, **options)
+        requests.append(
+            Request(prompt_of(91 + i, 60 + 11 * i) if blocks == 3 else shared, config, seed=i, top_logprobs=0)
+        )
+    arguments = {"max_rows": 9, "batch_invariant": True, "warm_up": False}
+    with Engine(model, cache_gb=cache_gb(model, blocks), **arguments) as engine:
+        generations = [engine.submit(request) for request in requests]
+        results = [completions(generation)[0] for generation in generations]
+        assert (engine.stats().preemptions > 0) == (blocks == 3)
+    for request, (tokens, logprobs, _) in zip(requests, results, strict=True):
+        ((wanted, wanted_logprobs),) = alone(model, request.prompt, request.config, request.seed, batch_invariant=True)
+        assert tokens == wanted
+        np.testing.assert_array_equal(np.float32(logprobs), wanted_logprobs)

@@ -26,8 +26,6 @@ def test_tokens_that_are_not_allowed_get_minus_infinity(axes):
     is_allowed = rng.random((ROWS, size)) < 0.4
     is_allowed[2] = True
     spec = partition.array_spec(None, VOCAB_AXES)
-    run = partition.shard_map(
-        lambda logits, mask: apply_mask(logits, mask, partition), (spec, PartitionSpec()), spec
-    )
+    run = partition.shard_map(lambda logits, mask: apply_mask(logits, mask, partition), (spec, PartitionSpec()), spec)
     got = jax.jit(run)(logits, packed(is_allowed))
     np.testing.assert_array_equal(got, np.where(is_allowed, logits, -np.inf))
