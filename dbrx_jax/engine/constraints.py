@@ -152,7 +152,7 @@ class Matcher:
           GenerationError: following the constraint became too complex.
         """
         if self._mask is None:
-            mask = np.frombuffer(self._matcher.compute_bitmask(), "<u4")
+            mask = np.frombuffer(self._matcher.compute_bitmask(), "<u4")[: len(self._no_end)]  # it may have a word more
             self._check()
             self._mask = mask
         return self._mask

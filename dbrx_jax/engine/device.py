@@ -118,7 +118,7 @@ class Device:
     def _write_mask_arrays(self, slots: Sequence[int], masks: np.ndarray) -> None:
         width = -(-self._partition.pad_vocabulary(self._config.vocab_size) // 32)
         padded = np.zeros((MASKS, width), np.uint32)
-        padded[: len(masks), : masks.shape[1]] = masks[:, :width]
+        padded[: len(masks), : masks.shape[1]] = masks
         numbers = np.array([*slots, *[self._limits.max_rows] * (MASKS - len(slots))], np.int32)
         self._settings = write_masks(self._partition, self._settings, numbers, padded)
 

@@ -21,10 +21,20 @@ def demo():
 
 
 @pytest.fixture(scope="package")
-def engine(model):
-    """An engine for 6 rows, with blocks for 2 full ones."""
-    with Engine(model, max_rows=6, cache_gb=cache_gb(model, 8), prefill_budget=128, warm_up=False) as engine:
+def demo_engine(demo):
+    with Engine(*demo, max_rows=6, cache_gb=0.2, prefill_budget=16, warm_up=False) as engine:
         yield engine
+
+
+@pytest.fixture(scope="package")
+def engine(model):
+    with make_engine(model) as engine:
+        yield engine
+
+
+def make_engine(model, **options):
+    """Makes an engine for 6 rows, with blocks for 2 full ones; all of them share compiled programs."""
+    return Engine(model, max_rows=6, cache_gb=cache_gb(model, 8), prefill_budget=128, warm_up=False, **options)
 
 
 def cache_gb(model, blocks):

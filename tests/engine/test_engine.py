@@ -13,7 +13,7 @@ from dbrx_jax.engine.engine import Engine
 from dbrx_jax.engine.request import Request
 from dbrx_jax.errors import EngineClosedError, GenerationError, QueueFullError, RequestTimeoutError
 from dbrx_jax.generation_config import GenerationConfig
-from tests.engine.conftest import cache_gb
+from tests.engine.conftest import cache_gb, make_engine
 
 
 def prompt_of(seed, length, vocabulary=389):
@@ -59,8 +59,10 @@ def check(engine, model, requests):
 
 OPTIONS = [
     {},
+    {"do_sample": True, "top_k": 5, "temperature": 0.7, "num_return_sequences": 2},
+    {"repetition_penalty": 1.7, "frequency_penalty": 1.5, "min_new_tokens": 3, "eos_token_id": [3, 80, 120, 250]},
+    {"logit_bias": {7: 4.0, 11: -50.0}, "bad_words_ids": [[330], [247, 198, 4], [9, 2]]},
     {"do_sample": True, "temperature": 0.7},
-    {"do_sample": True, "top_k": 5},
     {"do_sample": True, "top_p": 0.8, "min_p": 0.01},
     {"do_sample": True, "typical_p": 0.7},
     {"do_sample": True, "epsilon_cutoff": 0.004, "eta_cutoff": 0.01},
@@ -78,12 +80,13 @@ OPTIONS = [
 ]
 
 
-def test_rows_with_different_options_get_what_generate_gives_them(engine, model):
+@pytest.mark.parametrize("options", [OPTIONS[:4], pytest.param(OPTIONS[4:], marks=pytest.mark.slow)])
+def test_rows_with_different_options_get_what_generate_gives_them(engine, model, options):
     """All at once, in few rows and blocks, with prompts of one to three chunks."""
     requests = []
-    for i, options in enumerate(OPTIONS):
-        limit = {} if "max_length" in options else {"max_new_tokens": 4 + i % 7}
-        config = GenerationConfig.from_dict({"eos_token_id": 400, **limit, **options})
+    for i, given in enumerate(options):
+        limit = {} if "max_length" in given else {"max_new_tokens": 4 + i % 7}
+        config = GenerationConfig.from_dict({"eos_token_id": 400, **limit, **given})
         requests.append(Request(prompt_of(i, (3, 21, 30, 145)[i % 4]), config, seed=i, top_logprobs=0))
     check(engine, model, requests)
     stats = engine.stats()
@@ -92,14 +95,14 @@ def test_rows_with_different_options_get_what_generate_gives_them(engine, model)
 
 
 def test_rows_that_are_put_back_go_on_with_the_same_tokens(model):
-    """Four rows grow to three blocks each, and there are six blocks."""
+    """Four rows grow to three blocks each, and there are eight blocks."""
     config = GenerationConfig(max_new_tokens=150, eos_token_id=400)
     sampled = GenerationConfig(max_new_tokens=150, eos_token_id=400, do_sample=True, repetition_penalty=1.3)
     requests = [Request(prompt_of(i, 120 + i), sampled if i % 2 else config, seed=i, top_logprobs=0) for i in range(4)]
-    with Engine(model, max_rows=4, cache_gb=cache_gb(model, 6), warm_up=False) as engine:
+    with make_engine(model) as engine:
         check(engine, model, requests)
         assert engine.stats().preemptions > 0
-        assert engine.stats().free_blocks == 6
+        assert engine.stats().free_blocks == 8
 
 
 def test_second_turn_computes_only_what_is_new(engine, model):
@@ -182,9 +185,9 @@ def test_most_probable_tokens_are_those_of_the_logits(engine, model):
 
 
 def test_full_queue_and_closed_engine_refuse_requests(model):
-    engine = Engine(model, max_rows=1, max_waiting=2, cache_gb=cache_gb(model, 4), warm_up=False)
-    config = GenerationConfig(max_new_tokens=300, eos_token_id=400)
-    first = engine.submit(Request([1], config))
+    engine = make_engine(model, max_waiting=2)
+    config = GenerationConfig(max_new_tokens=100, eos_token_id=400)
+    first = engine.submit(Request([1], config.replace({"num_return_sequences": 6, "do_sample": True})))
     next(first)
     others = [engine.submit(Request([2], config)) for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 requests wait already; try again later"):
@@ -200,14 +203,14 @@ def test_full_queue_and_closed_engine_refuse_requests(model):
 
 
 def test_draining_engine_finishes_what_runs(model):
-    engine = Engine(model, max_rows=2, cache_gb=cache_gb(model, 4), warm_up=False)
+    engine = make_engine(model)
     generation = engine.submit(Request([1, 2], GenerationConfig(max_new_tokens=9, eos_token_id=400)))
     engine.close(drain_seconds=60)
     assert sum(len(chunk.tokens) for chunk in generation) == 9
 
 
 def test_failing_engine_ends_its_requests_and_keeps_the_error(model, monkeypatch, caplog):
-    engine = Engine(model, max_rows=2, cache_gb=cache_gb(model, 4), warm_up=False)
+    engine = make_engine(model)
     monkeypatch.setattr(engine._device, "run", lambda step: 1 / 0)
     with pytest.raises(EngineClosedError, match="the engine failed"):
         list(engine.submit(Request([1], GenerationConfig(max_new_tokens=2))))
@@ -246,22 +249,21 @@ def test_threads_submit_at_once(engine, model):
     assert results == {seed: alone(model, prompt_of(seed, 6), config)[0][0] for seed in range(8)}
 
 
-def test_text_comes_in_whole_characters_and_ends_before_a_stop_string(demo):
+def test_text_comes_in_whole_characters_and_ends_before_a_stop_string(demo, demo_engine):
     model, tokenizer = demo
     prompt = tokenizer.encode("A list is")
     config = model.generation_config.replace({"max_new_tokens": 40})
-    with Engine(model, tokenizer, max_rows=2, cache_gb=0.2, warm_up=False) as engine:
-        chunks = list(engine.submit(Request(prompt, config)))
-        text = "".join(chunk.text for chunk in chunks)
-        assert text == tokenizer.decode(model.generate([prompt], max_new_tokens=40)[0, len(prompt) :])
-        stop = text[10:14]
-        stopped = list(engine.submit(Request(prompt, config.replace({"stop_strings": [stop]}))))
-        assert "".join(chunk.text for chunk in stopped) == text[: text.index(stop)]
-        assert stopped[-1].finish_reason == "stop"
-        assert chunks[-1].finish_reason == "length"
+    chunks = list(demo_engine.submit(Request(prompt, config)))
+    text = "".join(chunk.text for chunk in chunks)
+    assert text == tokenizer.decode(model.generate([prompt], max_new_tokens=40)[0, len(prompt) :])
+    stop = text[10:14]
+    stopped = list(demo_engine.submit(Request(prompt, config.replace({"stop_strings": [stop]}))))
+    assert "".join(chunk.text for chunk in stopped) == text[: text.index(stop)]
+    assert stopped[-1].finish_reason == "stop"
+    assert chunks[-1].finish_reason == "length"
 
 
-def test_constrained_rows_follow_their_schema_beside_free_ones(demo):
+def test_constrained_rows_follow_their_schema_beside_free_ones(demo, demo_engine):
     model, tokenizer = demo
     eos = model.generation_config.eos_token_id
     constraints = Constraints(tokenizer, model.config.vocab_size, eos)
@@ -270,19 +272,19 @@ def test_constrained_rows_follow_their_schema_beside_free_ones(demo):
     prompt = tokenizer.encode("A list is")
     config = model.generation_config.replace({"max_new_tokens": 24})
     sampled = config.replace({"do_sample": True})
-    with Engine(model, tokenizer, max_rows=8, cache_gb=0.2, warm_up=False) as engine:
-        free = engine.submit(Request(prompt, config))
-        constrained = [engine.submit(Request(prompt, sampled, seed=i, constraint=digits)) for i in range(3)]
-        constrained.append(engine.submit(Request(prompt, sampled, seed=7, constraint=schema)))
-        texts = ["".join(chunk.text for chunk in generation) for generation in constrained]
-        text = "".join(chunk.text for chunk in free)
+    free = demo_engine.submit(Request(prompt, config))
+    constrained = [demo_engine.submit(Request(prompt, sampled, seed=i, constraint=digits)) for i in range(3)]
+    constrained.append(demo_engine.submit(Request(prompt, sampled, seed=7, constraint=schema)))
+    texts = ["".join(chunk.text for chunk in generation) for generation in constrained]
+    text = "".join(chunk.text for chunk in free)
     for found in texts[:3]:
         assert re.fullmatch("[0-9]{3}-[a-c]{2}", found), found
     assert json.loads(texts[3])["a"] in ("x", "yes")
     assert text == tokenizer.decode(model.generate([prompt], max_new_tokens=24)[0, len(prompt) :])
 
 
-@pytest.mark.parametrize("blocks", [3, 12])
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [4, 20])
 def test_batch_invariant_rows_have_the_bits_of_a_row_alone(model, blocks):
     """With few blocks rows are put back and decoded again, with many the prefix cache serves the last of them."""
     shared = prompt_of(90, 520, 389)[:300]
@@ -291,13 +293,13 @@ def test_batch_invariant_rows_have_the_bits_of_a_row_alone(model, blocks):
         options = {"do_sample": True, "temperature": 1.3} if i % 2 else {}
         config = GenerationConfig(max_new_tokens=90 + i, eos_token_id=400, **options)
         requests.append(
-            Request(prompt_of(91 + i, 60 + 11 * i) if blocks == 3 else shared, config, seed=i, top_logprobs=0)
+            Request(prompt_of(91 + i, 60 + 11 * i) if blocks == 4 else shared, config, seed=i, top_logprobs=0)
         )
     arguments = {"max_rows": 9, "batch_invariant": True, "warm_up": False}
     with Engine(model, cache_gb=cache_gb(model, blocks), **arguments) as engine:
         generations = [engine.submit(request) for request in requests]
         results = [completions(generation)[0] for generation in generations]
-        assert (engine.stats().preemptions > 0) == (blocks == 3)
+        assert (engine.stats().preemptions > 0) == (blocks == 4)
     for request, (tokens, logprobs, _) in zip(requests, results, strict=True):
         ((wanted, wanted_logprobs),) = alone(model, request.prompt, request.config, request.seed, batch_invariant=True)
         assert tokens == wanted
