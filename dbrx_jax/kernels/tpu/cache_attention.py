@@ -1,13 +1,14 @@
-"""Attention to the key-value cache on TPUs: scores stay in VMEM, and only positions in use are read.
+"""Attention to the paged key-value cache on TPUs: scores stay in VMEM, and only blocks in use are read.
 
-One kernel serves chunked prefill and decode steps. A grid step reads one block of positions of all heads for a tile of
-queries of one row. Blocks that no query of the tile sees repeat the index of the last visible one, so that nothing is
-copied for them.
+One kernel serves chunked prefill and decode steps. A step of its grid attends from a tile of queries of one row. It
+copies the blocks that a query of the tile sees, GROUP at a time, and no others. Meanwhile it works on those before. The
+last group of a step overlaps with the first of the next.
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,176 +19,232 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.cache_layout import is_stored_by_head
+from dbrx_jax.kernels.tpu.cache_blocks import Blocks, ChunkScratch, Softmax, add_to_chunk, add_to_token
 from dbrx_jax.kernels.tpu.packed_weights import LANES, MAX_VMEM, in_hbm, iota
 from dbrx_jax.ops.attention import MASKED
 
-QUERY_TILE = 128  # tokens
-BLOCK = 512  # positions
+QUERY_TILE = 128  # most tokens of a tile
+MIN_TILE = 32  # tokens; but for a single one
+GROUP = 4  # blocks that are copied, and multiplied, together
 
 
 def supports(query: Array, key: Array, value: Array) -> bool:
-    """Returns whether the kernel supports queries (R, T, H, K) and a cache (B, G, S, K), arrays or shapes."""
-    T, K, S = query.shape[1], query.shape[3], key.shape[2]
+    """Returns whether the kernel supports queries (R, T, H, K) and a cache (N, G, P, K), arrays or shapes."""
+    T, K, (G, P) = query.shape[1], query.shape[3], key.shape[1:3]
     floats = query.dtype in (jnp.bfloat16, jnp.float32) and key.dtype in (query.dtype, jnp.int8)
-    return floats and key.dtype == value.dtype and K == LANES and S % LANES == 0 and (T == 1 or T % QUERY_TILE == 0)
+    sizes = K == P == LANES and G & (G - 1) == 0 and (T == 1 or T % MIN_TILE == 0)
+    return floats and key.dtype == value.dtype and sizes
 
 
-def _tile_sizes(query: Any, key: Any) -> tuple[int, int]:
-    """Returns the queries of a tile, a power of two, and the positions of a block."""
-    return min(query.shape[1], QUERY_TILE), math.gcd(key.shape[2], BLOCK)
+def _tile_size(query: Any) -> int:
+    """Returns the queries of a tile, a power of two."""
+    return math.gcd(query.shape[1], QUERY_TILE)
 
 
 def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int, int] = (0, 1)) -> tuple[int, int]:
-    """Returns the bytes that the kernel reads and writes for queries (R, T, H, K) and a cache (B, G, S, K).
+    """Returns the bytes that the kernel reads and writes for queries (R, T, H, K) and a cache (N, G, P, K).
 
     Transposing the queries and the result is not included.
     """
     R, T, H, K = query.shape
-    G, (tile, block), (offset, stride) = key.shape[1], _tile_sizes(query, key), context_shard
+    (G, P), tile, (offset, stride) = key.shape[1:3], _tile_size(query), context_shard
     last_queries = starts[:, None] + (np.arange(T // tile) + 1) * tile - 1  # of each tile
-    blocks = np.maximum(last_queries - offset, 0) // (block * stride) + 1
-    num_copies = blocks.sum() - (blocks[:, :-1] == 1).sum()  # the only block of a tile stays for the next tile
+    blocks = (last_queries - offset + P * stride) // (P * stride)
+    kept = np.where(blocks[:, :-1] <= GROUP, blocks[:, :-1], 0)  # for the next tile
     position_bytes = G * (K * key.dtype.itemsize + (2 if key.dtype == jnp.int8 else 0))
     num_queries = R * T * H
-    read = 2 * num_copies * block * position_bytes + num_queries * K * query.dtype.itemsize
+    read = 2 * (blocks.sum() - kept.sum()) * P * position_bytes + num_queries * K * query.dtype.itemsize
     return int(read), num_queries * (K + LANES) * 4
 
 
-def _last_block(last_query: Array, offset: Array, stride: int, block: int) -> Array:
-    """Returns the last block with a position that a query at `last_query` sees, or 0 if it sees none."""
-    return lax.div(jnp.maximum(last_query - offset, 0), jnp.int32(block * stride))
+class _Sizes(NamedTuple):
+    """Sizes that are constants of the kernel."""
+
+    heads: int  # G
+    tile: int  # queries
+    num_tiles: int  # of a row
+    stride: int  # between the positions of this device
+    by_head: bool  # the order in a block, as in cache_blocks.Blocks
 
 
-def _add_head(q_ref, out_ref, largest_ref, total_ref, g, visible, arrays) -> None:
-    """Adds a head's keys and values (block, K), and their scales (1, block) if they are int8, to its online softmax."""
-    k, v, key_scales, value_scales = arrays if len(arrays) == 4 else (*arrays, 1, 1)
-    q = q_ref[0, 0, g]
-    scores = lax.dot_general(q, k.astype(q.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores * key_scales, -jnp.inf)
-    old_largest = largest_ref[g]
-    largest = jnp.maximum(old_largest, scores.max(axis=1, keepdims=True))
-    rescale = jnp.exp(old_largest - largest)
-    probs = jnp.exp(scores - largest[:, :1])
-    largest_ref[g] = largest
-    total_ref[g] = total_ref[g] * rescale + probs.sum(axis=1, keepdims=True)
-    probs = (probs * value_scales).astype(q.dtype)
-    out = lax.dot_general(probs, v.astype(q.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    out_ref[0, 0, g] = out_ref[0, 0, g] * rescale[:, :1] + out
+class _Rows(NamedTuple):
+    """Rows of queries, and where their blocks are; a step is a tile of a row."""
+
+    starts: Any  # position of each row's first query, in SMEM as all arrays here
+    offset: Any  # first position of this device
+    table: Any  # of all rows, (R W)
+    sizes: _Sizes
+
+    def last_query(self, step: Array) -> Array:
+        row, tile = lax.div(step, self.sizes.num_tiles), lax.rem(step, self.sizes.num_tiles)
+        return self.starts[row] + (tile + 1) * self.sizes.tile - 1
+
+    def num_blocks(self, step: Array) -> Array:
+        """Returns the number of blocks that the step's queries see, which may be 0."""
+        block = LANES * self.sizes.stride
+        return lax.div(self.last_query(step) - self.offset[0] + block, block)
+
+    def block(self, step: Array, index: Array) -> Array:
+        width = self.table.shape[0] // self.starts.shape[0]
+        return self.table[lax.div(step, self.sizes.num_tiles) * width + index]
 
 
-def _kernel(starts, row_and_offset, q_ref, *refs, tile: int, stride: int, by_head: bool, scaled: bool):
-    """Adds a block of positions, in the cache's memory layout, to the softmax of queries (1, 1, G, H/G tile, K).
+class _Place(NamedTuple):
+    """A group of a step's blocks, and its slot of the buffers."""
 
-    Queries are ordered by head, then position. A tile of many queries loops over the heads: unrolled, Mosaic takes ten
-    seconds a layer to compile. A loop's index is dynamic, and the heads of a stored block can only be indexed
-    statically, so the block is first copied by head; that takes little time beside the matmuls. A single query unrolls.
-    """
-    num_cache = 4 if scaled else 2
-    cache_refs = refs[:num_cache]  # keys, values and their scales
-    out_ref, stats_ref, largest_ref, total_ref, *copy_refs = refs[num_cache:]
-    heads, block = cache_refs[0].shape[1:3] if by_head else cache_refs[0].shape[2:0:-1]
-    r, i, j = (pl.program_id(axis) for axis in range(3))
-    first_query = starts[r] + i * tile
-    first_key = j * (block * stride) + row_and_offset[1]
-    add_head = functools.partial(_add_head, q_ref, out_ref, largest_ref, total_ref)
+    step: Array
+    group: Array
+    slot: Array
+    kept: Array  # number of its blocks that the step before left in the slot
 
-    @pl.when(j == 0)
+
+class _Copies(NamedTuple):
+    """Copies of blocks from HBM."""
+
+    pools: list[Any]  # keys, values and their scales, (N, …)
+    buffers: list[Any]  # in VMEM, (2, GROUP, …)
+    semaphores: Any  # (2, GROUP)
+
+    def start(self, rows: _Rows, place: _Place) -> None:
+        self._for_each(rows, place, lambda copy: copy.start())
+
+    def wait(self, rows: _Rows, place: _Place) -> None:
+        self._for_each(rows, place, lambda copy: copy.wait())
+
+    def _for_each(self, rows: _Rows, place: _Place, action: Callable[[Any], None]) -> None:
+        first = place.group * GROUP
+        num = rows.num_blocks(place.step) - first
+        for b in range(GROUP):
+
+            @pl.when((place.kept <= b) & (b < num))
+            def _(b=b):
+                block = rows.block(place.step, first + b)
+                for pool, buffer in zip(self.pools, self.buffers, strict=True):
+                    target, semaphore = buffer.at[place.slot, b], self.semaphores.at[place.slot, b]
+                    action(pltpu.make_async_copy(pool.at[block], target, semaphore))
+
+
+def _kernel(
+    starts, offset, table, q_ref, pools, out_ref, stats_ref, largest_ref, total_ref, buffers, semaphores, state, scratch,
+    *, sizes,
+):  # fmt: skip
+    """Computes a tile's partial attention; `state` is the slot of its first group, and `kept` there."""
+    rows, copies = _Rows(starts, offset, table, sizes), _Copies(pools, buffers, semaphores)
+    softmax = Softmax(q_ref.at[0], out_ref.at[0], largest_ref, total_ref)
+    step = pl.program_id(0)
+    num_blocks, last_query = rows.num_blocks(step), rows.last_query(step)
+    num_groups = jnp.maximum(pl.cdiv(num_blocks, GROUP), 1)
+
+    @pl.when(step == 0)
     def _():
-        out_ref[...] = jnp.zeros_like(out_ref)
-        largest_ref[...] = jnp.full_like(largest_ref, MASKED)
-        total_ref[...] = jnp.zeros_like(total_ref)
+        state[0], state[1] = 0, 0
+        copies.start(rows, _Place(step, 0, 0, 0))
 
-    @pl.when(first_key < first_query + tile)
-    def _():
-        shape = (q_ref.shape[3], block)
-        visible = first_key + iota(shape, 1) * stride <= first_query + (iota(shape, 0) & (tile - 1))
-        for g in range(heads):
-            arrays = [ref[0, g] if by_head else ref[0, :, g, :] for ref in cache_refs[:2]]
-            arrays += [ref[0, g : g + 1].astype(jnp.float32) for ref in cache_refs[2:]]
-            if not copy_refs:
-                add_head(g, visible, arrays)
-            for ref, x in zip(copy_refs, arrays, strict=False):
-                ref[g] = x
-        if copy_refs:
-            lax.fori_loop(0, heads, lambda g, _: add_head(g, visible, [ref[g] for ref in copy_refs]), None)
+    out_ref[...] = jnp.zeros_like(out_ref)
+    largest_ref[...] = jnp.full_like(largest_ref, MASKED)
+    total_ref[...] = jnp.zeros_like(total_ref)
 
-    @pl.when(j == pl.num_programs(2) - 1)
-    def _():
-        stats_ref[0, 0] = jnp.where(iota(stats_ref.shape[2:], 2) == 0, largest_ref[...], total_ref[...])
+    def add_blocks(num: int, group: Array, slot: Array) -> None:
+        first_key = group * (GROUP * LANES * sizes.stride) + offset[0]
+        seen = lax.div(last_query - first_key, sizes.stride) + 1
+        blocks = Blocks([buffer.at[slot] for buffer in buffers], seen, sizes.heads, sizes.by_head)
+        if sizes.tile == 1:
+            add_to_token(softmax, blocks, num)
+            return
+        shape = (q_ref.shape[2], num * LANES)
+        query = last_query - sizes.tile + 1 + (iota(shape, 0) & (sizes.tile - 1))
+        visible = first_key + iota(shape, 1) * sizes.stride <= query
+        add_to_chunk(softmax, blocks, num, scratch, lambda scores: jnp.where(visible, scores, -jnp.inf))
+
+    def process_group(group: Array, slot_and_kept: tuple[Array, Array]) -> tuple[Array, Array]:
+        place = _Place(step, group, *slot_and_kept)
+        is_last = group == num_groups - 1
+        # The next tile of the row sees these blocks too. If the buffer has all, only those that it lacks are copied.
+        keeps = is_last & (group == 0) & (lax.rem(step + 1, sizes.num_tiles) != 0)
+        following = _Place(
+            jnp.where(is_last, step + 1, step),
+            jnp.where(is_last, 0, group + 1),
+            jnp.where(keeps, place.slot, 1 - place.slot),
+            jnp.where(keeps, num_blocks, 0),
+        )
+        pl.when(following.step < pl.num_programs(0))(lambda: copies.start(rows, following))
+        copies.wait(rows, place)
+        num = jnp.minimum(num_blocks - group * GROUP, GROUP)
+        for n in range(1, GROUP + 1):
+            pl.when(num == n)(functools.partial(add_blocks, n, group, place.slot))
+        return following.slot, following.kept
+
+    state[0], state[1] = lax.fori_loop(0, num_groups, process_group, (state[0], state[1]))
+    stats_ref[0] = jnp.where(iota(stats_ref.shape[1:], 2) == 0, largest_ref[...], total_ref[...])
 
 
 def cache_attention(
     query: Float[Array, "R T H K"],
-    key: Float[Array, "B G S K"],
-    value: Float[Array, "B G S K"],
+    key: Float[Array, "N G P K"],
+    value: Float[Array, "N G P K"],
     starts: Int[Array, "R"],
-    first_row: Int[Array, ""] | int,
+    table: Int[Array, "R W"],
     context_shard: tuple[Int[Array, ""] | int, int] = (0, 1),
-    scales: tuple[Float[Array, "B G S"], Float[Array, "B G S"]] | None = None,
+    scales: tuple[Float[Array, "N G P"], Float[Array, "N G P"]] | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Attends from positions starts[r] … starts[r] + T - 1 of row first_row + r to the positions up to each query's.
+    """Attends from positions starts[r] … starts[r] + T - 1 of row r to the positions up to each query's.
 
     Args:
-      context_shard: (x, X) if the cache stores every X-th position from x on.
+      table: the numbers of each row's blocks.
+      context_shard: (x, X) if local position i is position i X + x.
       scales: scales of the keys and of the values of an int8 cache.
 
     Returns:
       Largest score and sum of exp(score - largest), (R, T, H), and the values' sum with these weights, (R, T, H, K).
     """
     R, T, H, K = query.shape
-    G, (tile, block), stride = key.shape[1], _tile_sizes(query, key), context_shard[1]
-    num_tiles = T // tile
+    G, tile = key.shape[1], _tile_size(query)
+    num_tiles, num_sets = T // tile, 1 if T == 1 else G
     q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
-    q = q.reshape(R, num_tiles, tile, H, K).swapaxes(2, 3).reshape(R, num_tiles, G, H // G * tile, K)
-    starts = starts.astype(jnp.int32)
-    row_and_offset = jnp.stack([jnp.asarray(first_row, jnp.int32), jnp.asarray(context_shard[0], jnp.int32)])
-    num_blocks = _last_block(jnp.max(starts) + T - 1, row_and_offset[1], stride, block) + 1
-    by_head = is_stored_by_head(G, key.dtype)
-    if not by_head:  # its memory layout: the transpose is free, and without it XLA copies the cache
+    q = q.reshape(R, num_tiles, tile, H, K).swapaxes(2, 3).reshape(R * num_tiles, num_sets, -1, K)
+    sizes = _Sizes(G, tile, num_tiles, context_shard[1], is_stored_by_head(G, key.dtype))
+    if not sizes.by_head:  # its memory layout: the transpose is free, and without it XLA copies the cache
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    pools = [in_hbm(x) for x in (*(x.reshape(x.shape[0], -1, K) for x in (key, value)), *(scales or ()))]
     out, stats = pl.pallas_call(
-        functools.partial(_kernel, tile=tile, stride=stride, by_head=by_head, scaled=scales is not None),
-        grid_spec=_grid_spec(q, key.dtype, tile, block, stride, num_blocks, scales is not None),
-        out_shape=[jax.ShapeDtypeStruct((*q.shape[:4], n), jnp.float32) for n in (K, LANES)],
+        functools.partial(_kernel, sizes=sizes),
+        grid_spec=_grid_spec(q, pools, sizes),
+        out_shape=[jax.ShapeDtypeStruct((*q.shape[:3], n), jnp.float32) for n in (K, LANES)],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MAX_VMEM),
         name="cache_attention",
-    )(starts, row_and_offset, q, in_hbm(key), in_hbm(value), *(scales or ()))
+    )(starts.astype(jnp.int32), _vector(context_shard[0]), _vector(table), q, pools)
 
     def by_token(x: Array) -> Array:
-        rest = x.shape[4:]
+        rest = x.shape[3:]
         return x.reshape(R, num_tiles, H, tile, *rest).swapaxes(2, 3).reshape(R, T, H, *rest)
 
     return by_token(stats[..., 0]), by_token(stats[..., 1]), by_token(out)
 
 
-def _grid_spec(
-    q: Array, key_dtype: jnp.dtype, tile: int, block: int, stride: int, num_blocks: Array, scaled: bool
-) -> pltpu.PrefetchScalarGridSpec:
-    """Returns the grid (rows, tiles of queries, blocks of positions), for q (R, T / tile, G, H/G tile, K)."""
-    R, num_tiles, G, q_rows, K = q.shape
+def _vector(x: Array | int) -> Array:
+    return jnp.asarray(x, jnp.int32).reshape(-1)  # in SMEM a matrix would be padded
 
-    def row_and_block(r, i, j, starts, row_and_offset):
-        last = _last_block(starts[r] + (i + 1) * tile - 1, row_and_offset[1], stride, block)
-        return row_and_offset[0] + r, jnp.minimum(j, last)
 
-    def by_head_index(*step):
-        row, position_block = row_and_block(*step)
-        return row, 0, position_block, 0
-
-    if is_stored_by_head(G, key_dtype):
-        cache_spec = pl.BlockSpec((1, G, block, K), by_head_index)
+def _grid_spec(q: Array, pools: list[Array], sizes: _Sizes) -> pltpu.PrefetchScalarGridSpec:
+    """Returns a grid of steps for q (steps, sets, rows, K), with the kernel's buffers."""
+    num_steps, num_sets, num_rows, K = q.shape
+    key_dtype, *scales = pools[0].dtype, *pools[2:]
+    scratch: list[Any] = [pltpu.VMEM((num_sets, num_rows, LANES), jnp.float32)] * 2
+    scratch += [[pltpu.VMEM((2, GROUP, *x.shape[1:]), x.dtype) for x in pools]]
+    scratch += [pltpu.SemaphoreType.DMA((2, GROUP)), pltpu.SMEM((2,), jnp.int32)]
+    if sizes.tile > 1:
+        num_words = pools[0].shape[1] * key_dtype.itemsize // 4
+        is_packed = key_dtype.itemsize < 4 and not sizes.by_head
+        arrays = [pltpu.VMEM((sizes.heads, GROUP * LANES, K), q.dtype)] * 2
+        arrays += [pltpu.VMEM((sizes.heads, 1, GROUP * LANES), jnp.float32)] * len(scales)
+        scratch += [ChunkScratch(pltpu.VMEM((num_words, K), jnp.int32) if is_packed else None, arrays)]
     else:
-        cache_spec = pl.BlockSpec((1, block, G, K), lambda *step: (*row_and_block(*step), 0, 0))
-    scale_specs = [pl.BlockSpec((1, G, block), lambda *step: by_head_index(*step)[:3])] * (2 if scaled else 0)
-    query_specs = [pl.BlockSpec((1, 1, G, q_rows, n), lambda r, i, *_: (r, i, 0, 0, 0)) for n in (K, LANES)]
-    scratch = [pltpu.VMEM((G, q_rows, LANES), jnp.float32)] * 2
-    if tile > 1:
-        scratch += [pltpu.VMEM((G, block, K), key_dtype)] * 2
-        scratch += [pltpu.VMEM((G, 1, block), jnp.float32)] * len(scale_specs)
+        scratch += [None]
+    query_specs = [pl.BlockSpec((1, num_sets, num_rows, n), lambda step, *_: (step, 0, 0, 0)) for n in (K, LANES)]
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
-        grid=(R, num_tiles, num_blocks),
-        in_specs=[query_specs[0], cache_spec, cache_spec, *scale_specs],
+        num_scalar_prefetch=3,
+        grid=(num_steps,),
+        in_specs=[query_specs[0], [pl.BlockSpec(memory_space=pl.ANY)] * len(pools)],
         out_specs=query_specs,
         scratch_shapes=scratch,
     )
