@@ -23,8 +23,10 @@ from benchmarks.workers.ours import Ours
 from dbrx_jax.api import DbrxForCausalLM
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation import decode as decoding
+from dbrx_jax.generation.prefill import empty_cache, prefill_chunk
 from dbrx_jax.generation.settings import padded_ids
-from dbrx_jax.model.cache import cache_capacity, prefill_chunk_lengths
+from dbrx_jax.generation.state import Options, Settings, start_rows
+from dbrx_jax.model.cache import block_positions, cache_capacity, prefill_chunk_lengths
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.planning.plan import Setting, fits, memory
 
@@ -74,22 +76,23 @@ def _make_model(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig
 def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int) -> Callable[[], None]:
     """Returns a function that runs `steps` decode steps, which end with all rows at `positions` positions."""
     config, partition, model_state = model.config, model.partition, split_model(model)
-    length = cache_capacity(positions, partition)
-    cache = decoding.empty_cache(config, partition, batch, length, jnp.dtype(jnp.bfloat16))
+    width = cache_capacity(positions, partition) // block_positions(partition)
+    cache = empty_cache(config, partition, batch * width + 1, jnp.dtype(jnp.bfloat16))
+    slots = np.arange(batch, dtype=np.int32)
+    table = 1 + slots[:, None] * width + np.arange(width, dtype=np.int32)
+    settings, options = Settings(padded_ids(())[None]), Options(steps=steps)
+    prompts = jnp.zeros((batch, width * block_positions(partition)), jnp.int32)
+    lengths, limits = (jnp.full(batch, n, jnp.int32) for n in (positions - steps, positions))
+    state = start_rows(config, partition, options, settings, prompts, lengths, limits)
     # Rows with the same tokens would all read the same experts.
-    logits = decoding.empty_logits(config, partition, batch)
-    logits = logits + jax.random.normal(jax.random.key(3), logits.shape)
-    settings, options = decoding.Settings(padded_ids(())), decoding.Options()
-    prompts = jnp.zeros((batch, length), jnp.int32)
-    lengths = jnp.full(batch, positions - steps, jnp.int32)
-    done = jnp.zeros(batch, bool)
-    state = decoding.first_token(config, partition, options, settings, cache, logits, prompts, lengths, done)
-    latest = [state]  # each run donates the cache's buffers and stores the new state
+    token = jax.random.randint(jax.random.key(3), (batch,), 0, config.vocab_size, jnp.int32)
+    latest = [(cache, state._replace(token=token))]  # each run donates the buffers and stores the new ones
 
     def run() -> None:
-        after = decoding.decode(model_state, options, settings, latest.pop(), steps)
+        arrays = (*latest.pop(), slots, table, np.int32(steps))
+        cache, after, _ = decoding.decode(model_state, options, settings, *arrays)
         after.token.block_until_ready()
-        latest.append(after._replace(position=after.position - steps, step=after.step - steps))
+        latest.append((cache, after._replace(position=after.position - steps, step=after.step - steps)))
 
     return run
 
@@ -103,12 +106,14 @@ def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     count = min(size.prompt, length)
     tokens = np.array(random_prompts(config, 0, 1, length), np.int32)
     spans = np.array([[0, count]], np.int32)
-    latest = [decoding.empty_cache(config, partition, 1, cache_capacity(count + 1, partition), jnp.dtype(jnp.bfloat16))]
+    width = cache_capacity(count + 1, partition) // block_positions(partition)
+    table = 1 + np.arange(width, dtype=np.int32)[None]
+    latest = [empty_cache(config, partition, width + 1, jnp.dtype(jnp.bfloat16))]
 
     def run() -> None:
-        cache, logits = decoding.prefill_chunk(model_state, latest.pop(), tokens, spans)
+        cache, x = prefill_chunk(model_state, latest.pop(), table, tokens, spans)
         latest.append(cache)
-        jax.block_until_ready((cache, logits))
+        jax.block_until_ready((cache, x))
 
     seconds = best_seconds(run, 3)
     bound = roofline.prefill_bound(config, machine, precision, count)
