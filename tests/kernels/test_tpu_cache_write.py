@@ -24,18 +24,17 @@ def test_write_positions_skips_positions_out_of_range(dtype):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_tpu_write_cache_matches_scatter(int8):
-    """Eight heads, context_shard 1 of 2, rows from 2 on; platform="tpu" selects the kernel."""
+    """Eight heads, context_shard 1 of 2, blocks in any order; platform="tpu" selects the kernel."""
     rng = np.random.default_rng(1)
     shape, scales = (6, 8, 16, 128), [jnp.zeros((6, 8, 16), jnp.bfloat16)] * 2 if int8 else []
     cache = LayerCache(*[jnp.zeros(shape, "int8" if int8 else "float32")] * 2, *scales)
     key, value = (jnp.asarray(rng.normal(size=(3, 1, 8, 128)), jnp.float32) for _ in range(2))
-    positions = jnp.array([[3], [4], [31]])
-    want = write_cache(cache, key, value, positions, 2, (1, 2))
+    positions, valid, table = jnp.array([[3], [4], [61]]), jnp.ones((3, 1), bool), jnp.array([[3, 0], [1, 2], [5, 4]])
+    arrays = key, value, valid, positions, table, (1, 2)
+    want = write_cache(cache, *arrays)
     with pltpu.force_tpu_interpret_mode():
         tpu_cache = swap_layout(cache, "tpu")
-        actual = swap_layout(
-            write_cache(swap_layout(tpu_cache, "tpu"), key, value, positions, 2, (1, 2), platform="tpu"), "tpu"
-        )
+        actual = swap_layout(write_cache(swap_layout(tpu_cache, "tpu"), *arrays, platform="tpu"), "tpu")
     for a, b in zip(swap_layout(actual, "tpu"), want, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert np.asarray(want.key).any(axis=(1, 3)).sum() == 2
+    assert np.argwhere(np.asarray(want.key).any(axis=(1, 3))).tolist() == [[3, 1], [4, 14]]
