@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import ipaddress
 import os
 import socket
@@ -19,6 +18,8 @@ from dbrx_jax.errors import ConfigError, GenerationError, install_advice
 
 if TYPE_CHECKING:
     from dbrx_jax.api import DbrxForCausalLM
+    from dbrx_jax.engine.engine import Engine
+    from dbrx_jax.serving.engine_interface import MakeConstraint
     from dbrx_jax.serving.settings import Settings
 
 API_KEYS = "DBRX_API_KEYS"  # of the environment, separated by commas or white space
@@ -45,7 +46,7 @@ class Serve(LoadOptions):
     max_rows: Given[int] = None
     """Completions that are computed together."""
     cache_gb: Given[float] = None
-    """Memory of the key-value cache on each device in GB; a share of what is free by default."""
+    """Memory of the key-value cache in GB, of all devices together; what is free by default."""
     max_waiting: Given[int] = None
     """Requests that may wait; more are refused with status 429."""
     timeout: float = 600.0
@@ -78,60 +79,80 @@ class Serve(LoadOptions):
 
     def _serve(self, bound: socket.socket, keys: tuple[str, ...]) -> int:
         """Loads the model and serves it; returns the exit status."""
-        from dbrx_jax.engine.constraints import Constraints
         from dbrx_jax.serving.app import create_app
         from dbrx_jax.serving.server import run_server, url_of
 
         checkpoint = open_checkpoint(self)
         model = load_weights(checkpoint, self, 0, 0)
         engine = self._start_engine(model, checkpoint)
-        settings = self._settings(checkpoint, bound, keys)
-
-        @functools.cache
-        def constraints() -> Constraints:
-            eos = checkpoint.generation.eos_token_id
-            return Constraints(checkpoint.tokenizer, checkpoint.config.vocab_size, eos)
-
-        def make_constraint(kind: str, value: Any) -> Any:
-            make = getattr(constraints(), kind)
-            return make() if kind == "json_object" else make(value)
-
-        app = create_app(engine, checkpoint.tokenizer, settings, make_constraint, _write_log)
-        axes = "one device" if self.mesh is None else f"mesh {self.mesh}"
-        blocks = engine.stats().blocks
-        print_status(
-            f"Serving {settings.model_name} at {url_of(bound)}/v1 ({axes}, cache of {blocks} blocks, up to "
-            f"{settings.max_model_len} tokens and {settings.timeout:g} s a request, {len(keys)} API keys)"
-        )
+        settings = self._settings(checkpoint, engine, bound, keys)
+        app = create_app(engine, checkpoint.tokenizer, settings, _constraint_maker(checkpoint), _write_log)
+        print_status(self._summary(settings, engine, url_of(bound)))
         try:
             return run_server(app, bound, self.drain_seconds)
         finally:
             engine.close()
 
-    def _start_engine(self, model: "DbrxForCausalLM", checkpoint: Checkpoint) -> Any:
+    def _start_engine(self, model: "DbrxForCausalLM", checkpoint: Checkpoint) -> "Engine":
         from dbrx_jax.engine.engine import Engine
 
         names = ("max_rows", "cache_gb", "max_waiting", "cache_dtype")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return Engine(model, checkpoint.tokenizer, batch_invariant=self.batch_invariant, **given)
 
-    def _settings(self, checkpoint: Checkpoint, bound: socket.socket, keys: tuple[str, ...]) -> "Settings":
+    def _settings(
+        self, checkpoint: Checkpoint, engine: "Engine", bound: socket.socket, keys: tuple[str, ...]
+    ) -> "Settings":
         from dbrx_jax.serving.auth import LOOPBACK_HOSTS
         from dbrx_jax.serving.settings import Settings
 
         is_local = ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
         if not is_local and not keys:
             print_status(f"Anyone who reaches {self.host} may use this server; --api-key-file asks for keys")
+        blocks = engine.stats().blocks
         return Settings(
             model_name=self.model_name or _name_of(self.checkpoint),
-            max_model_len=checkpoint.config.max_seq_len,
+            max_model_len=min(engine.limits.positions, blocks * engine.limits.block),
             vocab_size=checkpoint.config.vocab_size,
+            cache_blocks=blocks,
+            cache_block=engine.limits.block,
             defaults=checkpoint.generation,
             api_keys=keys,
             hosts=(*LOOPBACK_HOSTS, self.host) if is_local and not keys else (),
             allow_origins=tuple(filter(None, (one.strip() for one in (self.allow_origin or "").split(",")))),
             timeout=self.timeout,
+            max_n=min(Settings.max_n, engine.limits.max_rows),
         )
+
+    def _summary(self, settings: "Settings", engine: "Engine", url: str) -> str:
+        """Returns the line that is printed when the server begins."""
+        limits = engine.limits
+        devices = "one device" if self.mesh is None else f"mesh {self.mesh}"
+        keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API keys"
+        return (
+            f"Serving {settings.model_name} at {url}/v1 on {devices}: a cache of {settings.cache_blocks:,} blocks of "
+            f"{limits.block} tokens, {limits.max_rows} rows, {limits.max_waiting} requests may wait, up to "
+            f"{settings.max_model_len:,} tokens and {self.timeout:g} s a request, {keys}"
+        )
+
+
+def _constraint_maker(checkpoint: Checkpoint) -> "MakeConstraint | None":
+    """Returns a function that makes constraints for structured output, or None where that is not possible."""
+    from dbrx_jax.engine.constraints import Constraints
+
+    try:
+        constraints = Constraints(
+            checkpoint.tokenizer, checkpoint.config.vocab_size, checkpoint.generation.eos_token_id
+        )
+    except GenerationError as error:
+        print_status(f"Structured output is not available: {error}")
+        return None
+
+    def make_constraint(kind: str, value: Any) -> Any:
+        make = getattr(constraints, kind)
+        return make() if kind == "json_object" else make(value)
+
+    return make_constraint
 
 
 def read_api_keys(path: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:

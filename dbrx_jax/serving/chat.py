@@ -46,7 +46,8 @@ def _request(state: State, body: ChatBody) -> Request:
         tools=tools_of(body, state.tokenizer),
     )
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    limit = options.token_limit(len(prompt), getattr(body, field), settings.defaults.max_new_tokens, field, settings)
+    default = settings.defaults.max_new_tokens
+    limit = options.token_limit(len(prompt), body.n or 1, getattr(body, field), default, field, settings)
     return Request(
         prompt=prompt,
         config=options.generation_config(body, limit, settings),

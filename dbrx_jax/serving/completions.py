@@ -42,7 +42,7 @@ def _requests(state: State, body: CompletionBody) -> list[Request]:
     options.check_top_logprobs("logprobs", body.logprobs, settings)
     prompts = state.prompts.prompts(body.prompt)
     limits = [
-        options.token_limit(len(prompt), body.max_tokens, DEFAULT_MAX_TOKENS, "max_tokens", settings)
+        options.token_limit(len(prompt), body.n or 1, body.max_tokens, DEFAULT_MAX_TOKENS, "max_tokens", settings)
         for prompt in prompts
     ]
     # The engine makes one token at least; it is dropped if none is asked for.

@@ -27,7 +27,7 @@ class Generation(Protocol):
 
 
 class Stats(Protocol):
-    """Counts of the engine at one moment; the last six rows grow from 0."""
+    """Numbers of the engine, now and since its start; free_blocks has those whose contents can be shared."""
 
     @property
     def running(self) -> int: ...
@@ -37,8 +37,6 @@ class Stats(Protocol):
     def blocks(self) -> int: ...
     @property
     def free_blocks(self) -> int: ...
-    @property
-    def cached_blocks(self) -> int: ...
     @property
     def prompt_tokens(self) -> int: ...
     @property

@@ -81,7 +81,7 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
-        used = max(0, stats.blocks - stats.free_blocks - stats.cached_blocks)
+        used = stats.blocks - stats.free_blocks
         gauges = (
             ("vllm:num_requests_running", "Requests that run.", stats.running),
             ("vllm:num_requests_waiting", "Requests that wait.", stats.waiting),

@@ -7,7 +7,7 @@ from typing import Any
 from dbrx_jax.errors import GenerationError
 from dbrx_jax.generation_config import SAMPLING_OPTIONS, GenerationConfig
 from dbrx_jax.serving.engine_interface import MakeConstraint
-from dbrx_jax.serving.errors import bad_request, context_length_error
+from dbrx_jax.serving.errors import ApiError, bad_request, context_length_error
 from dbrx_jax.serving.protocol import Body
 from dbrx_jax.serving.settings import Settings
 
@@ -52,12 +52,16 @@ def _at_most(name: str, value: int, maximum: int) -> None:
         raise bad_request(f"{name}: at most {maximum}, got {value}", name)
 
 
-def token_limit(num_prompt_tokens: int, given: int | None, default: int | None, field: str, settings: Settings) -> int:
+def token_limit(
+    num_prompt_tokens: int, n: int, given: int | None, default: int | None, field: str, settings: Settings
+) -> int:
     """Returns the number of new tokens for a prompt.
 
     Args:
+      n: completions of the prompt.
       given: the request's number; more than fits the model is an error.
-      default: without one, at most so many; None is what fits.
+      default: without one, at most so many; None is what fits the model and the cache.
+      field: of the request that has the number.
 
     Raises:
       ApiError: prompt and new tokens do not fit the model.
@@ -69,7 +73,8 @@ def token_limit(num_prompt_tokens: int, given: int | None, default: int | None, 
             field,
         )
     if given is None:
-        return remaining if default is None else min(default, remaining)
+        in_cache = settings.cache_blocks // n * settings.cache_block - num_prompt_tokens
+        return min(remaining, max(in_cache, 1), remaining if default is None else default)
     if given > remaining:
         raise context_length_error(
             f"{field}: the prompt's {num_prompt_tokens} tokens and {given} new ones are more than the model's "
@@ -114,9 +119,16 @@ def generation_config(body: Body, max_new_tokens: int, settings: Settings) -> Ge
     try:
         return defaults.replace({"min_length": None, "max_time": None, **changes})
     except GenerationError as error:
-        name, colon, rest = str(error).partition(":")
-        name = FIELDS.get(name, name)
-        raise bad_request(f"{name}{colon}{rest}", name if colon else None) from None
+        raise as_bad_request(error) from None
+
+
+def as_bad_request(error: GenerationError) -> ApiError:
+    """Returns the error of an option under its name in the API."""
+    name, colon, rest = str(error).partition(":")
+    if not colon or not name.isidentifier():
+        return bad_request(str(error))
+    name = FIELDS.get(name, name)
+    return bad_request(f"{name}:{rest}", name)
 
 
 def _stop_strings(body: Body) -> Sequence[str]:

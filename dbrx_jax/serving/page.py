@@ -42,10 +42,10 @@ def content_security_policy(html: str) -> str:
         "default-src 'none'",
         f"script-src {' '.join(digests['script'] or none)}",
         f"style-src {' '.join(digests['style'] or none)}",
-        "img-src data:",
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
     ]
     return "; ".join(rules)

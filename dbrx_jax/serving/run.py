@@ -7,7 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from dbrx_jax.engine.request import Chunk, Request
+from dbrx_jax.errors import GenerationError
 from dbrx_jax.serving.engine_interface import Generation
+from dbrx_jax.serving.options import as_bad_request
 from dbrx_jax.serving.state import State
 
 
@@ -20,7 +22,7 @@ class Run:
       log: fields of its line in the access log; the numbers of tokens are added.
 
     Raises:
-      DbrxError: the engine did not take one of them; none runs then.
+      ApiError, DbrxError: the engine did not take one of them; none runs then.
     """
 
     def __init__(self, state: State, requests: Sequence[Request], started: float, log: dict[str, Any]):
@@ -33,6 +35,9 @@ class Run:
         try:
             for request in requests:
                 self.generations.append(state.engine.submit(request))
+        except GenerationError as error:
+            self._cancel()
+            raise as_bad_request(error) from None
         except BaseException:
             self._cancel()
             raise

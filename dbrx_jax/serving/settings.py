@@ -13,6 +13,8 @@ class Settings:
       model_name: of the model, in requests and answers.
       max_model_len: tokens of a prompt and its completion.
       vocab_size: ids that a prompt may have.
+      cache_blocks, cache_block: blocks of the engine's cache, and positions of one. A completion without a number of
+        tokens takes no more than its request has there.
       defaults: the checkpoint's options of generation; a request's are put over them.
       api_keys: every route but /health and the page needs one of them; without keys all may ask.
       hosts: names by which requests may call the server (their Host); () allows all.
@@ -28,6 +30,8 @@ class Settings:
     model_name: str
     max_model_len: int
     vocab_size: int
+    cache_blocks: int
+    cache_block: int = 128
     defaults: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()

@@ -9,19 +9,18 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-import dbrx_jax.engine
+import dbrx_jax.engine.engine
 from dbrx_jax.cli.serve import read_api_keys
 from dbrx_jax.serving import server
 from tests.commands import in_process
 from tests.serving.fake_engine import FakeEngine
 
-URL = r"at http://127\.0\.0\.1:\d+/v1 "
-
 
 class Constraints:
     """A stand-in that makes texts."""
 
-    def __init__(self, tokenizer, vocab_size):
+    def __init__(self, tokenizer, vocab_size, eos_token_ids):
+        assert eos_token_ids
         self.vocab_size = vocab_size
 
     def json_object(self):
@@ -38,14 +37,14 @@ def served(monkeypatch):
 
     def engine(model, tokenizer, **options):
         served.engines.append((model, options))
-        return FakeEngine(tokenizer)
+        return FakeEngine(tokenizer, max_seq_len=model.config.max_seq_len)
 
     def run_server(app, bound, drain_seconds):
         served.servers.append((app.state.server, bound.getsockname(), drain_seconds))
         return served.status
 
     constraints = types.SimpleNamespace(Constraints=Constraints)
-    monkeypatch.setattr(dbrx_jax.engine, "Engine", engine, raising=False)
+    monkeypatch.setattr(dbrx_jax.engine.engine, "Engine", engine)
     monkeypatch.setitem(sys.modules, "dbrx_jax.engine.constraints", constraints)
     monkeypatch.setattr(server, "run_server", run_server)
     monkeypatch.delenv("DBRX_API_KEYS", raising=False)
@@ -59,13 +58,14 @@ def test_demo(served):
     assert loaded.startswith("Loaded the demo (")
     state, (host, port), drain_seconds = served.servers[0]
     assert serving == (
-        f"Serving dbrx-demo at http://127.0.0.1:{port}/v1 (one device, cache of 40 blocks, up to 1024 tokens and 600 s "
-        "a request, 0 API keys)"
+        f"Serving dbrx-demo at http://127.0.0.1:{port}/v1 on one device: a cache of 40 blocks of 128 tokens, 8 rows, "
+        "16 requests may wait, up to 1,024 tokens and 600 s a request, no API keys"
     )
     assert (host, drain_seconds) == ("127.0.0.1", 30.0)
     assert served.engines[0][1] == {"batch_invariant": False}
     settings = state.settings
     assert (settings.model_name, settings.max_model_len, settings.vocab_size) == ("dbrx-demo", 1024, 2560)
+    assert (settings.cache_blocks, settings.cache_block, settings.max_n) == (40, 128, 8)
     assert settings.defaults.eos_token_id == (2550, 2553)
     assert set(settings.hosts) == {"localhost", "127.0.0.1", "::1"}
     assert (settings.api_keys, settings.allow_origins, settings.timeout) == ((), (), 600.0)

@@ -31,7 +31,9 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def settings():
     defaults = read_generation_config(source_folder())
-    return Settings(model_name=MODEL, max_model_len=1024, vocab_size=2560, defaults=defaults, timeout=20.0)
+    return Settings(
+        model_name=MODEL, max_model_len=1024, vocab_size=2560, cache_blocks=64, defaults=defaults, timeout=20.0
+    )
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 import time
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,7 @@ class FakeStats(NamedTuple):
     running: int = 0
     waiting: int = 0
     blocks: int = 40
-    free_blocks: int = 25
-    cached_blocks: int = 5
+    free_blocks: int = 30
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prefix_queries: int = 7
@@ -142,6 +142,9 @@ class FakeEngine:
             max_waiting,
             max_seq_len,
             vocab_size,
+        )
+        self.limits = types.SimpleNamespace(
+            positions=max_seq_len, block=128, max_rows=max_rows, max_waiting=max_waiting
         )
         self.requests, self.cancelled, self.error, self.fail = [], [], None, None
         self.lock, self._changed = threading.RLock(), threading.Event()

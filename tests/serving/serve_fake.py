@@ -22,7 +22,7 @@ def main() -> int:
         timer = threading.Timer(fail_seconds, engine.die, [RuntimeError("no more memory")])
         timer.daemon = True
         timer.start()
-    settings = Settings(model_name="dbrx-demo", max_model_len=1024, vocab_size=2560)
+    settings = Settings(model_name="dbrx-demo", max_model_len=1024, vocab_size=2560, cache_blocks=64)
     app = create_app(engine, tokenizer, settings)
     bound = bind("127.0.0.1", 0)
     print(url_of(bound), flush=True)
