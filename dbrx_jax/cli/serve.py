@@ -46,7 +46,7 @@ class Serve(LoadOptions):
     max_rows: Given[int] = None
     """Completions that are computed together."""
     cache_gb: Given[float] = None
-    """Memory of the key-value cache in GB, of all devices together; what is free by default."""
+    """Memory of the key-value cache on each device, in GB; what is free by default."""
     max_waiting: Given[int] = None
     """Requests that may wait; more are refused with status 429."""
     timeout: float = 600.0

@@ -113,7 +113,7 @@ class _Server(uvicorn.Server):
             self._fail()
             return
         if state.in_flight:
-            print_status(f"Waiting for {state.in_flight} requests, at most {self._drain_seconds:g} seconds")
+            print_status(f"Requests have {self._drain_seconds:g} seconds to end; running: {state.in_flight}")
         deadline = time.monotonic() + self._drain_seconds
         while state.in_flight and time.monotonic() < deadline and state.engine.error is None:
             await asyncio.sleep(TICK)

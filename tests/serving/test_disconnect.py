@@ -49,7 +49,7 @@ def test_client_that_goes_away(start_server, engine, path, stream, state):
             assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK\r\n")
         begin = time.monotonic()
     wait_for(lambda: len(engine.cancelled) == expected)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 4
     assert engine.stats().running == engine.stats().waiting == 0
     wait_for(lambda: server.in_flight == 0)
     wait_for(lambda: lines)
