@@ -55,7 +55,7 @@ class Constraints:
             raise GenerationError("eos_token_id: constrained output ends with an end-of-sequence token; name one")
         vocabulary = TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos))
         self._tokenizer = LLTokenizer(vocabulary, eos_token=eos)
-        self._no_end = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
+        self._no_end = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)  # a mask of all but these
         for i in eos:
             self._no_end[i // 32] &= ~np.uint32(1 << i % 32)
 
@@ -76,7 +76,7 @@ class Constraints:
             options = {"x-guidance": {"whitespace_pattern": WHITE_SPACE}}  # replaces what a stranger sets
             grammar = json.dumps({"grammars": [{"json_schema": {**value, **options}}]}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise GenerationError(f"json_schema: not a JSON schema ({error})") from None
+            raise GenerationError(f"json_schema: not a JSON schema ({error!s:.200})") from None
         return self._compile("json_schema", grammar)
 
     def json_object(self) -> "Constraint":
@@ -152,9 +152,9 @@ class Matcher:
           GenerationError: following the constraint became too complex.
         """
         if self._mask is None:
-            mask = np.frombuffer(self._matcher.compute_bitmask(), "<u4")[: len(self._no_end)]  # it may have a word more
+            mask = np.frombuffer(self._matcher.compute_bitmask(), "<u4")
             self._check()
-            self._mask = mask
+            self._mask = mask[: len(self._no_end)]  # llguidance has a bit more than there are ids
         return self._mask
 
     def accept(self, token: int) -> None:

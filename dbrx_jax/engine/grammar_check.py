@@ -42,6 +42,8 @@ def error_of(matcher: "LLMatcher") -> str:
     text = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
     if "NoExtension" in text:
         return "no text matches"
+    if "limits." in text:  # advice for the program that calls the library
+        return "is too complex"
     text = text.split(" 1 | start:")[0].split("regex parse error: ")[
         -1
     ]  # where the library's own text quotes the regex
@@ -52,7 +54,7 @@ class _Bytes:
     """A vocabulary of single bytes, in the form that llguidance.TokenizerWrapper takes."""
 
     eos_token_id, bos_token_id = 256, None
-    tokens = tuple(bytes([byte]) for byte in range(256)) + (b"<end>",)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
     special_token_ids = (256,)
 
     def __call__(self, text: str) -> list[int]:

@@ -15,7 +15,7 @@ def apply_mask(
 
     Args:
       logits: float32; on a mesh, this device's shard of the vocabulary.
-      mask: W = ceil(V / 32) words; on a mesh those of the whole padded vocabulary, of which every shard has whole words.
+      mask: ceil(V / 32) words; on a mesh, those of the whole padded vocabulary, of which each shard has whole words.
     """
     words = partition.local_shard(jnp.asarray(mask), 1, *VOCAB_AXES)
     bits = words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1

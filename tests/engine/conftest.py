@@ -1,9 +1,30 @@
 """Fixtures of the tests of the engine: a small model with a tokenizer, and an engine that compiles as it goes."""
 
+from pathlib import Path
+
 import pytest
+import tiktoken_ext
 
 from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
+from dbrx_jax.demo import source_folder
+from dbrx_jax.engine.constraints import Constraints
 from dbrx_jax.engine.engine import Engine
+
+CL100K = next(p for d in tiktoken_ext.__path__ if (p := Path(d) / "data" / "cl100k_base.tiktoken").exists())
+
+
+@pytest.fixture(scope="package")
+def demo_constraints():
+    """The demo's tokenizer and constraints for its model, whose last ids have no text."""
+    tokenizer = DbrxTokenizer.from_pretrained(source_folder())
+    return tokenizer, Constraints(tokenizer, 2560, (2550, 2553))
+
+
+@pytest.fixture(scope="package")
+def cl100k(tmp_path_factory):
+    """The tokenizer of DBRX, and constraints for 132B."""
+    tokenizer = DbrxTokenizer.from_pretrained(tmp_path_factory.mktemp("empty"), ranks_file=CL100K)
+    return tokenizer, Constraints(tokenizer, 100352, (tokenizer.eos_token_id, tokenizer.special_tokens["<|im_end|>"]))
 
 
 @pytest.fixture(scope="package")
@@ -14,8 +35,6 @@ def model(models):
 @pytest.fixture(scope="package")
 def demo():
     """The demo in float32, and its tokenizer."""
-    from dbrx_jax.demo import source_folder
-
     path = source_folder()
     return DbrxForCausalLM.from_pretrained(path, dtype="float32"), DbrxTokenizer.from_pretrained(path)
 
