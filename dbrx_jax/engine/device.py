@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dbrx_jax.engine.prompt_scores import score_chunk
 from dbrx_jax.engine.rows import Row
 from dbrx_jax.engine.scheduler import Limits, Step, table_of
 from dbrx_jax.engine.slots import VECTORS, SlotStart, empty_slots, make_row, write_masks, write_slot, write_vector
@@ -34,6 +35,17 @@ class Results(NamedTuple):
         return jax.tree.map(np.asarray, self.outputs)
 
 
+class PromptScores(NamedTuple):
+    """Log-probabilities of what follows the tokens of a row's chunk, still on the devices."""
+
+    row: Row
+    start: int  # position of the first
+    count: int
+    logprobs: Any  # (T,)
+    top_ids: Any  # (T, n)
+    top_logprobs: Any
+
+
 class Device:
     """Cache, settings and state of an engine's rows.
 
@@ -53,11 +65,12 @@ class Device:
         self._settings, self._state = empty_slots(self._config, self._partition, self._options, slots, positions)
         self._positions = positions
 
-    def run(self, step: Step) -> list[Results]:
+    def run(self, step: Step) -> list[Results | PromptScores]:
         """Starts a step; returns what it will compute, in order."""
-        results = []
+        results: list[Results | PromptScores] = []
         if step.prefill is not None:
-            x = self._prefill(step)
+            x, scores = self._prefill(step)
+            results += scores
             self.copy(step.copies)
             for row, _ in step.started:
                 self._write(row)
@@ -76,7 +89,8 @@ class Device:
         smallest = 8 if self._limits.batch_invariant else 1
         return max(smallest, 16 if num_started > max(smallest, num_rows) else num_rows)
 
-    def _prefill(self, step: Step) -> Any:
+    def _prefill(self, step: Step) -> tuple[Any, list[PromptScores]]:
+        """Starts a step's chunks; returns the hidden states of their last tokens, and the scores that are wanted."""
         assert step.prefill is not None
         rows, starts, counts, (num_rows, length) = step.prefill
         tokens, spans = np.zeros((num_rows, length), np.int32), np.zeros((num_rows, 2), np.int32)
@@ -84,8 +98,15 @@ class Device:
             tokens[i, :count] = row.sequence[start : start + count]
             spans[i] = start, count
         table = table_of(rows, num_rows, self._width)
+        if rows[0].job.is_scored:
+            following = rows[0].sequence[starts[0] + 1 :][: counts[0]]
+            targets = np.pad(following, (0, length - len(following)))[None].astype(np.int32)
+            arrays = table, tokens, targets, spans
+            number = self._options.top_logprobs
+            self._cache, x, *scores = score_chunk(self._model_state, number, self._cache, *arrays)
+            return x, [PromptScores(rows[0], starts[0], counts[0], *scores)]
         self._cache, x = prefill_chunk(self._model_state, self._cache, table, tokens, spans)
-        return x
+        return x, []
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks to others; from block 0, which is zero, to clear them."""
@@ -164,6 +185,9 @@ class Device:
             table, tokens = np.zeros((num_rows, self._width), np.int32), np.zeros((num_rows, length), np.int32)
             spans = np.zeros((num_rows, 2), np.int32)
             self._cache, x = prefill_chunk(self._model_state, self._cache, table, tokens, spans)
+            if num_rows == 1:
+                arrays = self._cache, table, tokens, tokens, spans
+                self._cache, *_ = score_chunk(self._model_state, self._options.top_logprobs, *arrays)
             for size in {self._first_bucket(num_rows, num_rows), self._first_bucket(limits.max_rows, num_rows)}:
                 self._sample_first([], max(size, num_rows), x)
         for size in limits.row_buckets:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dbrx_jax.console import announce
 from dbrx_jax.engine.compilations import count_compilations
-from dbrx_jax.engine.device import Device, Results
+from dbrx_jax.engine.device import Device, PromptScores, Results
 from dbrx_jax.engine.generation import Generation
 from dbrx_jax.engine.memory import blocks_for
 from dbrx_jax.engine.request import Request
@@ -118,7 +118,7 @@ class Engine:
         self.error: BaseException | None = None
         self._prompt_tokens = self._generation_tokens = 0
         self._step_seconds = BURST_SECONDS
-        self._in_flight: list[Results] = []
+        self._in_flight: list[Results | PromptScores] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -158,11 +158,13 @@ class Engine:
         if blocks > self._scheduler.pool.num_blocks:
             available = self._scheduler.pool.num_blocks * self.limits.block // copies
             raise GenerationError(
-                f"max_new_tokens: {limit} with a prompt of {length} tokens is beyond the cache of {available} positions "
-                f"for each completion; ask for at most {max(0, available - length)} new tokens"
+                f"max_new_tokens: {limit} with a prompt of {length} tokens is beyond the cache of {available} "
+                f"positions for each completion; ask for at most {max(0, available - length)} new tokens"
             )
-        if (request.top_logprobs or 0) > self._top_logprobs:
-            raise GenerationError(f"top_logprobs: expected at most {self._top_logprobs}, got {request.top_logprobs}")
+        for name in ("top_logprobs", "prompt_logprobs"):
+            if (getattr(request, name) or 0) > self._top_logprobs:
+                message = f"expected at most {self._top_logprobs}, got {getattr(request, name)}"
+                raise GenerationError(f"{name}: {message}")
         if config.stop_strings and self._tokenizer is None:
             raise GenerationError("stop_strings: needs a tokenizer, to know the text of the tokens")
         seed = secrets.randbits(32) if request.seed is None else request.seed
@@ -283,10 +285,13 @@ class Engine:
             seconds = (time.perf_counter() - begin) / step.steps
             self._step_seconds += 0.2 * (seconds - self._step_seconds)
 
-    def _collect(self, started: list[Results]) -> None:
+    def _collect(self, started: list[Results | PromptScores]) -> None:
         """Takes the tokens of the steps before, while those just started run."""
         finished, self._in_flight = self._in_flight, started
         for results in finished:
+            if isinstance(results, PromptScores):
+                _take_scores(results)
+                continue
             outputs = results.fetch()
             count = int(outputs.count)
             for i, row in enumerate(results.rows):
@@ -346,6 +351,17 @@ class Engine:
             ),
         )
         self._device.copy([(0, block) for block in own])
+
+
+def _take_scores(scores: PromptScores) -> None:
+    """Adds the log-probabilities of a chunk to those of its prompt, unless the prompt is computed again."""
+    job, wanted = scores.row.job, scores.row.job.request.prompt_logprobs
+    logprobs, ids, tops = (np.asarray(a) for a in (scores.logprobs, scores.top_ids, scores.top_logprobs))
+    known = job.prompt_logprobs or [None]
+    for i in range(len(known) - 1 - scores.start, min(scores.count, len(job.prompt) - 1 - scores.start)):
+        token = int(job.prompt[scores.start + i + 1])
+        known.append(token_logprobs(token, logprobs[i], ids[i], tops[i], wanted or 0))
+    job.prompt_logprobs = known
 
 
 def _whole(name: str, value: int) -> int:

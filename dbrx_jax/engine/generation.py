@@ -18,7 +18,6 @@ class Generation:
 
     def __init__(self, prompt_tokens: int):
         self.prompt_tokens = prompt_tokens
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._lock = threading.Lock()
@@ -30,6 +29,11 @@ class Generation:
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were not computed, because the cache had them."""
         return 0 if self._job is None else self._job.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Log-probabilities of the prompt's tokens if they were asked for, from the first chunk on; the first is None."""
+        return self._job.prompt_logprobs if self._job is not None and self._job.is_scored else None
 
     def attach(self, job: Job, cancel: Callable[[Job], None]) -> None:
         """Connects this with the engine's own record of the request."""

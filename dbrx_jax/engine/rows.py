@@ -34,7 +34,13 @@ class Job:
     rows: list["Row"] = dataclasses.field(default_factory=list)
     arrival: float = dataclasses.field(default_factory=time.monotonic)
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=list)  # so far, if they are wanted
     is_over: bool = False
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted."""
+        return self.request.prompt_logprobs is not None
 
     @property
     def deadline(self) -> float:
@@ -114,6 +120,9 @@ def make_chunk(
 
 
 def token_logprobs(token: int, logprob: float, top_ids: Any, top_values: Any, number: int) -> TokenLogprobs:
-    """Returns a token's log-probability with those of the `number` most probable tokens."""
+    """Returns a token's log-probability with those of the `number` most probable tokens.
+
+    If it is one of these, its log-probability is the same to the last bit.
+    """
     top = tuple((int(i), float(v)) for i, v in zip(top_ids[:number], top_values[:number], strict=True))
-    return TokenLogprobs(int(token), float(logprob), top)
+    return TokenLogprobs(int(token), dict(top).get(int(token), float(logprob)), top)

@@ -181,7 +181,8 @@ class Scheduler:
         """
         limits, row, sequence = self.limits, rows[0], rows[0].sequence
         row.hashes = block_hashes(sequence, limits.block, row.job.request.cache_salt, row.job.hashes)
-        shared = self.pool.find(row.hashes[: (len(sequence) - 1) // limits.block])
+        is_scored = row.job.is_scored and not row.tokens  # each token of its prompt is computed
+        shared = [] if is_scored else self.pool.find(row.hashes[: (len(sequence) - 1) // limits.block])
         if limits.batch_invariant:  # the rest must begin where a chunk of the longest length would
             unit = max(1, limits.chunk_lengths[-1] // limits.block)
             shared = shared[: len(shared) // unit * unit]
@@ -268,7 +269,8 @@ class Scheduler:
         first = self.prefilling[0]
         length = first.chunks[0][1]
         most = max((n for n, t in self.limits.chunk_shapes if t == length), default=1)
-        rows = [first, *(row for row in list(self.prefilling)[1:] if self._fits(row, length))][:most]
+        others = [] if first.job.is_scored else [r for r in list(self.prefilling)[1:] if self._fits(r, length)]
+        rows = [first, *others][:most]
         num_rows = min(n for n, t in self.limits.chunk_shapes if t == length and n >= len(rows))
         starts = [row.computed for row in rows]
         counts = [min(length, len(row.sequence) - row.computed) for row in rows]
@@ -282,6 +284,8 @@ class Scheduler:
 
     def _fits(self, row: Row, length: int) -> bool:
         """Returns whether a row's next chunk, or all that is left of its prompt, fits a chunk of this length."""
+        if row.job.is_scored:
+            return False
         is_aligned = row.computed % min(length, self.limits.block) == 0
         return row.chunks[0][1] == length or (is_aligned and len(row.sequence) - row.computed <= length)
 

@@ -88,8 +88,8 @@ def prefill_chunk_lengths(partition: Partition) -> tuple[int, ...]:
 def prefill_chunks(tokens: int, partition: Partition, longest: int | None = None) -> list[tuple[int, int]]:
     """Returns the first position and padded length of each chunk of a prompt of `tokens` tokens.
 
-    They depend on the prompt's length alone, and on the length of the longest chunk if it is limited. Among all ways to cover it with chunks of descending lengths, this is the
-    one that takes least time.
+    They depend on the prompt's length alone, and on the longest length that a chunk may have. Among all ways to cover
+    it with chunks of descending lengths, this is the one that takes least time.
     """
     lengths = tuple(n for n in prefill_chunk_lengths(partition) if longest is None or n <= longest)
     least_cost = CPU_LEAST_COST if partition.platform == "cpu" else ACCELERATOR_LEAST_COST

@@ -133,7 +133,7 @@ class TestText:
             assert texts == set(CHOICES)
 
     def test_white_space_ends(self, demo_constraints):
-        tokenizer, constraints = demo
+        tokenizer, constraints = demo_constraints
         tokens = walk(tokenizer, constraints.json_schema(PERSON), 0, rb"^\s+$", patience=0)
         text = text_of(tokenizer, tokens)
         assert "\n" in text
@@ -144,7 +144,7 @@ class TestText:
 class TestMask:
     def test_mask_is_that_of_partial_matches(self, demo_constraints):
         """The module regex finds independently whether a text can go on to match."""
-        tokenizer, constraints = demo
+        tokenizer, constraints = demo_constraints
         pattern = r"[a-c]{2,4}(-[0-9]+)?"
         matcher = constraints.regex(pattern).matcher()
         text = ""
@@ -164,7 +164,7 @@ class TestMask:
 
     @pytest.mark.parametrize("constraint", [("json_schema", PERSON), ("choice", CHOICES), ("regex", PATTERNS[0])])
     def test_tokens_outside_the_mask_are_refused(self, demo_constraints, constraint):
-        tokenizer, constraints = demo
+        tokenizer, constraints = demo_constraints
         constraint = getattr(constraints, constraint[0])(constraint[1])
         tokens, matcher = walk(tokenizer, constraint, 3), constraint.matcher()
         for count, token in enumerate([*tokens, 2553]):
@@ -184,7 +184,7 @@ class TestMask:
         assert text_of(tokenizer, tokens) == text
 
     def test_nothing_but_the_end_comes_after_the_end(self, demo_constraints):
-        tokenizer, constraints = demo
+        tokenizer, constraints = demo_constraints
         matcher = constraints.regex("a*").matcher()
         assert not matcher.is_finished
         matcher.accept(2553)
@@ -194,7 +194,7 @@ class TestMask:
             matcher.accept(tokenizer.encode("a")[0])
 
     def test_finished_without_the_end(self, demo_constraints):
-        tokenizer, constraints = demo
+        tokenizer, constraints = demo_constraints
         matcher = constraints.regex("ab?").matcher()
         matcher.accept(tokenizer.encode("a")[0])
         assert not matcher.is_finished
@@ -205,7 +205,7 @@ class TestMask:
 
 class TestSharing:
     def test_copy_goes_on_independently(self, demo_constraints):
-        tokenizer, constraints = demo
+        tokenizer, constraints = demo_constraints
         a, b = (tokenizer.encode(c)[0] for c in "ab")
         first = constraints.regex("[ab]a?b").matcher()
         first.accept(a)
@@ -310,7 +310,7 @@ class TestErrors:
         self.check(lambda: demo_constraints[1].choice(strings), "^choice: ")
 
     def test_what_becomes_too_complex_ends_with_an_error(self, demo_constraints):
-        tokenizer, constraints = demo
+        tokenizer, constraints = demo_constraints
         matcher = constraints.regex("[xy]" + "(" * 9 + "a" + "{10})" * 9).matcher()
         matcher.accept(tokenizer.encode("x")[0])
 
@@ -332,9 +332,7 @@ class TestErrors:
 
     def test_missing_package_is_named(self, demo_constraints, monkeypatch):
         monkeypatch.setitem(sys.modules, "llguidance", None)
-        with pytest.raises(
-            GenerationError, match=r"needs llguidance .*pip install '\.\[serve\]'.*pip install llguidance"
-        ):
+        with pytest.raises(GenerationError, match=r"needs llguidance .*pip install '\.\[serve\]'.* llguidance"):
             Constraints(demo_constraints[0], 2560, (2550,))
 
     def test_process_that_fails_says_why(self, demo_constraints, monkeypatch, tmp_path):

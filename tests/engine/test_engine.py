@@ -304,3 +304,24 @@ def test_batch_invariant_rows_have_the_bits_of_a_row_alone(model, blocks):
         ((wanted, wanted_logprobs),) = alone(model, request.prompt, request.config, request.seed, batch_invariant=True)
         assert tokens == wanted
         np.testing.assert_array_equal(np.float32(logprobs), wanted_logprobs)
+
+
+def test_log_probabilities_of_the_prompt_are_those_of_the_model(engine, model):
+    """In three chunks, beside another row, and although the cache has the prompt's first block."""
+    prompt, config = prompt_of(120, 290), GenerationConfig(max_new_tokens=2, eos_token_id=400)
+    other = engine.submit(Request(prompt, config))
+    generation = engine.submit(Request(prompt, config, prompt_logprobs=3))
+    assert completions(generation)[0][0] == completions(other)[0][0]
+    logits = np.float64(model([prompt]))[0]
+    want = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+    assert len(generation.prompt_logprobs) == 290
+    assert generation.prompt_logprobs[0] is None
+    for i, entry in enumerate(generation.prompt_logprobs[1:]):
+        assert entry.token == prompt[i + 1]
+        np.testing.assert_allclose(entry.logprob, want[i, prompt[i + 1]], atol=1e-4)
+        np.testing.assert_allclose([v for _, v in entry.top], np.sort(want[i])[::-1][:3], atol=1e-4)
+    assert other.prompt_logprobs is None
