@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dbrx_jax.engine.prompt_scores import score_chunk
+from dbrx_jax.engine.prompt_scores import score_chunk, score_program
 from dbrx_jax.engine.rows import Row
 from dbrx_jax.engine.scheduler import Limits, Step, table_of
 from dbrx_jax.engine.slots import VECTORS, SlotStart, empty_slots, make_row, write_masks, write_slot, write_vector
-from dbrx_jax.generation.decode import decode, sample_first
-from dbrx_jax.generation.prefill import copy_blocks, empty_cache, prefill_chunk
+from dbrx_jax.generation.decode import decode, decode_program, sample_first
+from dbrx_jax.generation.prefill import copy_blocks, empty_cache, prefill_chunk, prefill_program
 from dbrx_jax.generation.processes import replicate
 from dbrx_jax.generation.state import Options, Outputs
 from dbrx_jax.generation_config import GenerationConfig
@@ -170,29 +170,56 @@ class Device:
     # Warm-up.
 
     def warm_up(self) -> None:
-        """Compiles every program by running it on padding, which changes nothing."""
-        partition, limits = self._partition, self._limits
-        config = GenerationConfig()
-        row = make_row(config, self._config.vocab_size, 1, 1, np.zeros(2, np.uint32), False, False, partition)
-        vector = np.zeros((1, partition.pad_vocabulary(self._config.vocab_size)), np.float32)
-        row = row._replace(vectors=dict.fromkeys(VECTORS, vector))
-        self._write_arrays(row, np.zeros(self._positions, np.int32), SlotStart(0, 1, 0, 0))
-        self.copy([(0, 0)])
-        self._write_mask_arrays([], np.zeros((0, 1), np.uint32))
+        """Compiles every program, several at a time, and runs each on padding, which changes nothing."""
+        self._write_padding()
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda run: run(), self._programs()))
-        for num_rows, length in limits.chunk_shapes:
-            table, tokens = np.zeros((num_rows, self._width), np.int32), np.zeros((num_rows, length), np.int32)
-            spans = np.zeros((num_rows, 2), np.int32)
+            # Traced one by one; a later call finds the compiled program.
+            compiling = [pool.submit(program.lower(*arguments).compile) for program, arguments in self._calls()]
+            for one in compiling:
+                one.result()
+        for num_rows, length in self._limits.chunk_shapes:
+            table, tokens, spans = self._chunk(num_rows, length)
             self._cache, x = prefill_chunk(self._model_state, self._cache, table, tokens, spans)
             if num_rows == 1:
                 arrays = self._cache, table, tokens, tokens, spans
                 self._cache, *_ = score_chunk(self._model_state, self._options.top_logprobs, *arrays)
-            for size in {self._first_bucket(num_rows, num_rows), self._first_bucket(limits.max_rows, num_rows)}:
-                self._sample_first([], max(size, num_rows), x)
-        for size in limits.row_buckets:
-            slots, table = np.full(size, limits.max_rows, np.int32), np.zeros((size, self._width), np.int32)
+            for size in self._first_sizes(num_rows):
+                self._sample_first([], size, x)
+        for size in self._limits.row_buckets:
+            slots, table = np.full(size, self._limits.max_rows, np.int32), np.zeros((size, self._width), np.int32)
             self._readable(self._run_decode(slots, table, 1))
 
-    def _programs(self) -> Iterator[Any]:
-        return iter(())
+    def _write_padding(self) -> None:
+        """Runs the small programs, on a row that is done."""
+        vocabulary = self._partition.pad_vocabulary(self._config.vocab_size)
+        key, vector = np.zeros(2, np.uint32), np.zeros((1, vocabulary), np.float32)
+        row = make_row(GenerationConfig(), self._config.vocab_size, 1, 1, key, False, False, self._partition)
+        row = row._replace(vectors=dict.fromkeys(VECTORS, vector))
+        self._write_arrays(row, np.zeros(self._positions, np.int32), SlotStart(0, 1, 0, 0))
+        self.copy([(0, 0)])
+        self._write_mask_arrays([], np.zeros((0, 1), np.uint32))
+
+    def _chunk(self, num_rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns table, tokens and spans of a chunk of padding."""
+        shapes = (num_rows, self._width), (num_rows, length), (num_rows, 2)
+        table, tokens, spans = (np.zeros(shape, np.int32) for shape in shapes)
+        return table, tokens, spans
+
+    def _first_sizes(self, num_rows: int) -> set[int]:
+        """Returns the numbers of rows of the programs that sample first tokens after a chunk of so many prompts."""
+        counts = num_rows, self._limits.max_rows
+        return {max(num_rows, self._first_bucket(count, num_rows)) for count in counts}
+
+    def _calls(self) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+        """Yields the large programs with arguments, those that take longest to compile first."""
+        model, limits = self._model_state, self._limits
+        for size in limits.row_buckets:
+            slots, table = np.zeros(size, np.int32), np.zeros((size, self._width), np.int32)
+            arrays = self._settings, self._cache, self._state, slots, table, np.int32(1)
+            yield decode_program(model, self._options), (model, self._options, *arrays)
+        for num_rows, length in reversed(limits.chunk_shapes):
+            table, tokens, spans = self._chunk(num_rows, length)
+            yield prefill_program(model), (model, self._cache, table, tokens, spans)
+            if num_rows == 1:
+                arrays = self._cache, table, tokens, tokens, spans
+                yield score_program(model), (model, self._options.top_logprobs, *arrays)

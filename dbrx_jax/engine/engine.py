@@ -110,6 +110,7 @@ class Engine:
         if warm_up:
             with announce("Compiling the engine's programs, once"):
                 self._device.warm_up()
+                _row_key(0, 0)
         self._compilations_before = self._compilations()
         self._condition = threading.Condition()
         self._incoming: list[Job] = []
@@ -168,12 +169,12 @@ class Engine:
         if config.stop_strings and self._tokenizer is None:
             raise GenerationError("stop_strings: needs a tokenizer, to know the text of the tokens")
         seed = secrets.randbits(32) if request.seed is None else request.seed
-        keys = np.asarray(row_keys(np.full(copies, seed, np.uint32), np.arange(copies, dtype=np.uint32)))
         job = Job(request, prompt, limit, generation.put)
         wants_top = bool(request.top_logprobs)
         for index in range(copies):
             is_constrained = request.constraint is not None
-            arguments = (vocab_size, length, limit, keys[index], wants_top, is_constrained, self._model.partition)
+            key = _row_key(seed, index)
+            arguments = (vocab_size, length, limit, key, wants_top, is_constrained, self._model.partition)
             settings = make_row(config, *arguments)
             text = RowText(self._tokenizer, config.stop_strings, config.eos_token_id)
             matcher = request.constraint.matcher() if is_constrained else None
@@ -362,6 +363,11 @@ def _take_scores(scores: PromptScores) -> None:
         token = int(job.prompt[scores.start + i + 1])
         known.append(token_logprobs(token, logprobs[i], ids[i], tops[i], wanted or 0))
     job.prompt_logprobs = known
+
+
+def _row_key(seed: int, index: int) -> np.ndarray:
+    """Returns the random key (2,) of a completion."""
+    return np.asarray(row_keys(np.array([seed], np.uint32), np.array([index], np.uint32)))[0]
 
 
 def _whole(name: str, value: int) -> int:

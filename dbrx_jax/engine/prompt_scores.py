@@ -1,6 +1,7 @@
 """Log-probabilities of a prompt's tokens, computed with its chunks."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -32,7 +33,12 @@ def score_chunk(
       The cache, the hidden state of the last token, the log-probability of each token's target, and the ids and
       log-probabilities of the `number` most probable tokens after each.
     """
-    return _score_chunk[model_state.platform == "cpu"](model_state, number, cache, table, tokens, targets, spans)
+    return score_program(model_state)(model_state, number, cache, table, tokens, targets, spans)
+
+
+def score_program(model_state: ModelState) -> Any:
+    """Returns the jitted function of :func:`score_chunk`."""
+    return _score_chunk[model_state.platform == "cpu"]
 
 
 def _run_score_chunk(model_state, number, cache, table, tokens, targets, spans):

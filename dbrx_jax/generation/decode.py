@@ -51,8 +51,12 @@ def sample_first(
     Args:
       slots: of the rows among the M of the state; M for padding.
     """
-    program = _sample_first[may_reorder_sums(model_state, options)]
-    return program(model_state, options, settings, state, slots, x, index)
+    return sample_program(model_state, options)(model_state, options, settings, state, slots, x, index)
+
+
+def sample_program(model_state: ModelState, options: Options) -> Any:
+    """Returns the jitted function of :func:`sample_first`."""
+    return _sample_first[may_reorder_sums(model_state, options)]
 
 
 def _run_sample_first(model_state, options, settings, state, slots, x, index):
@@ -98,8 +102,12 @@ def decode(
       slots: of the rows among the M of the state; M for padding.
       table: the blocks of each row, for all positions that it may reach.
     """
-    program = _decode[may_reorder_sums(model_state, options)]
-    return program(model_state, options, settings, cache, state, slots, table, steps)
+    return decode_program(model_state, options)(model_state, options, settings, cache, state, slots, table, steps)
+
+
+def decode_program(model_state: ModelState, options: Options) -> Any:
+    """Returns the jitted function of :func:`decode`."""
+    return _decode[may_reorder_sums(model_state, options)]
 
 
 def _run_decode(model_state, options, settings, cache, state, slots, table, steps):

@@ -52,17 +52,13 @@ def lower(
     prompts = (int32(rows, positions), int32(rows), int32(rows))
     state = jax.eval_shape(partial(start_rows, config, partition, options), settings, *prompts)
     state = partition.abstract(state, state_specs(settings, options, partition).state)
-    by_platform = decode.may_reorder_sums(model_state, options)
     arguments = model_state, options, settings
-    decode_program, sample_program = decode._decode[by_platform], decode._sample_first[by_platform]
+    decode_program, sample_program = (f(model_state, options) for f in (decode.decode_program, decode.sample_program))
     yield "decode", decode_program.lower(*arguments, cache, state, int32(rows), int32(rows, width), int32())
     lengths = prefill_chunk_lengths(partition)[-1:] if lengths is None else lengths
     for length in lengths:
         chunk = int32(groups, width), int32(groups, length), int32(groups, 2)
-        yield (
-            f"prefill {length}",
-            prefill._prefill_chunk[model_state.platform == "cpu"].lower(model_state, cache, *chunk),
-        )
+        yield (f"prefill {length}", prefill.prefill_program(model_state).lower(model_state, cache, *chunk))
     yield "sample_first", sample_program.lower(*arguments, state, int32(rows), hidden, int32(rows))
     yield "start_rows", start_rows.lower(config, partition, options, settings, *prompts)
     yield "insert_hidden", prefill.insert_hidden.lower(partition, hidden, x, int32(groups, 1))

@@ -50,7 +50,12 @@ def prefill_chunk(
       spans: the chunk's first position, a multiple of T or of a block's positions, and its number of tokens: 0 if the
         row has none.
     """
-    return _prefill_chunk[model_state.platform == "cpu"](model_state, cache, table, tokens, spans)
+    return prefill_program(model_state)(model_state, cache, table, tokens, spans)
+
+
+def prefill_program(model_state: ModelState) -> Any:
+    """Returns the jitted function of :func:`prefill_chunk`."""
+    return _prefill_chunk[model_state.platform == "cpu"]
 
 
 def _run_prefill_chunk(model_state, cache, table, tokens, spans):

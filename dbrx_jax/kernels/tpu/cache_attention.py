@@ -125,8 +125,8 @@ class _Copies(NamedTuple):
 
 
 def _kernel(
-    starts, offset, table, q_ref, pools, out_ref, stats_ref, largest_ref, total_ref, buffers, semaphores, state, scratch,
-    *, sizes,
+    starts, offset, table, q_ref, pools, out_ref, stats_ref, largest_ref, total_ref, buffers, semaphores, state,
+    scratch, *, sizes,
 ):  # fmt: skip
     """Computes a tile's partial attention; `state` is the slot of its first group, and `kept` there."""
     rows, copies = _Rows(starts, offset, table, sizes), _Copies(pools, buffers, semaphores)
