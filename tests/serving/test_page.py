@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 HTML = resources.files("dbrx_jax.serving").joinpath("page/index.html").read_text(encoding="utf-8")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WAIT = object()  # in a reply: until the test releases it, or the client goes away
-CUT = object()  # in a reply: the connection ends here
+CUT = object()  # in a reply: the connection breaks
+END = object()  # in a reply: it ends without a reason
 NASTY = '<img src=x onerror="window.hit=1"><script>window.hit=1</script></p><b>&amp;'
 
 
@@ -38,7 +39,7 @@ class Stub:
 
     Attributes:
       replies: one for each request of an answer, in order: (status, error, headers) or a list of pieces of text, WAIT,
-        CUT, and events as dictionaries or bytes. "ok" is the answer when there are none left.
+        CUT, END, and events as dictionaries or bytes. "ok" is the answer when there are none left.
       bodies: of the requests for answers.
       keys: the header Authorization of every request to the API.
       key: the API key that requests need.
@@ -80,6 +81,8 @@ class Stub:
         for piece in pieces:
             if piece is CUT:
                 raise ConnectionAbortedError
+            if piece is END:
+                return await send({"type": "http.response.body"})
             if piece is WAIT:
                 if await self._wait(receive):
                     return
@@ -329,8 +332,9 @@ def test_a_key_is_asked_for_and_the_message_sent_again(open_chat, stub):
         ((500, "no idea"), "The server failed: no idea", ""),
         (["Half", WAIT, {"error": {"message": "out of blocks"}}], "The server failed: out of blocks", "Half"),
         (["Half", WAIT, CUT], "The connection was lost before the answer was complete.", "Half"),
+        (["Half", WAIT, END], "The connection was closed before the answer was complete.", "Half"),
     ],
-    ids=["429", "503", "400", "500", "event", "cut"],
+    ids=["429", "503", "400", "500", "event", "cut", "end"],
 )
 def test_errors_are_shown_and_the_message_can_be_sent_again(chat, stub, reply, error, text):
     stub.replies = [reply]
@@ -488,6 +492,9 @@ def test_new_conversation_ends_the_answer(chat, stub):
     chat.button("New chat").click()
     assert stub.gone.wait(5)
     assert chat.texts() == []
+    assert chat.page.evaluate("$('announcer').textContent") == "New chat"
+    chat.page.reload()
+    assert chat.texts() == []
     chat.ask("Other")
     assert chat.texts() == ["Other", "ok"]
     assert stub.bodies[1]["messages"] == [{"role": "user", "content": "Other"}]
@@ -506,6 +513,7 @@ def test_copy(open_chat, stub, has_clipboard):
         chat.button(name).click()
         chat.button(name).get_by_text("Copied").wait_for()
         assert chat.page.evaluate(clipboard) == text
+        assert chat.page.evaluate("document.activeElement.ariaLabel") == name
 
 
 def test_live_region_speaks_seldom_and_tells_all(chat, stub):
@@ -553,6 +561,8 @@ def test_a_phone_needs_no_sideways_scrolling(open_chat, stub):
     chat.ask(long)
     chat.ask("again")
     assert max(chat.page.evaluate(widths)) <= 320
+    chat.page.locator("pre").press("ArrowRight")  # what is wider scrolls by itself, also by keys
+    until(chat.page, "document.querySelector('pre').scrollLeft > 20")
     chat.button("Edit").click()
     assert max(chat.page.evaluate(widths)) <= 320
     chat.button("Settings").click()
