@@ -32,7 +32,7 @@ class Generation:
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
-        """Log-probabilities of the prompt's tokens if they were asked for; None for the first. Complete with a chunk."""
+        """Log-probabilities of the prompt's tokens if they were wanted; the first is None. Complete with a chunk."""
         return self._job.prompt_logprobs if self._job is not None and self._job.is_scored else None
 
     def attach(self, job: Job, cancel: Callable[[Job], None]) -> None:

@@ -17,7 +17,7 @@ from dbrx_jax.model.cache import CACHE_BLOCK
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import split_model
 from dbrx_jax.planning import hlo, targets
-from dbrx_jax.planning.plan import Setting, cache_bytes, memory, messages
+from dbrx_jax.planning.plan import Setting, live_cache_bytes, memory, messages
 from dbrx_jax.sharding.partition import CONTEXT_AXIS, make_mesh
 
 # Without a GPU XLA cannot autotune split-K. It then splits small matmuls often, and their partial sums count as
@@ -98,7 +98,7 @@ def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
         total=total,
         planned=memory(setting).total,
         traffic=traffic.read + traffic.written,
-        least_traffic=sum(memory(setting).parameters.values()) + cache_bytes(setting),
+        least_traffic=sum(memory(setting).parameters.values()) + live_cache_bytes(setting, setting.positions),
         collectives=runs_by_kind,
         moved=round(sum(hlo.bytes_moved(c) * c.runs for c in collectives)),
         planned_moved=round(sum(m.moved for m in messages(setting, tokens, split_tokens))),

@@ -151,11 +151,19 @@ def memory(setting: Setting) -> Memory:
 
 def cache_bytes(setting: Setting) -> int:
     """Returns the bytes of the key-value cache on one device, with its spare block."""
-    config, partition = setting.config, setting.partition
-    heads = config.kv_n_heads // partition.size("tensor")
-    positions = setting.rows * setting.positions // partition.size(CONTEXT_AXIS) + CACHE_BLOCK
+    return live_cache_bytes(setting, setting.positions) + CACHE_BLOCK * _position_bytes(setting)
+
+
+def live_cache_bytes(setting: Setting, positions: int) -> int:
+    """Returns the bytes of so many positions of every row on one device."""
+    return setting.rows * positions * _position_bytes(setting) // setting.partition.size(CONTEXT_AXIS)
+
+
+def _position_bytes(setting: Setting) -> int:
+    config = setting.config
+    heads = config.kv_n_heads // setting.partition.size("tensor")
     bytes_per_head = config.head_dim + SCALE_BYTES if setting.cache_dtype == "int8" else config.head_dim * setting.width
-    return config.n_layers * 2 * heads * positions * bytes_per_head
+    return config.n_layers * 2 * heads * bytes_per_head
 
 
 def _working(setting: Setting, rows: int, tokens: int) -> int:
@@ -287,7 +295,7 @@ def decode_roofline(setting: Setting) -> Roofline:
     parameters = dict(memory(setting).parameters)
     experts = parameters.pop("experts")
     parameters.pop("embedding")  # few of its rows are read
-    live = cache_bytes(setting) * setting.context // setting.positions
+    live = live_cache_bytes(setting, setting.context)
     read = round(experts * distinct / config.moe_num_experts) + sum(parameters.values()) + live
     flops = 2 * setting.batch * config.active_parameters / setting.devices
     return _roofline(setting, setting.batch, 1, read, flops, messages(setting, setting.rows, False), distinct)
