@@ -9,7 +9,7 @@ _count = 0
 _is_listening = False
 
 
-def _listen(event: str, _: float, **__: object) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     global _count
     _count += event == _EVENT
 

@@ -30,8 +30,8 @@ class Results(NamedTuple):
     steps: int  # that each row was promised
     outputs: Outputs
 
-    def fetch(self) -> Outputs:
-        """Waits for the tokens; returns them as numpy arrays."""
+    def fetch(self) -> Any:
+        """Waits for the tokens; returns the Outputs as numpy arrays."""
         return jax.tree.map(np.asarray, self.outputs)
 
 
@@ -40,7 +40,7 @@ class PromptScores(NamedTuple):
 
     row: Row
     start: int  # position of the first
-    count: int
+    num_tokens: int
     logprobs: Any  # (T,)
     top_ids: Any  # (T, n)
     top_logprobs: Any
@@ -58,8 +58,8 @@ class Device:
         self._model_state, self._config, self._partition = split_model(model), model.config, model.partition
         self._limits = limits
         self._width = -(-limits.positions // limits.block)
-        shared = {"batch_invariant": limits.batch_invariant, "top_logprobs": top_logprobs}
-        self._options, self._first_options = Options(steps=limits.steps, **shared), Options(steps=1, **shared)
+        self._first_options = Options(batch_invariant=limits.batch_invariant, top_logprobs=top_logprobs)
+        self._options = self._first_options._replace(steps=limits.steps)
         self._cache = empty_cache(self._config, self._partition, num_blocks, cache_dtype)
         slots, positions = limits.max_rows, self._width * limits.block
         self._settings, self._state = empty_slots(self._config, self._partition, self._options, slots, positions)
@@ -215,8 +215,8 @@ class Device:
         model, limits = self._model_state, self._limits
         for size in limits.row_buckets:
             slots, table = np.zeros(size, np.int32), np.zeros((size, self._width), np.int32)
-            arrays = self._settings, self._cache, self._state, slots, table, np.int32(1)
-            yield decode_program(model, self._options), (model, self._options, *arrays)
+            rows = self._settings, self._cache, self._state, slots, table, np.int32(1)
+            yield decode_program(model, self._options), (model, self._options, *rows)
         for num_rows, length in reversed(limits.chunk_shapes):
             table, tokens, spans = self._chunk(num_rows, length)
             yield prefill_program(model), (model, self._cache, table, tokens, spans)

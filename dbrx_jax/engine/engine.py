@@ -13,7 +13,7 @@ from dbrx_jax.engine.compilations import count_compilations
 from dbrx_jax.engine.device import Device, PromptScores, Results
 from dbrx_jax.engine.generation import Generation
 from dbrx_jax.engine.memory import blocks_for
-from dbrx_jax.engine.request import Request
+from dbrx_jax.engine.request import FinishReason, Request
 from dbrx_jax.engine.rows import Job, Row, RowText, make_chunk, token_logprobs
 from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler
 from dbrx_jax.engine.slots import make_row
@@ -254,6 +254,7 @@ class Engine:
             incoming, self._incoming = self._incoming, []
             cancelled, self._cancelled = self._cancelled, []
             for job in incoming:
+                self._prompt_tokens += len(job.prompt)
                 self._scheduler.add(job)
         for job in cancelled:
             self._end(job, None)
@@ -294,7 +295,7 @@ class Engine:
                 _take_scores(results)
                 continue
             outputs = results.fetch()
-            count = int(outputs.count)
+            count = int(outputs.num_steps)
             for i, row in enumerate(results.rows):
                 row.pending -= results.steps
                 if row.is_finished:
@@ -324,7 +325,9 @@ class Engine:
             return
         row.tokens += tokens
         self._generation_tokens += len(tokens)
-        reason = "stop" if end is not None or is_complete else "length" if len(row.tokens) == job.limit else None
+        reason: FinishReason | None = "length" if len(row.tokens) == job.limit else None
+        if end is not None or is_complete:
+            reason = "stop"
         wanted, values = job.request.top_logprobs, []
         if wanted is not None:
             for i, token in enumerate(tokens):
@@ -359,7 +362,7 @@ def _take_scores(scores: PromptScores) -> None:
     job, wanted = scores.row.job, scores.row.job.request.prompt_logprobs
     logprobs, ids, tops = (np.asarray(a) for a in (scores.logprobs, scores.top_ids, scores.top_logprobs))
     known = job.prompt_logprobs or [None]
-    for i in range(len(known) - 1 - scores.start, min(scores.count, len(job.prompt) - 1 - scores.start)):
+    for i in range(len(known) - 1 - scores.start, min(scores.num_tokens, len(job.prompt) - 1 - scores.start)):
         token = int(job.prompt[scores.start + i + 1])
         known.append(token_logprobs(token, logprobs[i], ids[i], tops[i], wanted or 0))
     job.prompt_logprobs = known

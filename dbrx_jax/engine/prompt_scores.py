@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from dbrx_jax.generation.decode import jit_variants
@@ -22,10 +23,10 @@ def score_chunk(
     model_state: ModelState,
     number: int,
     cache: Cache,
-    table: Int[Array, "1 W"],
-    tokens: Int[Array, "1 T"],
-    targets: Int[Array, "1 T"],
-    spans: Int[Array, "1 2"],
+    table: Int[ArrayLike, "1 W"],
+    tokens: Int[ArrayLike, "1 T"],
+    targets: Int[ArrayLike, "1 T"],
+    spans: Int[ArrayLike, "1 2"],
 ) -> tuple[Cache, Float[Array, "1 D"], Float[Array, "T"], Int[Array, "T n"], Float[Array, "T n"]]:
     """Runs a chunk of one prompt like prefill_chunk; also returns log-probabilities, in nats, of what follows a token.
 

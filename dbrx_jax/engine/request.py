@@ -17,7 +17,8 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()  # token ids and log-probabilities, the most probable first
 
 
-class Chunk(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Chunk:
     """New tokens of one completion."""
 
     index: int  # of the completion, 0 … n - 1

@@ -14,7 +14,6 @@ import numpy as np
 
 from dbrx_jax.engine.blocks import SPARE, BlockPool, block_hashes
 from dbrx_jax.engine.rows import Job, Row
-from dbrx_jax.errors import QueueFullError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +116,7 @@ class Scheduler:
         return self.limits.max_rows - len(self._slots)
 
     def add(self, job: Job) -> None:
-        """Adds a request behind those that wait.
-
-        Raises:
-          QueueFullError: too many requests wait.
-        """
-        if len(self.waiting) >= self.limits.max_waiting:
-            raise QueueFullError(f"{len(self.waiting)} requests wait already; try again later")
+        """Adds a request behind those that wait."""
         job.hashes = block_hashes(job.prompt, self.limits.block, job.request.cache_salt)
         self.waiting.append(job)
 

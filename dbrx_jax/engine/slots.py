@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.errors import GenerationError
@@ -94,7 +95,7 @@ def make_row(
     _check_sizes(config)
     neutral = _neutral(partition.pad_vocabulary(vocab_size))
     p, base = given.processors, neutral.processors
-    bias = [v for v in (p.bias, p.bad_tokens, p.suppressed) if v is not None]
+    bias = [np.asarray(v) for v in (p.bias, p.bad_tokens, p.suppressed) if v is not None]
     forced = p.forced_eos if p.suppressed is None or p.forced_eos is None else p.forced_eos + p.suppressed
     vectors = {"bias": sum(bias) if bias else None, "forced_eos": forced, "suppressed_first": p.suppressed_first}
     fields = {name: getattr(p, name) for name in Processors._fields if name not in VECTORS}
@@ -110,9 +111,10 @@ def make_row(
         filters = sampling.filters._replace(**chosen)
         sampling = Sampling(given.sampling.keys, given.sampling.temperature, filters, np.array([True]))
     eos = np.full((1, MAX_EOS), -1, np.int32)
-    eos[:, : given.eos.shape[1]] = given.eos
+    ids = np.asarray(given.eos)
+    eos[:, : ids.shape[1]] = ids
     settings = Settings(eos, processors, sampling, np.array([wants_top]))
-    return SlotRow(settings, {name: v for name, v in vectors.items() if v is not None})
+    return SlotRow(settings, {name: np.asarray(v) for name, v in vectors.items() if v is not None})
 
 
 def _check_sizes(config: GenerationConfig) -> None:
@@ -215,9 +217,11 @@ def write_slot(partition, settings, state, row, tokens, start):
 def _write_slot(partition: Partition, settings: Settings, state: RowState, row: Settings, tokens: Array, start: Array):
     slot, length, step, limit = start
 
-    def put(array: Array, value: Array) -> Array:
+    def put(array: Array, value: ArrayLike) -> Array:
         return array.at[slot].set(value)
 
+    assert state.seen is not None
+    assert state.counts is not None
     vectors = {name: getattr(settings.processors, name) for name in VECTORS}
     small = settings._replace(processors=settings.processors._replace(**dict.fromkeys(VECTORS)))
     small = jax.tree.map(lambda array, value: put(array, value[0]), small, row)

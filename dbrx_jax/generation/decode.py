@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from dbrx_jax.generation.filters import can_sample, log_softmax
@@ -42,9 +43,9 @@ def sample_first(
     options: Options,
     settings: Settings,
     state: RowState,
-    slots: Int[Array, "R"],
+    slots: Int[ArrayLike, "R"],
     x: Float[Array, "N D"],
-    index: Int[Array, "R"],
+    index: Int[ArrayLike, "R"],
 ) -> tuple[RowState, Outputs]:
     """Samples the first new token of rows, after prompts whose last tokens have the hidden states x[index].
 
@@ -92,9 +93,9 @@ def decode(
     settings: Settings,
     cache: Cache,
     state: RowState,
-    slots: Int[Array, "R"],
-    table: Int[Array, "R W"],
-    steps: Int[Array, ""],
+    slots: Int[ArrayLike, "R"],
+    table: Int[ArrayLike, "R W"],
+    steps: Int[ArrayLike, ""],
 ) -> tuple[Cache, RowState, Outputs]:
     """Adds up to `steps` tokens, at most options.steps, to each of R rows that is not done.
 
@@ -132,7 +133,7 @@ def _run_decode(model_state, options, settings, cache, state, slots, table, step
 
         outputs = _empty_outputs(model, settings, options, slots)
         carry = DecodeCarry(cache, state, outputs, _any_running(state, slots, partition))
-        carry = lax.while_loop(lambda carry: (carry.outputs.count < steps) & carry.running, step, carry)
+        carry = lax.while_loop(lambda carry: (carry.outputs.num_steps < steps) & carry.running, step, carry)
         return carry.cache, carry.state, carry.outputs
 
     cache_spec = cache_specs(model.config, partition, cache[0].key_scale is not None)
@@ -253,15 +254,15 @@ def _updated_state(
 
 
 def _put_outputs(outputs: Outputs, token: Array, logprob: Array, top: Any, saved: tuple[Any, Any]) -> Outputs:
-    """Writes one step's results at the index outputs.count."""
-    step = outputs.count
+    """Writes one step's results at the index outputs.num_steps."""
+    step = outputs.num_steps
 
-    def put(array: Array | None, new: Array | None, axis: int) -> Array | None:
+    def put(array: Any, new: Any, axis: int) -> Any:
         return None if array is None else lax.dynamic_update_index_in_dim(array, new, step, axis)
 
     top_ids, top_values = (None, None) if top is None else top
     return Outputs(
-        count=step + 1,
+        num_steps=step + 1,
         tokens=put(outputs.tokens, token, 1),
         logprobs=put(outputs.logprobs, logprob, 1),
         top_ids=put(outputs.top_ids, top_ids, 1),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from dbrx_jax.config import DbrxConfig
@@ -41,7 +42,11 @@ def empty_hidden(config, partition, rows, dtype):
 
 
 def prefill_chunk(
-    model_state: ModelState, cache: Cache, table: Int[Array, "R W"], tokens: Int[Array, "R T"], spans: Int[Array, "R 2"]
+    model_state: ModelState,
+    cache: Cache,
+    table: Int[ArrayLike, "R W"],
+    tokens: Int[ArrayLike, "R T"],
+    spans: Int[ArrayLike, "R 2"],
 ) -> tuple[Cache, Float[Array, "R D"]]:
     """Runs the model on a chunk of each of R prompts; returns the cache and the hidden states of the last tokens.
 

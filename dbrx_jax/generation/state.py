@@ -56,7 +56,7 @@ class Options(NamedTuple):
 class Outputs(NamedTuple):
     """New tokens of R rows from one call of up to N steps; undefined behind a row's end."""
 
-    count: Int[Array, ""]  # steps that were run
+    num_steps: Int[Array, ""]  # that were run
     tokens: Int[Array, "R N"]
     logprobs: Float[Array, "R N"]  # in nats, of the logits as the model gives them
     top_ids: Int[Array, "R N n"] | None
@@ -78,7 +78,7 @@ def output_shapes(settings: Settings, options: Options, rows: int, vocabulary: i
 
     top = (rows, options.steps, options.top_logprobs) if settings.wants_top is not None else None
     return Outputs(
-        count=jnp.int32(0),
+        num_steps=jnp.int32(0),
         tokens=jnp.zeros((rows, options.steps), jnp.int32),
         logprobs=jnp.zeros((rows, options.steps), jnp.float32),
         top_ids=None if top is None else jnp.zeros(top, jnp.int32),
@@ -112,7 +112,7 @@ def state_specs(settings: Settings, options: Options, partition: Partition) -> S
     make_outputs: Any = Outputs
     top = None if settings.wants_top is None else cube
     outputs = make_outputs(
-        count=replicated,
+        num_steps=replicated,
         tokens=matrix,
         logprobs=matrix,
         top_ids=top,
