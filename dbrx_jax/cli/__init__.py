@@ -1,1 +1,1 @@
-"""The command dbrx-jax: generate, chat, plan and info."""
+"""The command dbrx-jax: generate, chat, serve, plan and info."""

@@ -1,4 +1,4 @@
-"""The frame of both kinds of completions: ids and times of answers, events, and the deadline."""
+"""What both kinds of completions share: the beginning of an answer, its stream, and its deadline."""
 
 import asyncio
 import time
@@ -66,12 +66,7 @@ async def stream(events: AsyncGenerator[str, None], settings: Settings) -> Event
     Raises:
       DbrxError: the request failed before its first event.
     """
-    try:
-        first = await anext(events)
-    except BaseException:
-        await events.aclose()
-        raise
-    return EventStream(first, events, _seconds(settings))
+    return EventStream(await anext(events), events, _seconds(settings))
 
 
 def _seconds(settings: Settings) -> float | None:

@@ -26,8 +26,9 @@ async def answer(state: State, body: ChatBody, started: float, log: dict[str, An
     """
     body.refuse_other_fields()
     check_model(body.model, state.settings)
-    request = await state.workers.run(_request, state, body)
-    writer = _Writer(state, body, Run(state, [request], started, log))
+    run = Run(state, started, log)
+    await run.start(lambda: [_request(state, body)])
+    writer = _Writer(state, body, run)
     if body.stream:
         return await stream(writer.events(), state.settings)
     return Json(await writer.whole())

@@ -28,8 +28,9 @@ async def complete(state: State, body: CompletionBody, started: float, log: dict
     """
     body.refuse_other_fields()
     check_model(body.model, state.settings)
-    requests = await state.workers.run(_requests, state, body)
-    writer = _Writer(state, body, Run(state, requests, started, log), requests)
+    run = Run(state, started, log)
+    await run.start(functools.partial(_requests, state, body))
+    writer = _Writer(state, body, run)
     if body.stream:
         return await stream(writer.events(), state.settings)
     return Json(await writer.whole())
@@ -63,15 +64,15 @@ def _requests(state: State, body: CompletionBody) -> list[Request]:
 class _Writer:
     """Writes the answer to a request from the chunks of its run."""
 
-    def __init__(self, state: State, body: CompletionBody, run: Run, requests: list[Request]):
-        self._body, self._run, self._requests, self._tokenizer = body, run, requests, state.tokenizer
+    def __init__(self, state: State, body: CompletionBody, run: Run):
+        self._body, self._run, self._tokenizer = body, run, state.tokenizer
         self._header = header("text_completion", state.settings)
         self._logprobs: dict[int, CompletionLogprobs] = {}  # of the choices that have begun
         self._drops_tokens = body.max_tokens == 0
 
     async def whole(self) -> dict[str, Any]:
         """Returns the answer in one object."""
-        num_choices = len(self._requests) * (self._body.n or 1)
+        num_choices = len(self._run.requests) * (self._body.n or 1)
         choices: list[dict[str, Any]] = [{} for _ in range(num_choices)]
         async with contextlib.aclosing(self._run.chunks()) as chunks:
             async for number, chunk in chunks:
@@ -99,7 +100,7 @@ class _Writer:
         index = number * (self._body.n or 1) + chunk.index
         is_first = index not in self._logprobs
         writer = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer))
-        prompt = self._requests[number].prompt
+        prompt = self._run.requests[number].prompt
         text = ""
         logprobs: dict[str, list[Any]] | None = None
         if self._body.logprobs is not None:

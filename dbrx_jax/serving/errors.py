@@ -48,8 +48,7 @@ class ApiError(Exception):
         message = one_line(self.message)
         if len(message) > MAX_MESSAGE:
             message = message[:MAX_MESSAGE] + "…"
-        param = None if self.param is None else one_line(self.param)
-        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)

@@ -35,7 +35,6 @@ class CompletionLogprobs:
         """Returns the entries of an echoed prompt, of which the first has no log-probability."""
         entries = self._entries(tokens, logprobs, skip_special_tokens=False)
         self._offset += len(self._decoder.decode(b"", final=True))
-        self._decoder.reset()
         return entries
 
     def tokens(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:

@@ -117,7 +117,7 @@ def generation_config(body: Body, max_new_tokens: int, settings: Settings) -> Ge
     stop_ids = () if body.ignore_eos else defaults.eos_token_id
     changes["eos_token_id"] = tuple(dict.fromkeys((*stop_ids, *(body.stop_token_ids or ()))))
     try:
-        return defaults.replace({"min_length": None, "max_time": None, **changes})
+        return defaults.replace(changes)
     except GenerationError as error:
         raise as_bad_request(error) from None
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from dbrx_jax.engine.request import Chunk, Request
@@ -17,30 +18,48 @@ class Run:
     """The generations of one HTTP request, an engine request for each of its prompts.
 
     Args:
-      requests: at least one.
       started: when the HTTP request came, of time.monotonic.
       log: fields of its line in the access log; the numbers of tokens are added.
 
-    Raises:
-      ApiError, DbrxError: the engine did not take one of them; none runs then.
+    Attributes:
+      requests: of the engine.
+      generations: of these.
     """
 
-    def __init__(self, state: State, requests: Sequence[Request], started: float, log: dict[str, Any]):
-        self._state, self._requests, self._started, self._log = state, requests, started, log
-        self.prompt_tokens = sum(len(request.prompt) for request in requests)
-        self.completion_tokens = 0
+    def __init__(self, state: State, started: float, log: dict[str, Any]):
+        self._state, self._started, self._log = state, started, log
+        self.requests: list[Request] = []
         self.generations: list[Generation] = []
-        self._num_unfinished = sum(request.config.num_return_sequences or 1 for request in requests)
-        log["prompt_tokens"] = self.prompt_tokens
+        self.prompt_tokens = self.completion_tokens = 0
+        self._is_cancelled, self._lock = False, threading.Lock()
+
+    async def start(self, make_requests: Callable[[], list[Request]]) -> None:
+        """Makes the requests and queues them, in a worker: both take time, and the engine's devices may be busy.
+
+        Raises:
+          ApiError, DbrxError: the engine did not take one of them; none runs then.
+        """
         try:
-            for request in requests:
-                self.generations.append(state.engine.submit(request))
+            await self._state.workers.run(self._submit, make_requests)
         except GenerationError as error:
             self._cancel()
             raise as_bad_request(error) from None
         except BaseException:
             self._cancel()
             raise
+
+    def _submit(self, make_requests: Callable[[], list[Request]]) -> None:
+        self.requests = make_requests()
+        self.prompt_tokens = sum(len(request.prompt) for request in self.requests)
+        self._log["prompt_tokens"] = self.prompt_tokens
+        for request in self.requests:
+            if self._is_cancelled:  # the client has gone meanwhile
+                return
+            generation = self._state.engine.submit(request)
+            with self._lock:
+                self.generations.append(generation)
+                if self._is_cancelled:
+                    generation.cancel()
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Yields the index of a prompt and a chunk of its completion; cancels what has not ended if it is closed.
@@ -50,6 +69,7 @@ class Run:
           TimeoutError: all did not end within the server's time.
         """
         metrics, reason = self._state.metrics, "abort"
+        num_unfinished = sum(request.config.num_return_sequences or 1 for request in self.requests)
         last: dict[tuple[int, int], float] = {}
         try:
             async with contextlib.aclosing(_merge(self.generations)) as merged:
@@ -58,7 +78,7 @@ class Run:
                     self.completion_tokens += len(chunk.tokens)
                     self._log["completion_tokens"] = self.completion_tokens
                     if chunk.finish_reason is not None:
-                        self._num_unfinished -= 1
+                        num_unfinished -= 1
                         metrics.count_finished(chunk.finish_reason)
                     yield number, chunk
             metrics.request.observe(time.monotonic() - self._started)
@@ -66,7 +86,7 @@ class Run:
             reason = "error"
             raise
         finally:
-            metrics.count_finished(reason, self._num_unfinished)
+            metrics.count_finished(reason, num_unfinished)
             self._cancel()
 
     def usage(self, completion_tokens: int | None = None) -> dict[str, Any]:
@@ -97,7 +117,10 @@ class Run:
         last[key] = now
 
     def _cancel(self) -> None:
-        for generation in self.generations:
+        with self._lock:
+            self._is_cancelled = True
+            generations = list(self.generations)
+        for generation in generations:
             generation.cancel()
 
 

@@ -47,6 +47,16 @@ def test_the_whole_context_by_default(client, engine, tokenizer):
     assert engine.requests[-1].config.max_new_tokens == 2
 
 
+def test_what_fits_the_cache_by_default(make_client, engine):
+    client = make_client(cache_blocks=5)
+    for n, positions in ((None, 640), (2, 256), (4, 128)):
+        chat(client, n=n)
+        request = engine.requests[-1]
+        assert len(request.prompt) + request.config.max_new_tokens == positions
+    chat(client, n=6)
+    assert engine.requests[-1].config.max_new_tokens == 1
+
+
 def test_logprobs(client, engine, tokenizer):
     engine.script = tokenizer.encode("é one")
     body = {"logprobs": True, "top_logprobs": 2, "max_tokens": len(engine.script), "seed": 1}
@@ -103,6 +113,8 @@ def test_other_content_than_text_is_refused(client, engine, part):
 
 
 def test_a_template_that_refuses(make_client, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    response = make_client().post(URL, json={"messages": [{"role": "user", "content": "x"}]})
-    refused(response, 400, "roles must alternate")
+    """Its words may hold the message's, which need not be printable."""
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no ' + messages[0].content) }}")
+    content = '{"messages": [{"role": "user", "content": "\\ud800\\u001b[2J\\n"}]}'
+    response = make_client().post(URL, content=content, headers={"Content-Type": "application/json"})
+    refused(response, 400, "no \\ud800\\x1b[2J")

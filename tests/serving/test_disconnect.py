@@ -1,5 +1,6 @@
 """Tests of clients that go away: their requests are cancelled, wherever they are."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -8,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dbrx_jax.serving.sse import until_disconnect
+from dbrx_jax.serving.sse import EventStream, until_disconnect
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 PATHS = {"/v1/completions": {"prompt": ["x", "y"], "n": 2}, "/v1/chat/completions": CHAT}
@@ -72,6 +73,23 @@ def test_client_that_goes_away_while_its_prompt_is_read(start_server, engine, mo
     wait_for(lambda: server.in_flight == 0)
     time.sleep(0.4)
     assert not engine.requests
+
+
+def test_client_that_goes_away_while_its_requests_are_queued(start_server, engine, monkeypatch):
+    url, server = start_server()
+    engine.step_seconds = 0.01
+    original = engine.submit
+
+    def slow(request):
+        time.sleep(0.2)
+        return original(request)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    with posted(url, "/v1/completions", prompt=["x", "y", "z"], max_tokens=900):
+        wait_for(lambda: engine.requests)
+    wait_for(lambda: server.in_flight == 0)
+    wait_for(lambda: len(engine.requests) == len(engine.cancelled) == 2)
+    assert engine.stats().running == engine.stats().waiting == 0
 
 
 def test_client_that_sends_half_a_body(start_server, engine):
@@ -142,15 +160,39 @@ def test_pipelined_request_is_no_disconnect(start_server, engine):
 
 
 def test_work_is_cancelled_only_when_the_client_goes():
-    import anyio
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def work():
+        return 5
+
+    assert asyncio.run(until_disconnect(receive, work())) == 5
+
+
+def test_events_are_closed_when_the_client_goes():
+    closed = []
+
+    async def events():
+        try:
+            yield "second"
+        finally:
+            closed.append(True)
 
     async def main():
+        sent = asyncio.Event()
+
         async def receive():
-            await anyio.sleep(60)
+            await sent.wait()
+            return {"type": "http.disconnect"}
 
-        async def work():
-            return 5
+        async def send(message):
+            if b"second" in message.get("body", b""):
+                sent.set()
+                await asyncio.sleep(60)
 
-        assert await until_disconnect(receive, work()) == 5
+        generator = events()
+        await EventStream("first", generator, None)({}, receive, send)
+        assert closed == [True]
+        return generator  # kept until here: collecting it would close it too
 
-    anyio.run(main)
+    asyncio.run(main())

@@ -1,10 +1,12 @@
 """Tests of requests that are refused: status codes and OpenAI's error object."""
 
+import asyncio
 import json
 
 import pytest
 
 from dbrx_jax.errors import EngineClosedError, GenerationError, NotFiniteError, RequestTimeoutError
+from dbrx_jax.serving.errors import Failures
 from tests.serving.helpers import complete, events, refused
 
 URL, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -232,6 +234,22 @@ def test_error_of_a_route_is_logged_and_not_shown(client, monkeypatch, caplog):
     monkeypatch.setattr(client.state.prompts, "prompts", fail)
     refused(client.post(URL, json={"prompt": "x"}), 500, code="internal_error")
     assert "secret" in caplog.text
+
+
+def test_exception_after_the_answer_began_is_raised():
+    """A second answer on the connection would look like a part of the first."""
+    sent = []
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise KeyError
+
+    async def send(message):
+        sent.append(message)
+
+    with pytest.raises(KeyError):
+        asyncio.run(Failures(application, 2)({}, None, send))
+    assert len(sent) == 1
 
 
 def test_streams_end_with_done(client):

@@ -29,12 +29,12 @@ def tool_client(make_client, tokenizer):
 @pytest.mark.parametrize("text", ["", "Well. ", "a < b <tool"])
 def test_calls_are_found_in_pieces(text, size):
     parser, outside, calls = ToolParser(), "", []
-    whole = text + CALL + "\n" + CALL + " end<tool_ca"
+    whole = text + CALL + "\n" + CALL + "\n end\n\nof it<tool_ca"
     pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
     for number, piece in enumerate(pieces):
         new, found = parser.push(piece, is_last=number == len(pieces) - 1)
         outside, calls = outside + new, calls + found
-    assert outside == text + " end<tool_ca"
+    assert outside == text + " end\n\nof it<tool_ca"
     assert [call["index"] for call in calls] == [0, 1]
     assert {call["function"]["name"] for call in calls} == {"add"}
     assert json.loads(calls[1]["function"]["arguments"]) == {"a": 1, "b": "ü"}
