@@ -4,15 +4,20 @@ import asyncio
 import json
 import re
 import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 
+from dbrx_jax import DbrxForCausalLM
 from dbrx_jax.engine.constraints import Constraints
 from dbrx_jax.engine.engine import Engine
 from dbrx_jax.engine.request import Request
 from dbrx_jax.errors import EngineClosedError, GenerationError, QueueFullError, RequestTimeoutError
 from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.sharding.partition import make_mesh
+from tests.conftest import GOLDEN
 from tests.engine.conftest import cache_gb, make_engine
 
 
@@ -43,6 +48,16 @@ def alone(model, prompt, config, seed=None, **options):
         count = int(np.isfinite(logprobs).sum())
         results.append((row[:count].tolist(), logprobs[:count]))
     return results
+
+
+def random_requests(options, lengths=(3, 21, 30, 145)):
+    """Returns a request with a random prompt for each of these options."""
+    requests = []
+    for i, given in enumerate(options):
+        limit = {} if "max_length" in given else {"max_new_tokens": 4 + i % 7}
+        config = GenerationConfig.from_dict({"eos_token_id": 400, **limit, **given})
+        requests.append(Request(prompt_of(i, lengths[i % 4]), config, seed=i, top_logprobs=0))
+    return requests
 
 
 def check(engine, model, requests):
@@ -83,12 +98,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", [OPTIONS[:4], pytest.param(OPTIONS[4:], marks=pytest.mark.slow)])
 def test_rows_with_different_options_get_what_generate_gives_them(engine, model, options):
     """All at once, in few rows and blocks, with prompts of one to three chunks."""
-    requests = []
-    for i, given in enumerate(options):
-        limit = {} if "max_length" in given else {"max_new_tokens": 4 + i % 7}
-        config = GenerationConfig.from_dict({"eos_token_id": 400, **limit, **given})
-        requests.append(Request(prompt_of(i, (3, 21, 30, 145)[i % 4]), config, seed=i, top_logprobs=0))
-    check(engine, model, requests)
+    check(engine, model, random_requests(options))
     stats = engine.stats()
     assert stats.free_blocks == stats.blocks == 8
     assert stats.running == stats.waiting == 0
@@ -325,3 +335,66 @@ def test_log_probabilities_of_the_prompt_are_those_of_the_model(engine, model):
         np.testing.assert_allclose(entry.logprob, want[i, prompt[i + 1]], atol=1e-4)
         np.testing.assert_allclose([v for _, v in entry.top], np.sort(want[i])[::-1][:3], atol=1e-4)
     assert other.prompt_logprobs is None
+
+
+@pytest.mark.slow
+def test_engine_on_a_mesh_gives_the_tokens_of_one_device(model):
+    """Blocks of 128 positions on each of two devices; the vocabulary is split over four."""
+    mesh = make_mesh({"expert": 2, "tensor": 2}, jax.devices()[:4])
+    on_mesh = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", mesh, dtype="float32")
+    with Engine(on_mesh, max_rows=6, cache_gb=1, prefill_budget=128, warm_up=False) as engine:
+        check(engine, model, random_requests(OPTIONS[:4], lengths=(3, 21, 145, 300)))
+        assert engine.limits.block == 256
+        generation = engine.submit(Request(prompt_of(3, 300), GenerationConfig(max_new_tokens=3, eos_token_id=400)))
+        list(generation)
+        assert generation.cached_tokens == 256
+    data = make_mesh({"data": 2}, jax.devices()[:2])
+    with pytest.raises(GenerationError, match="the engine runs on the axes expert and tensor"):
+        Engine(DbrxForCausalLM.from_pretrained(GOLDEN / "fused", data, dtype="float32"))
+
+
+@pytest.mark.slow
+def test_random_arrivals_cancels_and_evictions_leave_every_answer_right(model):
+    """300 requests of random lengths and options from four threads, a third of them cancelled, in 8 blocks."""
+    rng = np.random.default_rng(0)
+    configs = [
+        GenerationConfig(max_new_tokens=40, eos_token_id=[400, 7, 90]),
+        GenerationConfig(max_new_tokens=150, eos_token_id=400, do_sample=True, top_p=0.9),
+        GenerationConfig(max_new_tokens=25, eos_token_id=400, repetition_penalty=1.4),
+    ]
+    prompts = [prompt_of(1000 + i, int(length)) for i, length in enumerate(rng.integers(1, 250, 25))]
+    plans = [(int(rng.integers(25)), int(rng.integers(3)), rng.random() < 0.34, rng.random()) for _ in range(300)]
+    answers, errors = {}, []
+    with make_engine(model, max_waiting=400) as engine:
+
+        def work(numbers):
+            for number in numbers:
+                prompt, config, is_cancelled, delay = plans[number]
+                generation = engine.submit(Request(prompts[prompt], configs[config], seed=prompt))
+                tokens = []
+                time.sleep(0.02 * delay)
+                for chunk in generation:
+                    tokens += chunk.tokens
+                    if is_cancelled and len(tokens) > 30 * delay:
+                        generation.cancel()
+                if is_cancelled:
+                    continue
+                known = answers.setdefault((prompt, config), tokens)
+                if known != tokens:
+                    errors.append((number, known, tokens))
+
+        threads = [threading.Thread(target=work, args=(range(i, 300, 12),)) for i in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stats = engine.stats()
+    assert not errors
+    assert stats.free_blocks == stats.blocks
+    assert stats.preemptions > 0
+    assert stats.prefix_hits > 0
+    assert len(answers) > 50
+    for number, config in enumerate(configs):
+        chosen = [prompt for prompt, c in answers if c == number]
+        out = [alone(model, prompts[prompt], config, prompt)[0][0] for prompt in chosen]
+        assert out == [answers[prompt, number] for prompt in chosen]
