@@ -1,14 +1,17 @@
 """Fixtures of the tests of the engine: a small model with a tokenizer, and an engine that compiles as it goes."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import tiktoken_ext
+from flax import nnx
 
-from dbrx_jax import DbrxForCausalLM, DbrxTokenizer
+from dbrx_jax import DbrxConfig, DbrxForCausalLM, DbrxTokenizer
 from dbrx_jax.demo import source_folder
 from dbrx_jax.engine.constraints import Constraints
 from dbrx_jax.engine.engine import Engine
+from dbrx_jax.generation_config import GenerationConfig
 
 CL100K = next(p for d in tiktoken_ext.__path__ if (p := Path(d) / "data" / "cl100k_base.tiktoken").exists())
 
@@ -34,9 +37,11 @@ def model(models):
 
 @pytest.fixture(scope="package")
 def demo():
-    """The demo in float32, and its tokenizer."""
-    path = source_folder()
-    return DbrxForCausalLM.from_pretrained(path, dtype="float32"), DbrxTokenizer.from_pretrained(path)
+    """A random model of one layer with the sizes of the demo, which compiles quickly, and the demo's tokenizer."""
+    config = dataclasses.replace(DbrxConfig.from_file(source_folder()), n_layers=1)
+    model = DbrxForCausalLM(config, rngs=nnx.Rngs(5), dtype="float32")
+    model.generation_config = GenerationConfig(eos_token_id=(2550, 2553))
+    return model, DbrxTokenizer.from_pretrained(source_folder())
 
 
 @pytest.fixture(scope="package")

@@ -75,8 +75,14 @@ def check(engine, model, requests):
 OPTIONS = [
     {},
     {"do_sample": True, "top_k": 5, "temperature": 0.7, "num_return_sequences": 2},
-    {"repetition_penalty": 1.7, "frequency_penalty": 1.5, "min_new_tokens": 3, "eos_token_id": [3, 80, 120, 250]},
-    {"logit_bias": {7: 4.0, 11: -50.0}, "bad_words_ids": [[330], [247, 198, 4], [9, 2]]},
+    {
+        "repetition_penalty": 1.7,
+        "frequency_penalty": 1.5,
+        "min_new_tokens": 3,
+        "eos_token_id": [3, 80, 120, 250],
+        "logit_bias": {7: 4.0, 11: -50.0},
+        "bad_words_ids": [[330], [247, 198, 4], [9, 2]],
+    },  # fmt: skip
     {"do_sample": True, "temperature": 0.7},
     {"do_sample": True, "top_p": 0.8, "min_p": 0.01},
     {"do_sample": True, "typical_p": 0.7},
@@ -95,7 +101,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", [OPTIONS[:4], pytest.param(OPTIONS[4:], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [OPTIONS[:3], pytest.param(OPTIONS[3:], marks=pytest.mark.slow)])
 def test_rows_with_different_options_get_what_generate_gives_them(engine, model, options):
     """All at once, in few rows and blocks, with prompts of one to three chunks."""
     check(engine, model, random_requests(options))
@@ -277,7 +283,9 @@ def test_constrained_rows_follow_their_schema_beside_free_ones(demo, demo_engine
     model, tokenizer = demo
     eos = model.generation_config.eos_token_id
     constraints = Constraints(tokenizer, model.config.vocab_size, eos)
-    schema = constraints.json_schema({"type": "object", "properties": {"a": {"enum": ["x", "yes"]}}, "required": ["a"]})
+    properties = {"a": {"enum": ["x", "yes"]}}
+    schema = {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": False}
+    schema = constraints.json_schema(schema)
     digits = constraints.regex("[0-9]{3}-[a-c]{2}")
     prompt = tokenizer.encode("A list is")
     config = model.generation_config.replace({"max_new_tokens": 24})
@@ -343,7 +351,7 @@ def test_engine_on_a_mesh_gives_the_tokens_of_one_device(model):
     mesh = make_mesh({"expert": 2, "tensor": 2}, jax.devices()[:4])
     on_mesh = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", mesh, dtype="float32")
     with Engine(on_mesh, max_rows=6, cache_gb=1, prefill_budget=128, warm_up=False) as engine:
-        check(engine, model, random_requests(OPTIONS[:4], lengths=(3, 21, 145, 300)))
+        check(engine, model, random_requests(OPTIONS[:3], lengths=(3, 21, 145, 300)))
         assert engine.limits.block == 256
         generation = engine.submit(Request(prompt_of(3, 300), GenerationConfig(max_new_tokens=3, eos_token_id=400)))
         list(generation)
