@@ -82,7 +82,7 @@ OPTIONS = [
         "eos_token_id": [3, 80, 120, 250],
         "logit_bias": {7: 4.0, 11: -50.0},
         "bad_words_ids": [[330], [247, 198, 4], [9, 2]],
-    },  # fmt: skip
+    },
     {"do_sample": True, "temperature": 0.7},
     {"do_sample": True, "top_p": 0.8, "min_p": 0.01},
     {"do_sample": True, "typical_p": 0.7},
