@@ -166,9 +166,9 @@ class Matcher:
         mask, token = self.mask(), int(token)
         if not (0 <= token < 32 * len(mask) and mask[token // 32] >> (token % 32) & 1):
             raise GenerationError(f"the constraint does not allow token {token} after {self._num_tokens} tokens")
+        self._mask = None
         self._matcher.consume_token(token)
         self._check()
-        self._mask = None
         self._num_tokens += 1
 
     def follow(self, tokens: Sequence[int]) -> bool:
@@ -180,15 +180,15 @@ class Matcher:
           GenerationError: as :meth:`accept`.
         """
         for token in tokens:
-            if self._matcher.is_stopped():
+            if self.is_finished:
                 return True
             self.accept(token)
         return self.is_finished
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing but the end may come."""
-        return self._matcher.is_stopped() or not (self.mask() & self._no_end).any()
+        """True if nothing but the end may come; raises as :meth:`mask` does."""
+        return not (self.mask() & self._no_end).any()
 
     def copy(self) -> "Matcher":
         """Returns a matcher of the same text, which goes on independently."""

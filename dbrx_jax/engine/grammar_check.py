@@ -44,10 +44,8 @@ def error_of(matcher: "LLMatcher") -> str:
         return "no text matches"
     if "limits." in text:  # advice for the program that calls the library
         return "is too complex"
-    text = text.split(" 1 | start:")[0].split("regex parse error: ")[
-        -1
-    ]  # where the library's own text quotes the regex
-    return text.split(" error: ")[-1][:MAX_REASON]
+    # The library quotes an invalid regular expression before and after what is wrong with it.
+    return text.split(" 1 | start:")[0].split(" error: ")[-1][:MAX_REASON]
 
 
 class _Bytes:

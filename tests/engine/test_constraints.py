@@ -60,7 +60,17 @@ PATTERNS = [
     r"/\*[^*]{0,9}\*/\n",
     r"",
 ]
-CHOICES = ["yes", "yes, of course", "naïve", "日本語", "🙂🙃", "<|im_end|>", 'a "b"\\ / [c]\n', "x y\tz"]
+CHOICES = [
+    "yes",
+    "yes, of course",
+    "naïve",
+    "日本語",
+    "🙂🙃",
+    "<|im_end|>",
+    "<|im_start|>",
+    'a "b"\\ / [c]\n',
+    "x y\tz",
+]
 CLOSING = rb'^["}\]n]|[}\]]$'
 
 
@@ -170,7 +180,7 @@ class TestMask:
         for count, token in enumerate([*tokens, 2553]):
             if count < 8 or count >= len(tokens):
                 allowed = set(allowed_tokens(matcher.mask()).tolist())
-                for other in {*range(2560), -1, 2560, 1 << 20} - allowed:
+                for other in {*range(-9, 2560), 2560, 1 << 20} - allowed:
                     with pytest.raises(GenerationError, match=f"token {other} after {count} tokens"):
                         matcher.accept(other)
             matcher.accept(token)
@@ -241,6 +251,9 @@ class TestSharing:
         demo_constraints[1].json_schema(schema)
 
 
+MULTIPLE = {"type": "integer", "multipleOf": 999983}  # takes six seconds and 400 MB
+
+
 def references(count, **more):
     """Returns a schema that follows a chain of references."""
     chain = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}, **more} for i in range(count)}
@@ -268,9 +281,9 @@ BAD_SCHEMAS = {
     "huge": ({"enum": list(range(20000))}, "longer than 65536 characters"),
     "deep": (nested(200), "recursion limit"),
     "very deep": (nested(7000), "recursion depth"),
-    "chain": (references(1200), r"more than 1 second, 128 MiB of memory or 1 MiB of stack .signal \d+.$"),
+    "chain": (references(250), r"more than 1 second, 128 MiB of memory or 1 MiB of stack .signal \d+.$"),
     "sum of choices": ({"allOf": [{"anyOf": [{"minimum": i + j} for j in range(4)]} for i in range(14)]}, "too large"),
-    "multiple": ({"type": "integer", "multipleOf": 999983}, "is too complex"),
+    "multiple": (MULTIPLE, "is too complex: "),
 }
 BAD_PATTERNS = {
     "syntax": ("(a", "regex: unclosed group$"),
@@ -281,7 +294,7 @@ BAD_PATTERNS = {
     "surrogate": ("\udc00", "half of a surrogate pair"),
     "deep": ("(" * 20000 + "a" + ")" * 20000, "nested parentheses"),
     "long": ("a" * 70000, "longer than 65536"),
-    "memory": (r"\pL?" * 9000, "is too complex: to compile it takes more than"),
+    "optional": (r"\pL?" * 9000, "is too complex: to compile it takes more than"),
     "fuel": ("|".join(rf"\pL{{{i}}}x" for i in range(1, 4000)), "regex: is too complex$"),
 }
 
@@ -309,6 +322,11 @@ class TestErrors:
     def test_bad_choices_are_refused(self, demo_constraints, strings):
         self.check(lambda: demo_constraints[1].choice(strings), "^choice: ")
 
+    @pytest.mark.parametrize(("limit", "signal"), [("SECONDS", 6), ("MEMORY", 24)])
+    def test_time_and_memory_are_limited(self, demo_constraints, monkeypatch, limit, signal):
+        monkeypatch.setattr(module, limit, 1 << 30)  # so that the other limit is reached
+        self.check(lambda: demo_constraints[1].json_schema(MULTIPLE), rf"is too complex: .* .signal {signal}.$")
+
     def test_what_becomes_too_complex_ends_with_an_error(self, demo_constraints):
         tokenizer, constraints = demo_constraints
         matcher = constraints.regex("[xy]" + "(" * 9 + "a" + "{10})" * 9).matcher()
@@ -319,6 +337,7 @@ class TestErrors:
                 matcher.accept(allowed_tokens(matcher.mask())[0])
 
         self.check(go_on, r"the constraint failed after \d tokens: .*; simplify it")
+        self.check(matcher.mask, "the constraint failed")
 
     def test_options_in_a_schema_do_not_apply(self, demo_constraints):
         with pytest.raises(GenerationError, match="Unimplemented keys"):
