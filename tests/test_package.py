@@ -23,6 +23,7 @@ import dbrx_jax
 from jax._src import xla_bridge
 new = {m.split(".")[0] for m in set(sys.modules) - before}
 heavy = {"orbax", "torch", "tokenizers", "tyro", "matplotlib", "optax", "rich", "safetensors", "transformers"}
+heavy |= {"llguidance", "fastapi"}
 others = [m for m in set(sys.modules) - before if m.split(".")[0] != "dbrx_jax"]
 print(len(others), xla_bridge.backends_are_initialized(), sorted(new & heavy))
 """

@@ -203,6 +203,17 @@ class TestMask:
         with pytest.raises(GenerationError, match="does not allow"):
             matcher.accept(tokenizer.encode("a")[0])
 
+    def test_end_and_what_is_behind_it_is_ignored(self, demo_constraints):
+        tokenizer, constraints = demo_constraints
+        a, b = (tokenizer.encode(c)[0] for c in "ab")
+        assert constraints.regex("a[bc]").matcher().follow([a, b, 2553, a])
+        assert constraints.regex("a*").matcher().follow([a, 2553, b])
+        matcher = constraints.regex("a*").matcher()
+        assert not matcher.follow([a, a])
+        assert allowed_tokens(matcher.mask())[0] == a
+        with pytest.raises(GenerationError, match="does not allow"):
+            matcher.follow([b])
+
     def test_finished_without_the_end(self, demo_constraints):
         tokenizer, constraints = demo_constraints
         matcher = constraints.regex("ab?").matcher()
@@ -304,7 +315,7 @@ class TestErrors:
         begin = time.perf_counter()
         with pytest.raises(GenerationError, match=message) as info:
             compile_it()
-        assert time.perf_counter() - begin < 8  # a second of the processor, which may be shared
+        assert time.perf_counter() - begin < 20  # a second of the processor, which others may use too
         assert "\n" not in str(info.value)
         assert len(str(info.value)) < 400
 
