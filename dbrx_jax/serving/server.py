@@ -1,6 +1,7 @@
 """Runs the application on a socket until a signal, or the engine's end."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -101,6 +102,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to drain; called by a signal."""
         if self._state.draining and sig == signal.SIGINT:
+            with contextlib.suppress(OSError):
+                os.write(2, b"dbrx-jax: interrupted\n")  # print would fail if it was interrupted itself
             os._exit(INTERRUPTED)  # the engine's thread may be in the middle of a step
         self._state.draining = True
 
@@ -113,7 +116,8 @@ class _Server(uvicorn.Server):
             self._fail()
             return
         if state.in_flight:
-            print_status(f"Requests have {self._drain_seconds:g} seconds to end; running: {state.in_flight}")
+            seconds = f"{self._drain_seconds:g} seconds"
+            print_status(f"Requests have {seconds} to end; running: {state.in_flight}; Ctrl-C ends them now")
         deadline = time.monotonic() + self._drain_seconds
         while state.in_flight and time.monotonic() < deadline and state.engine.error is None:
             await asyncio.sleep(TICK)

@@ -59,7 +59,7 @@ def test_requests_that_run_end_and_new_ones_are_refused(number):
         assert events[-1] == "data: [DONE]"
         assert len(events) == 60
         assert process.wait(10) == 0
-        assert process.stderr.read() == "Requests have 10 seconds to end; running: 1\n"
+        assert process.stderr.read() == "Requests have 10 seconds to end; running: 1; Ctrl-C ends them now\n"
 
 
 def test_idle_server_ends_at_once():
@@ -92,6 +92,7 @@ def test_second_interrupt_ends_at_once():
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
+        assert process.stderr.read().splitlines()[-1] == "dbrx-jax: interrupted"
         assert time.monotonic() - begin < 5
         with pytest.raises(httpx2.TransportError):
             list(lines)
