@@ -341,9 +341,9 @@ def test_engine_on_a_mesh_gives_the_tokens_of_one_device(model):
     mesh = make_mesh({"expert": 2, "tensor": 2}, jax.devices()[:4])
     on_mesh = DbrxForCausalLM.from_pretrained(GOLDEN / "fused", mesh, dtype="float32")
     with Engine(on_mesh, max_rows=6, cache_gb=1, prefill_budget=128, warm_up=False) as engine:
-        check(engine, model, random_requests(OPTIONS[:3], lengths=(3, 21, 145, 300)))
+        check(engine, model, random_requests(OPTIONS[:3], lengths=(3, 145, 300, 21)))
         assert engine.limits.block == 256
-        generation = engine.submit(Request(prompt_of(3, 300), GenerationConfig(max_new_tokens=3, eos_token_id=400)))
+        generation = engine.submit(Request(prompt_of(2, 300), GenerationConfig(max_new_tokens=3, eos_token_id=400)))
         list(generation)
         assert generation.cached_tokens == 256
     data = make_mesh({"data": 2}, jax.devices()[:2])
