@@ -48,7 +48,7 @@ def cases(kind: str) -> Iterator[Case]:
     yield from gradients(kind)
     if kind == "tpu":
         yield from experts(kind, ("fp8",))
-        yield cache_write()
+        yield from cache_writes()
 
 
 def experts(kind: str, weights: tuple[str, ...]) -> Iterator[Case]:
@@ -96,15 +96,19 @@ def gradients(kind: str) -> Iterator[Case]:
         yield Case(f"gradient, {M} x {C}, {P} rows", lambda a, b: gradient(a, b, jnp.full(E, P // E, jnp.int32)), rows)
 
 
-def cache_write() -> Case:
-    """Returns the call that writes a decode step's keys or values to a TPU's cache."""
-    from dbrx_jax.kernels.tpu import cache_write as tpu_cache_write
+def cache_writes() -> Iterator[Case]:
+    """Yields calls that write a decode step's keys or values, and their scales, to a TPU's cache."""
+    from dbrx_jax.kernels.tpu.cache_write import write_positions, write_scales
 
     G, K = tiles.CONFIG.kv_n_heads, tiles.CONFIG.head_dim
     indices = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2  # blocks, and positions in them
     blocks = 8 * POSITIONS // CACHE_BLOCK + 1
-    stored, new = (jax.ShapeDtypeStruct((*size, G, K), jnp.bfloat16) for size in ((blocks, CACHE_BLOCK), (8,)))
-    return Case("writing 8 positions", tpu_cache_write.write_positions, (stored, new, *indices))
+    for name, kernel, shapes in (
+        ("8 positions", write_positions, ((blocks, CACHE_BLOCK, G, K), (8, G, K))),
+        ("8 positions' scales", write_scales, ((blocks, G, CACHE_BLOCK), (8, G))),
+    ):
+        stored, new = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+        yield Case(f"writing {name}", kernel, (stored, new, *indices))
 
 
 def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:

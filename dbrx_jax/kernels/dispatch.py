@@ -101,10 +101,10 @@ def attention_kernels(platform: str) -> AttentionKernels | None:
     return None
 
 
-def cache_write_kernel(platform: str) -> Callable[..., Array] | None:
-    """Returns the kernel that writes a decode step to the cache in place, or None for XLA's scatter."""
+def cache_write_kernels(platform: str) -> ModuleType | None:
+    """Returns the module whose kernels write a decode step to the cache in place, or None for XLA's scatter."""
     if platform != "tpu" or kernel_backend(platform) is None:
         return None
-    from dbrx_jax.kernels.tpu.cache_write import write_positions
+    from dbrx_jax.kernels.tpu import cache_write
 
-    return write_positions
+    return cache_write

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int, Int8
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.kernels.cache_layout import is_stored_by_head
-from dbrx_jax.kernels.dispatch import cache_write_kernel
+from dbrx_jax.kernels.dispatch import cache_write_kernels
 from dbrx_jax.sharding.partition import BATCH_AXES, CONTEXT_AXIS, Partition
 
 CACHE_BLOCK = 128  # positions
@@ -201,7 +201,10 @@ def _as_stored(new: Array, stored: Array) -> Array:
 
 
 def _write_chunk(cache, new, valid, positions, table, context_shard, platform):
-    """Writes consecutive tokens in pieces of one block each; pieces of padding go to the spare block, as zeros."""
+    """Writes consecutive tokens in pieces of one block each; pieces of padding go to the spare block, as zeros.
+
+    The loop carries the stored layout: around a loop over another view of it, XLA for TPUs copies the whole pools.
+    """
     shard, num_shards = context_shard
     R, T = positions.shape
     local_tokens, block_size = T // num_shards, cache.key.shape[2]
@@ -218,13 +221,14 @@ def _write_chunk(cache, new, valid, positions, table, context_shard, platform):
             rest = new.shape[2:]
             shards = new.reshape(R, pieces, size, num_shards, *rest)
             start = (row, piece, 0, shard, *[0] * len(rest))
-            local = lax.dynamic_slice(shards, start, (1, 1, size, 1, *rest)).reshape(1, size, *rest).swapaxes(1, 2)
-            index = (block, 0, first % block_size, 0)[: pool.ndim]
-            return lax.dynamic_update_slice(pool, local, index)
+            local = lax.dynamic_slice(shards, start, (1, 1, size, 1, *rest)).reshape(1, size, *rest)
+            if platform == "tpu":
+                return lax.dynamic_update_slice(pool, local, (block, first % block_size, 0, 0)[: pool.ndim])
+            return lax.dynamic_update_slice(pool, local.swapaxes(1, 2), (block, 0, first % block_size, 0)[: pool.ndim])
 
         return jax.tree.map(put, cache, new)
 
-    return lax.fori_loop(0, R * pieces, write, cache)
+    return swap_layout(lax.fori_loop(0, R * pieces, write, swap_layout(cache, platform)), platform)
 
 
 def _write_tokens(cache, new, valid, positions, table, context_shard, platform):
@@ -237,15 +241,18 @@ def _write_tokens(cache, new, valid, positions, table, context_shard, platform):
     offsets = jnp.where(is_local, local % block_size, block_size)
     heads = cache.key.shape[1]
     by_head = platform == "tpu" and is_stored_by_head(heads, cache.key.dtype)
-    kernel = cache_write_kernel(platform) if not by_head else None
+    kernels = cache_write_kernels(platform)
 
     def write(pool: Array, new: Array) -> Array:
+        if kernels is not None and pool.ndim == 3 and positions.shape[1] == 1:
+            return kernels.write_scales(pool, new[:, 0], blocks[:, 0], offsets[:, 0])
         if by_head:  # to scatter all heads of a position at once, XLA would transpose the whole cache
             index = (blocks[..., None], jnp.arange(heads), offsets[..., None])
             return pool.at[index].set(new, unique_indices=True, mode="drop")
-        if kernel is not None and pool.ndim == 4:
+        if kernels is not None and pool.ndim == 4:
             rows = new.reshape(-1, *new.shape[2:])
-            return kernel(pool.swapaxes(1, 2), rows, blocks.reshape(-1), offsets.reshape(-1)).swapaxes(1, 2)
+            stored = kernels.write_positions(pool.swapaxes(1, 2), rows, blocks.reshape(-1), offsets.reshape(-1))
+            return stored.swapaxes(1, 2)
         return pool.at[blocks, :, offsets].set(new, unique_indices=True, mode="drop")
 
     return jax.tree.map(write, cache, new)

@@ -78,7 +78,7 @@ def dtype_for(cache_dtype):
     return "float32" if cache_dtype == "float32" else "bfloat16"
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(st.sampled_from(["float32", "bfloat16", "int8"]), st.sampled_from([1, 3, 8]), st.integers(0, 99), st.data())
 def test_decode_attention_matches_reference(cache_dtype, rows, seed, data):
     width, stride = data.draw(st.sampled_from([1, 3, 6])), data.draw(st.integers(1, 4))
@@ -89,7 +89,7 @@ def test_decode_attention_matches_reference(cache_dtype, rows, seed, data):
     check(dtype_for(cache_dtype), cache_dtype, starts, 1, width, (offset, stride), seed)
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(st.sampled_from(["float32", "bfloat16", "int8"]), st.integers(1, 3), st.integers(0, 99), st.data())
 def test_chunk_attention_matches_reference(cache_dtype, stride, seed, data):
     tokens, width = data.draw(st.sampled_from([32, 96, 256])), 5
@@ -104,12 +104,10 @@ def test_rows_of_very_different_lengths_match_reference():
         check("bfloat16", "bfloat16", [0, 2 * 7 * P - 1, 700, 0, 0, 2 * P, 1, 1200], 1, 7, (shard, 2))
 
 
-@pytest.mark.parametrize("tokens", [512, 1024])
-def test_blocks_that_a_tile_leaves_to_the_next_are_right(tokens):
+def test_blocks_that_a_tile_leaves_to_the_next_are_right():
     """The tiles of a chunk at the start see few blocks; those at 3 blocks pass the size of a group."""
-    for start in (0, 3 * P):
-        check("float32", "float32", [start, 5], tokens, start // P + tokens // P + 1, seed=start)
-        check("bfloat16", "int8", [start], tokens, start // P + tokens // P, (1, 3))
+    check("float32", "float32", [0, 3 * P], 512, 7)
+    check("bfloat16", "int8", [0], 1024, 5, (1, 3))
 
 
 @pytest.mark.parametrize("tokens", [1, 32])
@@ -121,18 +119,17 @@ def test_rows_can_share_blocks(tokens):
     check("float32", "float32", [500, 400, 470], tokens, 5, share=share)
 
 
-@pytest.mark.parametrize("tokens", [1, 128])
-@pytest.mark.parametrize(
-    ("cache_dtype", "heads"), [("bfloat16", 1), ("bfloat16", 8), ("int8", 1), ("int8", 2), ("int8", 4), ("int8", 8)]
-)
+@pytest.mark.parametrize("tokens", [1, 32])
+@pytest.mark.parametrize(("cache_dtype", "heads"), [("bfloat16", 1), ("bfloat16", 8), ("int8", 2), ("int8", 8)])
 def test_cache_attention_supports_all_memory_layouts(cache_dtype, heads, tokens):
     """The heads are outside the positions where they are few, and inside otherwise."""
     check("bfloat16", cache_dtype, [130], tokens, 3, heads=heads)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize("tokens", [1, 32])
-@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("cache_dtype", "tokens", "heads"),
+    [("bfloat16", 1, 1), ("bfloat16", 1, 2), ("bfloat16", 32, 2), ("int8", 1, 4), ("int8", 32, 4)],
+)
 def test_stale_positions_behind_the_last_do_not_change_a_row(cache_dtype, tokens, heads):
     """A block's former owner may have left NaN behind the last position of the row."""
     query = jnp.asarray(random(0, 1, tokens, H // G * heads, K), jnp.bfloat16)

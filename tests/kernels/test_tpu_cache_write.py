@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from dbrx_jax.kernels.tpu.cache_write import write_positions
+from dbrx_jax.kernels.tpu.cache_write import write_positions, write_scales
 from dbrx_jax.model.cache import LayerCache, swap_layout, write_cache
 
 
@@ -19,6 +19,17 @@ def test_write_positions_skips_positions_out_of_range(dtype):
     want[1, 0], want[2, 5] = new[0], new[2]
     with pltpu.force_tpu_interpret_mode():
         out = jax.jit(write_positions)(jnp.asarray(cache, dtype), jnp.asarray(new, dtype), rows, positions)
+    np.testing.assert_array_equal(np.asarray(out, np.int64), want)
+
+
+def test_write_scales_changes_one_position_of_a_block():
+    rng = np.random.default_rng(0)
+    pool, new = rng.integers(-9, 9, (5, 2, 128)), rng.integers(-9, 9, (3, 2))
+    blocks, offsets = np.array([1, 4, 2]), np.array([0, 128, 77])  # the second position is on another device
+    want = pool.copy()
+    want[1, :, 0], want[2, :, 77] = new[0], new[2]
+    with pltpu.force_tpu_interpret_mode():
+        out = jax.jit(write_scales)(jnp.asarray(pool, jnp.bfloat16), jnp.asarray(new, jnp.bfloat16), blocks, offsets)
     np.testing.assert_array_equal(np.asarray(out, np.int64), want)
 
 

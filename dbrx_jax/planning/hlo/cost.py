@@ -29,8 +29,8 @@ _UPDATES = name_set("dynamic-update-slice scatter")
 _KNOWN = _ELEMENTWISE | _READ_ALL | _PROPORTIONAL | _SLICES | _UPDATES
 _SOURCES = name_set("parameter constant iota partition-id replica-id")
 _FREE_TARGETS = name_set("ConcatBitcast AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone")
-# A kernel of kernels/tpu/cache_write.py that writes its third operand into its fourth, whose buffer is the result's.
-_IN_PLACE_KERNEL = "/write_positions/"
+# Kernels of kernels/tpu/cache_write.py that write their third operand into their fourth, whose buffer is the result's.
+_IN_PLACE_KERNELS = ("/write_positions/", "/write_scales/")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def cost(scope: Scope, instr: Instruction) -> Cost:
     dones = users.get(instr.name, ())
     if instr.opcode == "copy-start" and not any(done.is_root or done.name in users for done in dones):
         return free  # prefetches a parameter for the next execution, whose first copy is counted at the start
-    if instr.opcode == "custom-call" and _IN_PLACE_KERNEL in instr.op_name:
+    if instr.opcode == "custom-call" and any(name in instr.op_name for name in _IN_PLACE_KERNELS):
         num_bytes = sum(leaf.bytes for leaf in leaves(instructions[instr.operands[2]].type))
         return Cost(num_bytes, [num_bytes])
     elements, written = _accesses(scope, instr)
