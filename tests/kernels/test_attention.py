@@ -115,6 +115,22 @@ def test_write_cache_stores_every_valid_position_in_any_layout(int8, tokens, mon
                 np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_chunk_shorter_than_a_block_is_written_inside_it(platform):
+    """Positions 48 to 63 are local positions 24 to 31 of either shard, in the row's second block of 16."""
+    new, scale = jnp.asarray(random(0, 1, 16, G, K)), 1 / 127
+    cache = LayerCache(*[jnp.zeros((4, G, 16, K), jnp.int8)] * 2, *[jnp.zeros((4, G, 16), jnp.bfloat16)] * 2)
+    positions, valid = jnp.arange(48, 64)[None], jnp.ones((1, 16), bool)
+    got = write_cache(cache, new, new, valid, positions, jnp.array([[1, 3]]), (1, 2), platform)
+    written = np.zeros((4, 16), bool)
+    written[3, 8:] = True
+    for pool, axes in ((got.key, (1, 3)), (got.value_scale, 1)):
+        np.testing.assert_array_equal(np.asarray(pool).any(axis=axes), written)
+    exact = np.asarray(new)[0, 1::2].swapaxes(0, 1)
+    restored = np.float32(got.key)[3, :, 8:] * np.float32(got.key_scale)[3, :, 8:, None]
+    np.testing.assert_allclose(restored, exact, atol=1.5 * scale * np.abs(exact).max())
+
+
 def test_pieces_of_padding_are_written_to_the_spare_block_as_zeros():
     new = jnp.asarray(random(0, 2, 32, G, K))
     cache = LayerCache(*[jnp.full((5, G, 16, K), 9, jnp.float32)] * 2)

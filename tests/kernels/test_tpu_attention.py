@@ -110,6 +110,11 @@ def test_blocks_that_a_tile_leaves_to_the_next_are_right():
     check("bfloat16", "int8", [0], 1024, 5, (1, 3))
 
 
+def test_padding_may_be_past_the_table():
+    """Queries from position 256 on see what the table has; a second row's blocks are next to it in memory."""
+    check("float32", "float32", [0, 10], 384, 2)
+
+
 @pytest.mark.parametrize("tokens", [1, 32])
 def test_rows_can_share_blocks(tokens):
     def share(table):

@@ -79,14 +79,17 @@ class _Rows(NamedTuple):
         row, tile = lax.div(step, self.sizes.num_tiles), lax.rem(step, self.sizes.num_tiles)
         return self.starts[row] + (tile + 1) * self.sizes.tile - 1
 
+    @property
+    def width(self) -> int:
+        return self.table.shape[0] // self.starts.shape[0]
+
     def num_blocks(self, step: Array) -> Array:
-        """Returns the number of blocks that the step's queries see, which may be 0."""
+        """Returns the number of blocks that the step's queries see, which may be 0; padding may be past the table."""
         block = LANES * self.sizes.stride
-        return lax.div(self.last_query(step) - self.offset[0] + block, block)
+        return jnp.minimum(lax.div(self.last_query(step) - self.offset[0] + block, block), self.width)
 
     def block(self, step: Array, index: Array) -> Array:
-        width = self.table.shape[0] // self.starts.shape[0]
-        return self.table[lax.div(step, self.sizes.num_tiles) * width + index]
+        return self.table[lax.div(step, self.sizes.num_tiles) * self.width + index]
 
 
 class _Place(NamedTuple):
@@ -190,7 +193,7 @@ def cache_attention(
     """Attends from positions starts[r] … starts[r] + T - 1 of row r to the positions up to each query's.
 
     Args:
-      table: the numbers of each row's blocks.
+      table: the numbers of each row's blocks. It is in SMEM, which has 1 MiB.
       context_shard: (x, X) if local position i is position i X + x.
       scales: scales of the keys and of the values of an int8 cache.
 
