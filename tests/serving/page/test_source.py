@@ -1,11 +1,10 @@
 """Tests of the chat page's text, which need no browser."""
 
 import re
-from importlib import resources
 
 import pytest
 
-HTML = resources.files("dbrx_jax.serving").joinpath("page/index.html").read_text(encoding="utf-8")
+from tests.serving.page.stub import HTML
 
 
 def test_one_script_and_one_style_without_attributes():
