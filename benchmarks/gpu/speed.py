@@ -111,7 +111,7 @@ def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     latest = [empty_cache(config, partition, width + 1, jnp.dtype(jnp.bfloat16))]
 
     def run() -> None:
-        cache, x = prefill_chunk(model_state, latest.pop(), table, tokens, spans)
+        cache, x, _ = prefill_chunk(model_state, latest.pop(), table, tokens, spans)
         latest.append(cache)
         jax.block_until_ready((cache, x))
 

@@ -1,5 +1,6 @@
 """Engine: continuous batching of requests over one paged cache, in a thread of its own."""
 
+import dataclasses
 import logging
 import secrets
 import threading
@@ -13,10 +14,12 @@ from dbrx_jax.engine.compilations import count_compilations
 from dbrx_jax.engine.device import Device, PromptScores, Results
 from dbrx_jax.engine.generation import Generation
 from dbrx_jax.engine.memory import blocks_for
+from dbrx_jax.engine.programs import Programs
 from dbrx_jax.engine.request import FinishReason, Request
 from dbrx_jax.engine.rows import Job, Row, RowText, make_chunk, token_logprobs
 from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler
 from dbrx_jax.engine.slots import make_row
+from dbrx_jax.engine.warm_up import compile_programs, measure_budgets
 from dbrx_jax.errors import EngineClosedError, GenerationError, NotFiniteError, QueueFullError, RequestTimeoutError
 from dbrx_jax.generation.prompts import new_token_limit
 from dbrx_jax.generation.sampling import row_keys
@@ -58,7 +61,8 @@ class Engine:
       cache_dtype: "int8" halves a bfloat16 cache; None is the model's.
       max_waiting: requests that wait.
       max_length: most tokens of prompt and completion; None is the model's limit.
-      prefill_budget: most prompt tokens that one step computes; None is the longest chunk.
+      prefill_budget: most prompt tokens that one step computes. By default the longest chunk if no row runs, else the
+        most with which a step takes at most 4 times as long as without, as measured during warm-up.
       top_logprobs: most probable tokens that a request may ask for with each new one.
       batch_invariant: a request's tokens are bit for bit those that it gets alone.
       warm_up: compile all programs now, rather than when they are needed first.
@@ -102,15 +106,28 @@ class Engine:
         )
         dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         num_blocks = blocks_for(model, self.limits, dtype, cache_gb)
-        longest = self.limits.chunk_shapes[-1][1]
-        self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition, longest))
-        self._device = Device(model, self.limits, num_blocks, dtype, top_logprobs)
+        programs = Programs(
+            model,
+            num_blocks,
+            dtype,
+            slots=self.limits.max_rows,
+            positions=-(-self.limits.positions // self.limits.block) * self.limits.block,
+            steps=STEPS,
+            batch_invariant=batch_invariant,
+            top_logprobs=top_logprobs,
+        )
         self._top_logprobs = top_logprobs
         self._compilations = count_compilations()
         if warm_up:
             with announce("Compiling the engine's programs, once"):
-                self._device.warm_up()
+                compile_programs(model, programs, self.limits)
                 _row_key(0, 0)
+                if prefill_budget is None and not batch_invariant:
+                    budgets = measure_budgets(model, programs, self.limits)
+                    self.limits = dataclasses.replace(self.limits, budgets=budgets)
+        longest = self.limits.chunk_shapes[-1][1]
+        self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition, longest))
+        self._device = Device(programs, self.limits)
         self._compilations_before = self._compilations()
         self._condition = threading.Condition()
         self._incoming: list[Job] = []

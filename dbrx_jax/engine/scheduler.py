@@ -15,6 +15,8 @@ import numpy as np
 from dbrx_jax.engine.blocks import SPARE, BlockPool, block_hashes
 from dbrx_jax.engine.rows import Job, Row
 
+MAX_SEGMENTS = 16  # prompts of one chunk, and rows whose first tokens one program samples
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -27,6 +29,7 @@ class Limits:
       block: positions of a block of the cache.
       chunk_lengths: of prefill, ascending.
       prefill_budget: most tokens of a step's chunks.
+      budgets: the same beside the rows of each bucket; none if it does not depend on them.
       steps: most decode steps of one program.
       batch_invariant: bits of a row must not depend on others: prompts have chunks of their own.
     """
@@ -39,6 +42,12 @@ class Limits:
     prefill_budget: int
     steps: int
     batch_invariant: bool = False
+    budgets: tuple[int, ...] = ()
+
+    @property
+    def first_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows that programs which sample first tokens are compiled for."""
+        return (8 if self.batch_invariant else 1, MAX_SEGMENTS)
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
@@ -54,8 +63,14 @@ class Limits:
         """Numbers of prompts and lengths of the chunks that prefill programs are compiled for."""
         longest = max(self.chunk_lengths[0], min(self.prefill_budget, self.chunk_lengths[-1]))
         lengths = [n for n in self.chunk_lengths if n <= longest or self.batch_invariant]
-        counts = (1,) if self.batch_invariant else (1, 4, 16)
+        counts = (1,) if self.batch_invariant else (1, 4, MAX_SEGMENTS)
         return tuple((count, n) for n in lengths for count in counts if count == 1 or count * n <= longest)
+
+    def budget(self, num_rows: int) -> int:
+        """Returns the most tokens of a step's chunks beside a number of rows."""
+        if self.batch_invariant or not self.budgets or not num_rows:
+            return max(self.prefill_budget, self.chunk_shapes[-1][1])
+        return next(most for bucket, most in zip(self.row_buckets, self.budgets, strict=True) if bucket >= num_rows)
 
 
 class Prefill(NamedTuple):
@@ -259,28 +274,38 @@ class Scheduler:
 
     def _next_prefill(self) -> Prefill:
         """Returns the next chunks: of the row whose turn it is, with others that the same program can serve."""
+        budget = self.limits.budget(len(self.running))
         first = self.prefilling[0]
-        length = first.chunks[0][1]
-        most = max((n for n, t in self.limits.chunk_shapes if t == length), default=1)
+        length = self._chunk_length(first, budget)
+        counts = [n for n, t in self.limits.chunk_shapes if t == length and (n == 1 or n * t <= budget)]
         others = [] if first.job.is_scored else [r for r in list(self.prefilling)[1:] if self._fits(r, length)]
-        rows = [first, *others][:most]
-        num_rows = min(n for n, t in self.limits.chunk_shapes if t == length and n >= len(rows))
+        rows = [first, *others][: max(counts, default=1)]
+        num_rows = min((n for n in counts if n >= len(rows)), default=1)
         starts = [row.computed for row in rows]
-        counts = [min(length, len(row.sequence) - row.computed) for row in rows]
-        for row, count in zip(rows, counts, strict=True):
-            row.computed += count
-            row.chunks = [chunk for chunk in row.chunks if chunk[0] >= row.computed]
+        num_tokens = [min(length, len(row.sequence) - row.computed) for row in rows]
+        for row, number in zip(rows, num_tokens, strict=True):
+            row.computed += number
+            row.chunks = [(start, n) for start, n in row.chunks if start + n > row.computed]
             self.prefilling.remove(row)
             if not row.is_prefilled:
                 self.prefilling.append(row)
-        return Prefill(rows, starts, counts, (num_rows, length))
+        return Prefill(rows, starts, num_tokens, (num_rows, length))
+
+    def _chunk_length(self, row: Row, budget: int) -> int:
+        """Returns the length of a row's next chunk: that of its plan, or a part of it within the budget."""
+        planned = row.chunks[0][1]
+        lengths = [n for n in self.limits.chunk_lengths if n <= planned]
+        return max(n for n in lengths if n == lengths[0] or (n <= budget and self._is_aligned(row, n)))
+
+    def _is_aligned(self, row: Row, length: int) -> bool:
+        """Returns whether a chunk of this length may begin behind what is computed of a row."""
+        return row.computed % min(length, self.limits.block) == 0
 
     def _fits(self, row: Row, length: int) -> bool:
         """Returns whether a row's next chunk, or all that is left of its prompt, fits a chunk of this length."""
-        if row.job.is_scored:
+        if row.job.is_scored or not self._is_aligned(row, length):
             return False
-        is_aligned = row.computed % min(length, self.limits.block) == 0
-        return row.chunks[0][1] == length or (is_aligned and len(row.sequence) - row.computed <= length)
+        return row.chunks[0][1] >= length or len(row.sequence) - row.computed <= length
 
     def _start(self, step: Step) -> None:
         """Moves rows whose prompts are complete to those that run, with the other completions of their requests."""

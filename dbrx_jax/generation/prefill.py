@@ -47,8 +47,8 @@ def prefill_chunk(
     table: Int[ArrayLike, "R W"],
     tokens: Int[ArrayLike, "R T"],
     spans: Int[ArrayLike, "R 2"],
-) -> tuple[Cache, Float[Array, "R D"]]:
-    """Runs the model on a chunk of each of R prompts; returns the cache and the hidden states of the last tokens.
+) -> tuple[Cache, Float[Array, "R D"], Float[Array, "R T D"]]:
+    """Runs the model on a chunk of each of R prompts; returns the cache and hidden states of the last and all tokens.
 
     Args:
       table: the blocks of each row.
@@ -73,12 +73,12 @@ def _run_prefill_chunk(model_state, cache, table, tokens, spans):
         offsets = jnp.arange(tokens.shape[1])[None]
         x, cache = model.forward_with_cache(tokens, offsets < num_tokens, start + offsets, cache, table)
         last = jnp.maximum(num_tokens - 1, 0)[..., None]
-        return cache, jnp.take_along_axis(x, last, axis=1)[:, 0]
+        return cache, jnp.take_along_axis(x, last, axis=1)[:, 0], x
 
     cache_spec = cache_specs(model.config, partition, is_int8(cache))
     matrix = partition.array_spec(BATCH_AXES, None)
     in_specs = (model_state.specs(), cache_spec, matrix, matrix, matrix)
-    run = partition.shard_map(run, in_specs, (cache_spec, matrix))
+    run = partition.shard_map(run, in_specs, (cache_spec, matrix, partition.array_spec(BATCH_AXES, None, None)))
     return run(model_state, cache, table, tokens, spans)
 
 
@@ -152,7 +152,7 @@ def prefill(
                 tokens = np.stack([np.pad(part, (0, length - len(part))) for part in parts])
                 starts = [start if len(part) else 0 for part, (start, _) in zip(parts, chunks, strict=True)]
                 spans = np.array([[start, len(part)] for start, part in zip(starts, parts, strict=True)], np.int32)
-                cache, x = prefill_chunk(model_state, cache, chunk_tables, tokens, spans)
+                cache, x, _ = prefill_chunk(model_state, cache, chunk_tables, tokens, spans)
                 is_last = [
                     start + len(part) == len(ids) for start, part, (ids, _) in zip(starts, parts, prompts, strict=True)
                 ]
