@@ -49,6 +49,11 @@ class Serve(LoadOptions):
     """Memory of the key-value cache on each device, in GB; what is free by default."""
     max_waiting: Given[int] = None
     """Requests that may wait; more are refused with status 429."""
+    prefill_budget: Given[int] = None
+    """Prompt tokens that are computed between two tokens of other requests; by default as many as keep that time below
+    4 times what it takes without, as measured at the start."""
+    no_warmup: bool = False
+    """Compile each program when it is needed first, rather than all of them before the first request."""
     timeout: float = 600.0
     """Seconds after which a request ends with an error."""
     drain_seconds: float = 30.0
@@ -69,7 +74,7 @@ class Serve(LoadOptions):
         """Checks the options that need no file."""
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"--port: expected a number from 0 to 65535, got {self.port}")
-        above_zero = ("max_rows", "cache_gb", "max_waiting", "timeout")
+        above_zero = ("max_rows", "cache_gb", "max_waiting", "prefill_budget", "timeout")
         for name in above_zero:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -96,9 +101,10 @@ class Serve(LoadOptions):
     def _start_engine(self, model: "DbrxForCausalLM", checkpoint: Checkpoint) -> "Engine":
         from dbrx_jax.engine.engine import Engine
 
-        names = ("max_rows", "cache_gb", "max_waiting", "cache_dtype")
+        names = ("max_rows", "cache_gb", "max_waiting", "prefill_budget", "cache_dtype")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return Engine(model, checkpoint.tokenizer, batch_invariant=self.batch_invariant, **given)
+        options = {"batch_invariant": self.batch_invariant, "warm_up": not self.no_warmup}
+        return Engine(model, checkpoint.tokenizer, **options, **given)
 
     def _settings(
         self, checkpoint: Checkpoint, engine: "Engine", bound: socket.socket, keys: tuple[str, ...]

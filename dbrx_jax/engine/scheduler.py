@@ -204,7 +204,7 @@ class Scheduler:
         for other in rows[1:]:
             other.blocks = self.pool.allocate(num_blocks - num_full)
         row.num_recorded, row.computed = len(shared), len(shared) * limits.block
-        row.chunks = [(start + row.computed, n) for start, n in self._plan_chunks(len(sequence) - row.computed)]
+        row.chunks = self._plan(row)
         row.generated = len(sequence) - len(row.job.prompt)
         if not row.tokens:
             row.job.cached_tokens = row.computed
@@ -285,11 +285,18 @@ class Scheduler:
         num_tokens = [min(length, len(row.sequence) - row.computed) for row in rows]
         for row, number in zip(rows, num_tokens, strict=True):
             row.computed += number
-            row.chunks = [(start, n) for start, n in row.chunks if start + n > row.computed]
+            row.chunks = [(start, n) for start, n in row.chunks if start >= row.computed]
             self.prefilling.remove(row)
-            if not row.is_prefilled:
-                self.prefilling.append(row)
+            if row.is_prefilled:
+                continue
+            self.prefilling.append(row)
+            if not row.chunks or row.chunks[0][0] != row.computed:
+                row.chunks = self._plan(row)
         return Prefill(rows, starts, num_tokens, (num_rows, length))
+
+    def _plan(self, row: Row) -> list[tuple[int, int]]:
+        """Returns the chunks of what is left of a row."""
+        return [(start + row.computed, n) for start, n in self._plan_chunks(len(row.sequence) - row.computed)]
 
     def _chunk_length(self, row: Row, budget: int) -> int:
         """Returns the length of a row's next chunk: that of its plan, or a part of it within the budget."""

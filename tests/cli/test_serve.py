@@ -62,7 +62,7 @@ def test_demo(served):
         "16 requests may wait, up to 1,024 tokens and 600 s a request, no API keys"
     )
     assert (host, drain_seconds) == ("127.0.0.1", 30.0)
-    assert served.engines[0][1] == {"batch_invariant": False}
+    assert served.engines[0][1] == {"batch_invariant": False, "warm_up": True}
     settings = state.settings
     assert (settings.model_name, settings.max_model_len, settings.vocab_size) == ("dbrx-demo", 1024, 2560)
     assert (settings.cache_blocks, settings.cache_block, settings.max_n) == (40, 128, 8)
@@ -80,13 +80,14 @@ def test_options(served, source, tmp_path, monkeypatch):
     done = in_process(
         "dbrx-jax", "serve", source, "--port", 0, "--host", "0.0.0.0", "--api-key-file", keys, "--model-name", "org/m",
         "--max-rows", 3, "--cache-gb", 0.5, "--max-waiting", 7, "--timeout", 9, "--drain-seconds", 0,
-        "--batch-invariant", "--cache-dtype", "int8", "--allow-origin", "https://a.example, https://b.example",
+        "--batch-invariant", "--prefill-budget", 99, "--no-warmup", "--cache-dtype", "int8", "--allow-origin", "https://a.example, https://b.example",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     state, (host, _), drain_seconds = served.servers[0]
     assert (host, drain_seconds) == ("0.0.0.0", 0)
     assert served.engines[0][1] == {
-        "batch_invariant": True, "max_rows": 3, "cache_gb": 0.5, "max_waiting": 7, "cache_dtype": "int8"
+        "batch_invariant": True, "warm_up": False, "prefill_budget": 99, "max_rows": 3, "cache_gb": 0.5,
+        "max_waiting": 7, "cache_dtype": "int8",
     }  # fmt: skip
     settings = state.settings
     assert (settings.model_name, settings.max_model_len, settings.timeout) == ("org/m", 128, 9)

@@ -1,0 +1,96 @@
+"""Tests of the scheduler: the chunks of the prompts, without a model."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dbrx_jax.engine.request import Request
+from dbrx_jax.engine.rows import Job, Row
+from dbrx_jax.engine.scheduler import Limits, Scheduler
+from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.model.cache import prefill_chunks
+from dbrx_jax.sharding.partition import Partition
+
+LIMITS = Limits(
+    max_rows=9, max_waiting=5, positions=1920, block=128, chunk_lengths=(16, 128, 512), prefill_budget=512, steps=8
+)
+
+
+def make_scheduler(**changes):
+    limits = dataclasses.replace(LIMITS, **changes)
+    longest = limits.chunk_shapes[-1][1]
+    return Scheduler(limits, 100, lambda tokens: prefill_chunks(tokens, Partition(), longest))
+
+
+def add(scheduler, length, limit=20, copies=1):
+    prompt = np.random.default_rng(length).integers(0, 99, length).astype(np.int32)
+    job = Job(Request(prompt.tolist(), GenerationConfig()), prompt, limit, lambda chunk: None)
+    job.rows = [Row(job, i, None, None, sequence=prompt) for i in range(copies)]
+    scheduler.add(job)
+    return job.rows
+
+
+def chunks(scheduler, num_steps=100):
+    """Runs steps until no prompt is left; returns the first position, tokens and shape of each chunk."""
+    seen = []
+    for _ in range(num_steps):
+        step = scheduler.next_step(1, True)
+        if step.prefill is None:
+            return seen
+        seen.append((step.prefill.starts, step.prefill.counts, step.prefill.shape))
+        for row in (*step.decode, *(row for row, _ in step.started)):
+            row.pending = 0
+    raise AssertionError("prompts are left")
+
+
+def test_prompts_take_the_longest_chunks_while_no_row_runs():
+    scheduler = make_scheduler(budgets=(16, 128))
+    add(scheduler, 1100)
+    assert chunks(scheduler) == [([0], [512], (1, 512)), ([512], [512], (1, 512)), ([1024], [76], (1, 128))]
+
+
+@pytest.mark.parametrize(("num_running", "length"), [(1, 16), (2, 128), (8, 128)])
+def test_chunks_beside_rows_keep_within_their_budget(num_running, length):
+    scheduler = make_scheduler(budgets=(16, 128, 512))
+    add(scheduler, 9, limit=1000, copies=num_running)
+    scheduler.next_step(1, True)
+    assert len(scheduler.running) == num_running
+    add(scheduler, 300)
+    expected = [([start], [min(length, 300 - start)], (1, length)) for start in range(0, 300, length)]
+    assert chunks(scheduler) == expected
+
+
+def test_long_chunk_begins_at_a_block_after_short_ones():
+    """A prompt is cut in 16s while one row runs; when none does, 128s begin at the next block."""
+    scheduler = make_scheduler(budgets=(16, 512, 512))
+    (running,) = add(scheduler, 9, limit=1000)
+    scheduler.next_step(1, True)
+    add(scheduler, 600)
+    first = [scheduler.next_step(1, True).prefill.starts for _ in range(3)]
+    assert first == [[0], [16], [32]]
+    scheduler.finish(running)
+    lengths = [(starts[0], shape[1]) for starts, _, shape in chunks(scheduler)]
+    assert lengths == [*((n, 16) for n in range(48, 128, 16)), (128, 512)]
+
+
+def test_short_prompts_share_a_chunk_within_the_budget():
+    scheduler = make_scheduler(budgets=(16, 128, 512))
+    (running,) = add(scheduler, 9, limit=1000)
+    scheduler.next_step(1, True)
+    for length in (3, 14, 15, 7):
+        add(scheduler, length)
+    assert scheduler.next_step(1, True).prefill.shape == (1, 16)
+    scheduler.finish(running)
+    assert scheduler.next_step(1, True).prefill.counts == [14]  # beside the first of them, which runs now
+    scheduler.limits = dataclasses.replace(scheduler.limits, budgets=())
+    step = scheduler.next_step(1, True)
+    assert (step.prefill.counts, step.prefill.shape) == ([15, 7], (4, 16))
+
+
+def test_batch_invariant_chunks_do_not_depend_on_what_runs():
+    scheduler = make_scheduler(batch_invariant=True, budgets=(16, 16))
+    add(scheduler, 9, limit=1000)
+    scheduler.next_step(1, True)
+    add(scheduler, 530)
+    assert chunks(scheduler) == [([0], [512], (1, 512)), ([512], [18], (1, 128))]
