@@ -80,7 +80,8 @@ def test_options(served, source, tmp_path, monkeypatch):
     done = in_process(
         "dbrx-jax", "serve", source, "--port", 0, "--host", "0.0.0.0", "--api-key-file", keys, "--model-name", "org/m",
         "--max-rows", 3, "--cache-gb", 0.5, "--max-waiting", 7, "--timeout", 9, "--drain-seconds", 0,
-        "--batch-invariant", "--prefill-budget", 99, "--no-warmup", "--cache-dtype", "int8", "--allow-origin", "https://a.example, https://b.example",
+        "--batch-invariant", "--prefill-budget", 99, "--no-warmup", "--cache-dtype", "int8",
+        "--allow-origin", "https://a.example, https://b.example",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     state, (host, _), drain_seconds = served.servers[0]
