@@ -73,28 +73,38 @@ def check(engine, model, requests):
 
 
 OPTIONS = [
-    {},
+    {"max_length": 40},
     {"do_sample": True, "top_k": 5, "temperature": 0.7, "num_return_sequences": 2},
     {
         "repetition_penalty": 1.7,
         "frequency_penalty": 1.5,
+        "presence_penalty": 0.5,
         "min_new_tokens": 3,
         "eos_token_id": [3, 80, 120, 250],
         "logit_bias": {7: 4.0, 11: -50.0},
         "bad_words_ids": [[330], [247, 198, 4], [9, 2]],
+        "suppress_tokens": [3],
+        "begin_suppress_tokens": [5, 200],
+        "forced_eos_token_id": 17,
+        "exponential_decay_length_penalty": (2, 3.0),
     },
-    {"do_sample": True, "top_p": 0.8, "min_p": 0.01, "typical_p": 0.7, "epsilon_cutoff": 0.004, "eta_cutoff": 0.01},
-    {"do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 2, "sequence_bias": {(7, 9): 8.0, (5,): 2.0}},
-    {"presence_penalty": 0.5, "suppress_tokens": [3], "begin_suppress_tokens": [5, 200], "forced_eos_token_id": 17},
-    {"min_new_tokens": 3, "eos_token_id": [3, 80, 120, 250], "exponential_decay_length_penalty": (2, 3.0)},
-    {"max_length": 40},
+    {
+        "do_sample": True,
+        "top_p": 0.8,
+        "min_p": 0.01,
+        "typical_p": 0.7,
+        "epsilon_cutoff": 0.004,
+        "eta_cutoff": 0.01,
+        "no_repeat_ngram_size": 2,
+        "sequence_bias": {(7, 9): 8.0, (5,): 2.0},
+    },
 ]
 
 
-@pytest.mark.parametrize("options", [OPTIONS[:3], pytest.param(OPTIONS[3:], marks=pytest.mark.slow)])
-def test_rows_with_different_options_get_what_generate_gives_them(engine, model, options):
+@pytest.mark.slow
+def test_rows_with_different_options_get_what_generate_gives_them(engine, model):
     """All at once, in few rows and blocks, with prompts of one to three chunks."""
-    check(engine, model, random_requests(options))
+    check(engine, model, random_requests(OPTIONS))
     stats = engine.stats()
     assert stats.free_blocks == stats.blocks == 8
     assert stats.running == stats.waiting == 0
