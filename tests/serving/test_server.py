@@ -1,5 +1,6 @@
 """Tests of the server's process: signals, draining, and the engine's end."""
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -42,6 +43,28 @@ def answers(client):
         return client.get("/version").status_code == 200
     except httpx2.TransportError:
         return False
+
+
+def test_small_parts_of_an_answer_do_not_wait_for_each_other():
+    """asyncio turns Nagle's algorithm off on the connections of the server's socket."""
+
+    async def main():
+        served = asyncio.Event()
+
+        async def serve(_, writer):
+            connection = writer.get_extra_info("socket")
+            seen.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+            served.set()
+
+        with contextlib.closing(bind("127.0.0.1", 0)) as bound:
+            async with await asyncio.start_server(serve, sock=bound):
+                with socket.create_connection(bound.getsockname()):
+                    await served.wait()
+
+    seen = []
+    asyncio.run(main())
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
