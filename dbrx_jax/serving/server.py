@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from dbrx_jax.console import one_line, print_status
 from dbrx_jax.errors import ConfigError
+from dbrx_jax.serving.head_limit import HeadLimit
 from dbrx_jax.serving.state import State
 
 TICK = 0.1  # seconds between looks at the engine and the requests
@@ -69,6 +70,7 @@ def run_server(app: FastAPI, bound: socket.socket, drain_seconds: float) -> int:
         raise _not_usable(host, port, error) from None
     config = uvicorn.Config(
         app,
+        http=HeadLimit,
         ws="none",
         log_config=None,
         access_log=False,
