@@ -134,7 +134,8 @@ class Serve(LoadOptions):
         """Returns the line that is printed when the server begins."""
         limits = engine.limits
         devices = "one device" if self.mesh is None else f"mesh {self.mesh}"
-        keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API keys"
+        count = len(settings.api_keys)
+        keys = f"{count or 'no'} API key{'s' * (count != 1)}"
         return (
             f"Serving {settings.model_name} at {url}/v1 on {devices}: a cache of {settings.cache_blocks:,} blocks of "
             f"{limits.block} tokens, {limits.max_rows} rows, {limits.max_waiting} requests may wait, up to "

@@ -44,6 +44,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "use_beam_search": (False,),
+    "num_beams": (1,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
     "include_stop_str_in_output": (False,),

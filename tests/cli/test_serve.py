@@ -95,6 +95,9 @@ def test_options(served, source, tmp_path, monkeypatch):
     assert settings.api_keys == ("three", "one", "two")
     assert settings.allow_origins == ("https://a.example", "https://b.example")
     assert settings.hosts == ()
+    assert done.stderr.splitlines()[-1].endswith(", 3 API keys")
+    monkeypatch.setenv("DBRX_API_KEYS", "one")
+    assert in_process("dbrx-jax", "serve", source, "--port", 0).stderr.splitlines()[-1].endswith(", 1 API key")
 
 
 def test_warning_of_an_open_server_and_the_models_name(served, source):

@@ -109,6 +109,14 @@ def test_echo_with_logprobs_as_lm_eval_asks(client, engine, tokenizer, max_token
     assert answer["usage"]["completion_tokens"] == 2 * max_tokens
 
 
+def test_no_new_tokens_without_echo(client):
+    answer = complete(client, prompt=PROMPT, max_tokens=0, logprobs=1)
+    assert answer["choices"][0]["text"] == ""
+    assert answer["choices"][0]["logprobs"]["tokens"] == []
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+
+
 def test_echo_without_logprobs(client):
     choice = complete(client, prompt=PROMPT, max_tokens=2, echo=True)["choices"][0]
     assert choice["text"].startswith(PROMPT)

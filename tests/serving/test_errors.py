@@ -59,6 +59,7 @@ BAD = [
     ({"best_of": 2}, "best_of", "not supported"),
     ({"suffix": "x"}, "suffix", "not supported"),
     ({"use_beam_search": True}, "use_beam_search", "not supported"),
+    ({"num_beams": 10}, "num_beams", "not supported"),
     ({"prompt_logprobs": 1}, "prompt_logprobs", "echo"),
     ({"temprature": 1}, "temprature", "did you mean temperature?"),
     ({"\ud800": 1}, None, "surrogate"),
@@ -135,6 +136,7 @@ def test_fields_without_effect_are_accepted(client, engine):
         "best_of": 1,
         "suffix": None,
         "use_beam_search": False,
+        "num_beams": 1,
         "skip_special_tokens": True,
         "length_penalty": 1.0,
     }
