@@ -68,7 +68,7 @@ def start_server(tokenizer, engine, settings):
     """A function that starts a server in a thread, and returns its URL and its state."""
     with contextlib.ExitStack() as stack:
 
-        def start(write_log=None, **changes):
+        def start(write_log=None, engine=engine, **changes):
             app = create_app(engine, tokenizer, dataclasses.replace(settings, **changes), None, write_log)
             bound = bind("127.0.0.1", 0)
             bound.listen()
