@@ -1,0 +1,86 @@
+"""The manifests of examples/gke: their commands exist, and their times and numbers fit each other."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dbrx_jax.cli.generate import Generate
+from dbrx_jax.cli.serve import Serve
+from dbrx_jax.config import configs_folder
+
+FOLDER = Path(__file__).parents[2] / "examples" / "gke"
+DOCUMENTS = {path.name: list(yaml.safe_load_all(path.read_text())) for path in FOLDER.glob("*.yaml")}
+
+
+def pods(name):
+    """The specs of the pods of a file, that of the listening process first, and the number of hosts of a replica."""
+    spec = DOCUMENTS[name][0]["spec"]
+    if name == "one-host.yaml":
+        return [spec["template"]], 1
+    group = spec["leaderWorkerTemplate"]
+    return [group["leaderTemplate"], group["workerTemplate"]], group["size"]
+
+
+def options(pod):
+    """The options of the command of a pod."""
+    program, command, checkpoint, *words = pod["spec"]["containers"][0]["command"]
+    assert (program, command, checkpoint) == ("dbrx-jax", "serve", "gs://BUCKET/dbrx-orbax")
+    assert all(isinstance(word, str) for word in words)
+    given = {}
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            given[word] = following
+    return given
+
+
+def test_every_file_is_a_manifest():
+    assert DOCUMENTS.keys() == {"one-host.yaml", "slice.yaml", "gateway.yaml"}
+    for document in (document for some in DOCUMENTS.values() for document in some):
+        assert {"apiVersion", "kind", "metadata", "spec"} == document.keys()
+
+
+@pytest.mark.parametrize("name", ["one-host.yaml", "slice.yaml"])
+def test_commands_and_times(name):
+    templates, num_hosts = pods(name)
+    commands = [options(pod) for pod in templates]
+    assert all(command == commands[0] for command in commands)
+    known = {field.name for kind in (Serve, Generate) for field in dataclasses.fields(kind)}
+    assert {word.removeprefix("--").replace("-", "_") for word in commands[0]} <= known
+    mesh = json.loads((configs_folder() / "meshes" / f"{commands[0]['--mesh']}.json").read_text())
+    for template in templates:
+        spec, container = template["spec"], template["spec"]["containers"][0]
+        chips = num_hosts * container["resources"]["limits"]["google.com/tpu"]
+        assert chips == math.prod(mesh["axes"].values())
+        assert chips == math.prod(map(int, spec["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+        waits = container["lifecycle"]["preStop"]["sleep"]["seconds"] + int(commands[0]["--drain-seconds"])
+        assert spec["terminationGracePeriodSeconds"] >= waits + 20
+        mounts = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounts == {volume["name"] for volume in spec["volumes"]}
+
+
+@pytest.mark.parametrize("name", ["one-host.yaml", "slice.yaml"])
+def test_probes_and_service(name):
+    template = pods(name)[0][0]
+    container = template["spec"]["containers"][0]
+    assert container["ports"] == [{"name": "http", "containerPort": int(options(template)["--port"])}]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    liveness = container["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] > int(options(template)["--drain-seconds"])
+    service = DOCUMENTS[name][1]["spec"]
+    assert service["selector"].items() <= template["metadata"]["labels"].items()
+    if name == "slice.yaml":
+        assert not service["selector"].items() <= pods(name)[0][1]["metadata"]["labels"].items()
+
+
+def test_gateway_reaches_the_servers():
+    pool, _, route = DOCUMENTS["gateway.yaml"]
+    template = pods("one-host.yaml")[0][0]
+    assert pool["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert pool["spec"]["targetPorts"] == [{"number": template["spec"]["containers"][0]["ports"][0]["containerPort"]}]
+    (backend,) = route["spec"]["rules"][0]["backendRefs"]
+    assert (backend["kind"], backend["name"]) == (pool["kind"], pool["metadata"]["name"])
