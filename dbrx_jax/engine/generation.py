@@ -1,6 +1,7 @@
 """Generation: what the engine returns for a request, an iterator over its chunks."""
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class Generation:
             self._items.put(item)
             if self._waiter is not None:
                 loop, event = self._waiter
-                if not loop.is_closed():
+                with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(event.set)
 
     def _take(self, item: Chunk | BaseException | None) -> Chunk | None:
