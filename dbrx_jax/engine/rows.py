@@ -54,6 +54,7 @@ class Row:
 
     Attributes:
       settings: its options, for a slot.
+      admission: number of the row in the order of admission.
       tokens: new tokens that the host knows.
       sequence: tokens that prefill computes: the prompt, and new ones if the row was put back.
       computed: number of these that are in the cache, or in a program that was started.
@@ -72,6 +73,7 @@ class Row:
     hashes: list[bytes] = dataclasses.field(default_factory=list)
     chunks: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # to come, of the sequence
     slot: int = -1
+    admission: int = -1
     computed: int = 0
     pending: int = 0
     generated: int = 0

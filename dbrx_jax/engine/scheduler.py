@@ -116,9 +116,9 @@ class Scheduler:
         self.limits, self.pool, self._plan_chunks = limits, BlockPool(num_blocks), plan_chunks
         self.waiting: deque[Job | Row] = deque()  # requests, and rows that were put back
         self.prefilling: deque[Row] = deque()  # the next first
-        self.running: list[Row] = []  # in the order of their admission
+        self.running: list[Row] = []
         self._slots = list(range(limits.max_rows - 1, -1, -1))  # free ones
-        self.num_preemptions = 0
+        self._num_admitted = self.num_preemptions = 0
         self.prefix_queries = self.prefix_hits = 0  # tokens
 
     @property
@@ -180,6 +180,8 @@ class Scheduler:
             self.waiting.popleft()
             for row in rows:
                 row.slot = self._slots.pop()
+                row.admission = self._num_admitted
+                self._num_admitted += 1
             self.prefilling.append(rows[0])
 
     def _allocate_prompt(self, rows: list[Row]) -> bool:
@@ -253,7 +255,7 @@ class Scheduler:
             while needed > self.pool.num_free and row in self.running:
                 if not is_settled:
                     raise OutOfBlocksError
-                self.put_back(self.prefilling[-1] if self.prefilling else self.running[-1])
+                self.put_back(max((*self.prefilling, *self.running), key=lambda row: row.admission))
             if row in self.running and needed > 0:
                 row.blocks += self.pool.allocate(needed)
 

@@ -17,10 +17,10 @@ LIMITS = Limits(
 )
 
 
-def make_scheduler(**changes):
+def make_scheduler(num_blocks=100, **changes):
     limits = dataclasses.replace(LIMITS, **changes)
     longest = limits.chunk_shapes[-1][1]
-    return Scheduler(limits, 100, lambda tokens: prefill_chunks(tokens, Partition(), longest))
+    return Scheduler(limits, num_blocks, lambda tokens: prefill_chunks(tokens, Partition(), longest))
 
 
 def add(scheduler, length, limit=20, copies=1):
@@ -94,3 +94,18 @@ def test_batch_invariant_chunks_do_not_depend_on_what_runs():
     scheduler.next_step(1, True)
     add(scheduler, 530)
     assert chunks(scheduler) == [([0], [512], (1, 512)), ([512], [18], (1, 128))]
+
+
+def test_row_that_was_admitted_last_is_put_back_though_another_has_computed_less():
+    """The first row needs a block when a long prompt has had its turn, and a row that came later has not."""
+    scheduler = make_scheduler(num_blocks=9, prefill_budget=128)
+    (first,) = add(scheduler, 128, limit=1000)  # it has two blocks, and one is kept for it
+    scheduler.next_step(1, True)
+    (long,), (last,) = add(scheduler, 450), add(scheduler, 14, limit=1000)
+    scheduler.next_step(1, True)
+    assert list(scheduler.prefilling) == [last, long]
+    assert scheduler.pool.num_free == 1
+    first.generated, first.pending = 257, 0
+    scheduler.next_step(1, True)
+    assert last in scheduler.waiting
+    assert long in (*scheduler.prefilling, *scheduler.running)
