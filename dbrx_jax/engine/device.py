@@ -1,6 +1,7 @@
 """Device: runs the scheduler's steps, whose rows it turns into arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +20,14 @@ class Results(NamedTuple):
     rows: list[Row]
     steps: int  # that each row was promised
     outputs: Outputs
+    counts: Any = None  # new tokens of each row, if they are not outputs.num_steps
+    proposals: Mapping[Row, np.ndarray] = MappingProxyType({})  # that were verified
 
-    def fetch(self) -> Any:
-        """Waits for the tokens; returns the Outputs as numpy arrays."""
-        return jax.tree.map(np.asarray, self.outputs)
+    def fetch(self) -> tuple[Any, np.ndarray]:
+        """Waits for the tokens; returns the Outputs as numpy arrays, and the number of new tokens of each row."""
+        outputs = jax.tree.map(np.asarray, self.outputs)
+        counts = np.full(len(self.rows), outputs.num_steps) if self.counts is None else np.asarray(self.counts)
+        return outputs, counts
 
 
 class PromptScores(NamedTuple):
@@ -56,7 +61,7 @@ class Device:
                 results.append(self._sample_first(step.started[i : i + MAX_SEGMENTS]))
         self._write_masks([row for row in step.decode if row.matcher is not None])
         if step.decode:
-            results.append(self._decode(step))
+            results.append(self._verify(step) if step.proposals else self._decode(step))
         return results
 
     def _prefill(self, step: Step) -> list[PromptScores]:
@@ -105,10 +110,23 @@ class Device:
         return Results(rows, 1, self._programs.sample_first(self._slots(rows, size), segments))
 
     def _decode(self, step: Step) -> Results:
-        size = next(b for b in self._limits.row_buckets if b >= len(step.decode))
-        table = table_of(step.decode, size, self._width)
-        outputs = self._programs.decode(self._slots(step.decode, size), table, step.steps)
+        slots, table = self._slots_and_table(step.decode)
+        outputs = self._programs.decode(slots, table, step.steps)
         return Results(list(step.decode), step.steps, outputs)
+
+    def _verify(self, step: Step) -> Results:
+        slots, table = self._slots_and_table(step.decode)
+        proposed, counts = np.zeros((len(slots), self._limits.speculation), np.int32), np.zeros(len(slots), np.int32)
+        for i, row in enumerate(step.decode):
+            tokens = step.proposals.get(row, ())
+            proposed[i, : len(tokens)], counts[i] = tokens, len(tokens)
+        outputs, new = self._programs.verify(slots, table, proposed, counts)
+        return Results(list(step.decode), step.steps, outputs, new, step.proposals)
+
+    def _slots_and_table(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the slots and the blocks of rows to decode, padded to the next size of a program."""
+        size = next(b for b in self._limits.row_buckets if b >= len(rows))
+        return self._slots(rows, size), table_of(rows, size, self._width)
 
     def _slots(self, rows: Sequence[Row], size: int) -> np.ndarray:
         """Returns the slots of rows, padded to a number of rows."""

@@ -19,6 +19,7 @@ from dbrx_jax.engine.request import FinishReason, Request
 from dbrx_jax.engine.rows import Job, Row, RowText, make_chunk, token_logprobs
 from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler
 from dbrx_jax.engine.slots import make_row
+from dbrx_jax.engine.speculation import Speculation, check_speculation
 from dbrx_jax.engine.warm_up import compile_programs, measure_budgets
 from dbrx_jax.errors import EngineClosedError, GenerationError, NotFiniteError, QueueFullError, RequestTimeoutError
 from dbrx_jax.generation.prompts import new_token_limit
@@ -48,6 +49,8 @@ class EngineStats(NamedTuple):
     prefix_hits: int  # and found
     preemptions: int
     compilations_after_warmup: int
+    proposed_tokens: int  # by speculation
+    accepted_tokens: int  # of these
 
 
 class Engine:
@@ -65,6 +68,7 @@ class Engine:
         most with which a step takes at most 4 times as long as without, as measured during warm-up.
       top_logprobs: most probable tokens that a request may ask for with each new one.
       batch_invariant: a request's tokens are bit for bit those that it gets alone.
+      speculation: most tokens that one step tries to add to a row beyond one; 0 is off.
       warm_up: compile all programs now, rather than when they are needed first.
 
     Raises:
@@ -85,6 +89,7 @@ class Engine:
         prefill_budget: int | None = None,
         top_logprobs: int = 20,
         batch_invariant: bool = False,
+        speculation: int = 0,
         warm_up: bool = True,
     ):
         partition = model.partition
@@ -103,7 +108,9 @@ class Engine:
             prefill_budget=_whole("prefill_budget", prefill_budget or lengths[-1]),
             steps=STEPS,
             batch_invariant=batch_invariant,
+            speculation=check_speculation(speculation, batch_invariant),
         )
+        self._speculation = Speculation(speculation)
         dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         num_blocks = blocks_for(model, self.limits, dtype, cache_gb)
         programs = Programs(
@@ -197,7 +204,8 @@ class Engine:
             matcher = request.constraint.matcher() if is_constrained else None
             if matcher is not None:
                 matcher.follow([])
-            job.rows.append(Row(job, index, settings, text, matcher, sequence=prompt))
+            drafter = self._speculation.drafter(prompt, limit, is_constrained)
+            job.rows.append(Row(job, index, settings, text, matcher, drafter, sequence=prompt))
         return job
 
     def _cancel(self, job: Job) -> None:
@@ -220,6 +228,8 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.num_preemptions,
             compilations_after_warmup=self._compilations() - self._compilations_before,
+            proposed_tokens=self._speculation.proposed,
+            accepted_tokens=self._speculation.accepted,
         )
 
     def close(self, drain_seconds: float = 0.0) -> None:
@@ -290,11 +300,15 @@ class Engine:
     def _step(self) -> None:
         """Starts a step on the devices, and then takes the tokens of the one before."""
         burst = max(1, min(STEPS, int(BURST_SECONDS / self._step_seconds)))
-        if self._in_flight and any(row.matcher is not None for row in self._scheduler.running):
-            self._collect([])  # the tokens that may come next depend on the one before
-            burst = 1
+        running = self._scheduler.running
+        proposals = self._speculation.propose(running)
+        is_constrained = any(row.matcher is not None for row in running)
+        if self._in_flight and (proposals or is_constrained):
+            self._collect([])  # what may come next depends on the token before
+            proposals = self._speculation.propose(running)
+            burst = 1 if is_constrained else burst
         try:
-            step = self._scheduler.next_step(burst, not self._in_flight)
+            step = self._scheduler.next_step(burst, not self._in_flight, proposals)
         except OutOfBlocksError:
             self._collect([])
             return
@@ -311,14 +325,16 @@ class Engine:
             if isinstance(results, PromptScores):
                 _take_scores(results)
                 continue
-            outputs = results.fetch()
-            count = int(outputs.num_steps)
+            outputs, counts = results.fetch()
             for i, row in enumerate(results.rows):
                 row.pending -= results.steps
                 if row.is_finished:
                     continue
+                count = int(counts[i])
                 top = None if outputs.top_ids is None else (outputs.top_ids[i], outputs.top_logprobs[i])
                 self._take_tokens(row, outputs.tokens[i, :count].tolist(), outputs.logprobs[i, :count], top)
+                if row in results.proposals:
+                    self._speculation.take_result(row, len(results.proposals[row]), count - 1)
 
     def _take_tokens(self, row: Row, tokens: list[int], logprobs: np.ndarray, top) -> None:
         """Delivers a row's new tokens, and ends it if they do."""

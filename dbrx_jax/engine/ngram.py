@@ -1,19 +1,13 @@
 """Speculation by prompt lookup: proposes the tokens that followed the last tokens of a row earlier in that row.
 
-The model computes the logits after all proposals in one step, and samples a token after each. A proposal is accepted
-while it equals the sampled token. Noise depends on seed and position alone, so the row's tokens are the very ones that
-it would have without speculation, greedy or sampled.
+generation/verify.py adds those that are right.
 
 Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding.
 """
 
 from collections.abc import Iterable
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.typing import ArrayLike
-from jaxtyping import Int
 
 MIN_NGRAM = 2  # tokens; one alone recurs too often to tell what follows
 
@@ -44,27 +38,14 @@ class PromptLookup:
             positions.update(zip(ngrams, followers, strict=True))
 
     def propose(self, num_tokens: int) -> np.ndarray:
-        """Returns the int32 tokens, at most num_tokens, after the latest earlier occurrence of the longest suffix."""
+        """Returns the int32 tokens that followed the latest earlier occurrence of the longest suffix.
+
+        They are num_tokens, or none if there is no such occurrence. Where it ends too close to the row's end, the row
+        repeats what is between, and the proposal goes on like that.
+        """
         for n in self._sizes:
             position = self._next[n].get(tuple(self._tokens[-n:]))
             if position is not None:
-                return np.array(self._tokens[position : position + num_tokens], np.int32)
+                following = self._tokens[position : position + num_tokens]
+                return np.resize(np.array(following, np.int32), max(0, num_tokens))
         return np.zeros(0, np.int32)
-
-
-def accepted_length(
-    sampled: Int[ArrayLike, "R k+1"], proposed: Int[ArrayLike, "R k"], num_proposed: Int[ArrayLike, "R"]
-) -> Int[Array, "R"]:
-    """Returns the number of proposals of each row that equal the tokens sampled there, up to the first that does not.
-
-    A row with `a` accepted proposals goes on with sampled[:a + 1]: the last of these replaces the refused proposal, or
-    follows the last one.
-
-    Args:
-      sampled: token i is sampled after the row and its first i proposals.
-      proposed: padded behind num_proposed.
-    """
-    sampled, proposed, num_proposed = jnp.asarray(sampled), jnp.asarray(proposed), jnp.asarray(num_proposed)
-    k = proposed.shape[1]
-    is_accepted = (sampled[:, :k] == proposed) & (jnp.arange(k) < num_proposed[:, None])
-    return jnp.cumprod(is_accepted.astype(jnp.int32), axis=1).sum(axis=1)

@@ -16,6 +16,7 @@ from dbrx_jax.generation.decode import decode, sample_first
 from dbrx_jax.generation.prefill import copy_blocks, empty_cache, prefill_chunk
 from dbrx_jax.generation.processes import replicate
 from dbrx_jax.generation.state import Options, Outputs
+from dbrx_jax.generation.verify import verify
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.graph import split_model
 
@@ -93,6 +94,18 @@ class Programs:
         arrays = self.settings, self.cache, self.state, slots, table, np.int32(steps)
         self.cache, self.state, outputs = decode(self.model_state, self.options, *arrays)
         return self._readable(outputs)
+
+    def verify(
+        self,
+        slots: Int[np.ndarray, "R"],
+        table: Int[np.ndarray, "R W"],
+        proposed: Int[np.ndarray, "R k"],
+        num_proposed: Int[np.ndarray, "R"],
+    ) -> tuple[Outputs, Array]:
+        """Adds a token to rows, and more where proposals are right; also returns the number of new tokens of each."""
+        arrays = self.settings, self.cache, self.state, slots, table, proposed, num_proposed
+        self.cache, self.state, *results = verify(self.model_state, self.options, *arrays)
+        return self._readable(results)
 
     def _readable(self, arrays: Any) -> Any:
         """Returns arrays as every process can read them."""

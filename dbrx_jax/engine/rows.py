@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dbrx_jax.engine.constraints import Matcher
+from dbrx_jax.engine.drafter import Drafter
 from dbrx_jax.engine.request import Chunk, FinishReason, Request, TokenLogprobs
 from dbrx_jax.engine.slots import SlotRow
 from dbrx_jax.generation.stops import StopSearch
@@ -67,6 +68,7 @@ class Row:
     settings: SlotRow
     text: "RowText"
     matcher: Matcher | None = None  # limits the tokens that may come next
+    drafter: Drafter | None = None  # proposes the tokens that may come next
     tokens: list[int] = dataclasses.field(default_factory=list)
     sequence: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     blocks: list[int] = dataclasses.field(default_factory=list)

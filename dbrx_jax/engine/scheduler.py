@@ -7,7 +7,7 @@ row that was admitted last is put back and computed again later.
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ class Limits:
       budgets: the same beside the rows of each bucket; none if it does not depend on them.
       steps: most decode steps of one program.
       batch_invariant: bits of a row must not depend on others: prompts have chunks of their own.
+      speculation: most tokens that are proposed for a row in a step.
     """
 
     max_rows: int
@@ -43,6 +44,7 @@ class Limits:
     steps: int
     batch_invariant: bool = False
     budgets: tuple[int, ...] = ()
+    speculation: int = 0
 
     @property
     def first_buckets(self) -> tuple[int, ...]:
@@ -92,6 +94,7 @@ class Step:
       copies: pairs of blocks to copy before that.
       decode: rows that are decoded.
       steps: number of decode steps.
+      proposals: tokens that may follow rows to decode; if there are any, these are verified in one step.
     """
 
     prefill: Prefill | None = None
@@ -99,6 +102,7 @@ class Step:
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     decode: list[Row] = dataclasses.field(default_factory=list)
     steps: int = 0
+    proposals: dict[Row, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class OutOfBlocksError(Exception):
@@ -216,20 +220,21 @@ class Scheduler:
 
     # The next step.
 
-    def next_step(self, burst: int, is_settled: bool) -> Step:
+    def next_step(self, burst: int, is_settled: bool, proposals: Mapping[Row, np.ndarray] | None = None) -> Step:
         """Returns the next step, and assumes that it is run.
 
         Args:
           burst: most decode steps if no prompt is computed.
           is_settled: the tokens of all earlier steps are known.
+          proposals: tokens that may follow rows that run; is_settled must hold if there are any.
 
         Raises:
           OutOfBlocksError: a row must be put back, for which is_settled must hold. Nothing has changed.
         """
-        steps = 1 if self.prefilling or self.waiting else min(burst, self.limits.steps)
+        steps = 1 if self.prefilling or self.waiting or proposals else min(burst, self.limits.steps)
         self._allocate_for_decode(steps, is_settled)
+        step = Step(steps=steps, proposals=self._allocate_for_proposals(proposals or {}))
         self._admit()
-        step = Step(steps=steps)
         if self.prefilling:
             step.prefill = self._next_prefill()
             self._start(step)
@@ -258,6 +263,18 @@ class Scheduler:
                 self.put_back(max((*self.prefilling, *self.running), key=lambda row: row.admission))
             if row in self.running and needed > 0:
                 row.blocks += self.pool.allocate(needed)
+
+    def _allocate_for_proposals(self, proposals: Mapping[Row, np.ndarray]) -> dict[Row, np.ndarray]:
+        """Gives rows the blocks that their proposals may reach; returns what of these the free blocks can hold."""
+        held = {}
+        for row, tokens in proposals.items():
+            if row not in self.running:  # it was put back
+                continue
+            needed = -(-(row.num_tokens + len(tokens)) // self.limits.block) - len(row.blocks)
+            row.blocks += self.pool.allocate(max(0, min(needed, self.pool.num_free)))
+            if fitting := len(row.blocks) * self.limits.block - row.num_tokens:
+                held[row] = tokens[:fitting]
+        return held
 
     def put_back(self, row: Row) -> None:
         """Takes a row's slot and blocks; it waits before all others, to be computed again."""

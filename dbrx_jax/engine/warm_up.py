@@ -15,6 +15,7 @@ from dbrx_jax.engine.slots import VECTORS, SlotStart, make_row
 from dbrx_jax.generation.decode import decode_program
 from dbrx_jax.generation.prefill import prefill_program
 from dbrx_jax.generation.sampling import row_keys
+from dbrx_jax.generation.verify import verify_program
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.model.causal_lm import CausalLM
 
@@ -39,7 +40,10 @@ def compile_programs(model: CausalLM, programs: Programs, limits: Limits) -> Non
         programs.sample_first(np.full(size, programs.num_slots, np.int32), np.zeros(size, np.int32))
     for size in limits.row_buckets:
         slots, table = _rows(programs, limits, size)
-        programs.decode(np.full_like(slots, programs.num_slots), table, 1)
+        padding = np.full_like(slots, programs.num_slots)
+        programs.decode(padding, table, 1)
+        if limits.speculation:
+            programs.verify(padding, table, *_proposals(limits, size))
 
 
 def _calls(programs: Programs, limits: Limits) -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -48,6 +52,9 @@ def _calls(programs: Programs, limits: Limits) -> Iterator[tuple[Any, tuple[Any,
     for size in reversed(limits.row_buckets):
         rows = programs.settings, programs.cache, programs.state, *_rows(programs, limits, size), np.int32(1)
         yield decode_program(model, programs.options), (model, programs.options, *rows)
+        if limits.speculation:
+            arrays = *rows[:-1], *_proposals(limits, size)
+            yield verify_program(model, programs.options), (model, programs.options, *arrays)
     for shape in reversed(limits.chunk_shapes):
         yield prefill_program(model), (model, programs.cache, *_chunk(programs, limits, *shape))
     longest = limits.chunk_shapes[-1]
@@ -61,6 +68,11 @@ def _rows(programs: Programs, limits: Limits, size: int) -> tuple[np.ndarray, np
     """Returns the first slots, and a table of block 1 alone."""
     slots = np.minimum(np.arange(size, dtype=np.int32), programs.num_slots)
     return slots, np.ones((size, programs.positions // limits.block), np.int32)
+
+
+def _proposals(limits: Limits, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns proposals of token 0, as many as there can be."""
+    return np.zeros((size, limits.speculation), np.int32), np.full(size, limits.speculation, np.int32)
 
 
 def _chunk(programs: Programs, limits: Limits, num_rows: int, length: int) -> tuple[np.ndarray, ...]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.generation.filters import can_sample, log_softmax
 from dbrx_jax.generation.processors import Rows, apply_functions, local_ids, process_logits
@@ -66,7 +66,7 @@ def _run_sample_first(model_state, options, settings, state, slots, x, index):
 
     def run(model_state, settings, state, slots, x, index):
         model = model_state.merge()
-        outputs = _empty_outputs(model, settings, options, slots)
+        outputs = empty_outputs(model, settings, options, slots)
         return append_tokens(model, x[index], options, settings, state, slots, outputs)
 
     vector, matrix = partition.array_spec(BATCH_AXES), partition.array_spec(BATCH_AXES, None)
@@ -121,7 +121,7 @@ def _run_decode(model_state, options, settings, cache, state, slots, table, step
         def step(carry: DecodeCarry) -> DecodeCarry:
             cache, state, outputs, _ = carry
             token, position = take_rows(state.token, slots), take_rows(state.position, slots)
-            valid = ~take_rows(state.done, slots) & (slots < state.token.shape[0])
+            valid = is_running(state, slots)
             if options.batch_invariant:
                 x, cache = model.decode_in_row_tiles(token, valid, position, cache, table)
             else:
@@ -129,10 +129,10 @@ def _run_decode(model_state, options, settings, cache, state, slots, table, step
                 x, cache = model.forward_with_cache(*inputs, cache, table)
                 x = x[:, 0]
             state, outputs = append_tokens(model, x, options, settings, state, slots, outputs)
-            return DecodeCarry(cache, state, outputs, _any_running(state, slots, partition))
+            return DecodeCarry(cache, state, outputs, any_row(is_running(state, slots), partition))
 
-        outputs = _empty_outputs(model, settings, options, slots)
-        carry = DecodeCarry(cache, state, outputs, _any_running(state, slots, partition))
+        outputs = empty_outputs(model, settings, options, slots)
+        carry = DecodeCarry(cache, state, outputs, any_row(is_running(state, slots), partition))
         carry = lax.while_loop(lambda carry: (carry.outputs.num_steps < steps) & carry.running, step, carry)
         return carry.cache, carry.state, carry.outputs
 
@@ -148,12 +148,18 @@ def _run_decode(model_state, options, settings, cache, state, slots, table, step
 _decode = jit_variants(_run_decode, static_argnums=1, donate_argnums=(3, 4))
 
 
-def _any_running(state: RowState, slots: Array, partition: Partition) -> Array:
-    is_running = ~take_rows(state.done, slots) & (slots < state.token.shape[0])
-    return partition.pmax(jnp.any(is_running).astype(jnp.int32), *BATCH_AXES) > 0
+def is_running(state: RowState, slots: Int[Array, "R"]) -> Bool[Array, "R"]:
+    """Returns which of the rows are neither done nor padding."""
+    return ~take_rows(state.done, slots) & (slots < state.token.shape[0])
 
 
-def _empty_outputs(model: CausalLM, settings: Settings, options: Options, slots: Array) -> Outputs:
+def any_row(is_true: Bool[Array, "R"], partition: Partition) -> Bool[Array, ""]:
+    """Returns whether something holds for a row of any group."""
+    return partition.pmax(jnp.any(is_true).astype(jnp.int32), *BATCH_AXES) > 0
+
+
+def empty_outputs(model: CausalLM, settings: Settings, options: Options, slots: Array) -> Outputs:
+    """Returns the outputs of a program for these rows, as zeros."""
     return output_shapes(settings, options, slots.shape[0], model.lm_head.get_value().shape[0])
 
 
@@ -174,33 +180,58 @@ def append_tokens(
     Args:
       x: hidden states of the rows' last tokens, before norm_f.
     """
-    partition = model.partition
-
     def sample(rows: tuple[Array, Array]) -> tuple:
         x, slots = rows
-        logits = model.logits(model.norm_f(x))
-        position = take_rows(state.position, slots) + 1
-        row_state = Rows(slots, position, take_rows(state.step, slots), state.tokens, state.seen, state.counts)
-        scores = process_logits(logits, settings.processors, row_state, jnp.asarray(settings.eos), partition)
-        scores = apply_functions(scores, options.functions, row_state, model.config.vocab_size, partition)
-        is_usable = can_sample(scores, partition) if changes_logits(settings, options) else None
-        token, scores = _next_token(scores, settings, row_state, partition)
-        if options.save_scores and options.renormalize:
-            scores = log_softmax(scores, partition)
-        logprob = log_probability(logits, token, partition)
-        if is_usable is not None:
-            logprob = jnp.where(is_usable, logprob, jnp.nan)
-        top = None
-        if settings.wants_top is not None:
-            top = top_logprobs(logits, settings.wants_top, slots, options.top_logprobs, partition)
-        saved = logits if options.save_logits else None, scores if options.save_scores else None
-        return token, logprob, top, saved
+        return _sample(model, model.logits(model.norm_f(x)), options, settings, state, slots)
 
     if options.batch_invariant:
         num_tiles = num_row_tiles(x.shape[0], jnp.abs(slots))
         results, _ = map_row_tiles(lambda _, rows, carry: (sample(rows), carry), (x, slots), None, num_tiles)
     else:
         results = sample((x, slots))
+    return _append(state, slots, outputs, results, settings, model.partition)
+
+
+def append_tokens_of_logits(
+    model: CausalLM,
+    logits: Float[Array, "R V"],
+    options: Options,
+    settings: Settings,
+    state: RowState,
+    slots: Int[Array, "R"],
+    outputs: Outputs,
+) -> tuple[RowState, Outputs]:
+    """Does what :func:`append_tokens` does, from the logits of the rows' last tokens."""
+    results = _sample(model, logits, options, settings, state, slots)
+    return _append(state, slots, outputs, results, settings, model.partition)
+
+
+def _sample(
+    model: CausalLM, logits: Array, options: Options, settings: Settings, state: RowState, slots: Array
+) -> tuple[Array, Array, Any, tuple[Any, Any]]:
+    """Returns each row's next token and its log-probability, the most probable tokens, and what is saved."""
+    partition = model.partition
+    position = take_rows(state.position, slots) + 1
+    row_state = Rows(slots, position, take_rows(state.step, slots), state.tokens, state.seen, state.counts)
+    scores = process_logits(logits, settings.processors, row_state, jnp.asarray(settings.eos), partition)
+    scores = apply_functions(scores, options.functions, row_state, model.config.vocab_size, partition)
+    is_usable = can_sample(scores, partition) if changes_logits(settings, options) else None
+    token, scores = _next_token(scores, settings, row_state, partition)
+    if options.save_scores and options.renormalize:
+        scores = log_softmax(scores, partition)
+    logprob = log_probability(logits, token, partition)
+    if is_usable is not None:
+        logprob = jnp.where(is_usable, logprob, jnp.nan)
+    top = None
+    if settings.wants_top is not None:
+        top = top_logprobs(logits, settings.wants_top, slots, options.top_logprobs, partition)
+    saved = logits if options.save_logits else None, scores if options.save_scores else None
+    return token, logprob, top, saved
+
+
+def _append(
+    state: RowState, slots: Array, outputs: Outputs, results: tuple, settings: Settings, partition: Partition
+) -> tuple[RowState, Outputs]:
     token, logprob, *_ = results
     return _updated_state(state, slots, token, logprob, settings, partition), _put_outputs(outputs, *results)
 
@@ -232,8 +263,7 @@ def _updated_state(
 ) -> RowState:
     """Returns the state with a new token in each row that is not done; the others' are dropped."""
     rows, num_slots = slots.shape[0], state.token.shape[0]
-    is_running = ~take_rows(state.done, slots) & (slots < num_slots)
-    active = jnp.where(is_running, slots, num_slots + jnp.arange(rows))  # past the end, where writes are dropped
+    active = jnp.where(is_running(state, slots), slots, num_slots + jnp.arange(rows))  # past the end, where writes are dropped
     position, step = take_rows(state.position, slots) + 1, take_rows(state.step, slots) + 1
     is_eos = jnp.any(token[:, None] == take_rows(settings.eos, slots), axis=1)
     done = is_eos | ~jnp.isfinite(logprob) | (step >= take_rows(state.limit, slots))

@@ -1,11 +1,10 @@
-"""Tests of prompt lookup against a naive search, and of speculation against plain decoding."""
+"""Tests of prompt lookup against a naive search."""
 
-import jax
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbrx_jax.engine.ngram import PromptLookup, accepted_length
+from dbrx_jax.engine.ngram import PromptLookup
 
 FEW_TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
@@ -37,35 +36,3 @@ def test_longest_and_latest_occurrence_is_proposed():
     assert lookup.propose(9).dtype == np.int32
     lookup.append(np.array([60], np.int32))
     assert lookup.propose(9).size == 0
-
-
-def test_accepted_proposals_are_a_prefix():
-    sampled = np.array([[1, 2, 3, 4], [1, 9, 3, 4], [9, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
-    proposed = np.array([[1, 2, 3]] * 5)
-    got = jax.jit(accepted_length)(sampled, proposed, np.array([3, 3, 3, 2, 0]))
-    np.testing.assert_array_equal(got, [3, 1, 0, 2, 0])
-    assert got.dtype == np.int32
-    assert accepted_length(sampled[:, :1], proposed[:, :0], np.zeros(5, int)).tolist() == [0] * 5
-
-
-@given(FEW_TOKENS.filter(len), st.integers(0, 3), st.integers(0, 1000))
-def test_speculation_gives_the_tokens_of_plain_decoding(prompt, num_proposed, seed):
-    """A token is a function of all tokens before it and of the noise of its position, as in the model."""
-
-    def sample(tokens):
-        return hash((seed, len(tokens), *tokens[-3:])) % 3
-
-    plain = list(prompt)
-    for _ in range(20):
-        plain.append(sample(plain))
-    tokens, lookup, steps = list(prompt), PromptLookup(prompt), 0
-    while len(tokens) < len(plain):
-        proposed = lookup.propose(num_proposed).tolist()
-        sampled = [sample(tokens + proposed[:i]) for i in range(len(proposed) + 1)]
-        padded = [proposed + [0] * (3 - len(proposed))]
-        accepted = int(accepted_length([sampled + [0] * (3 - len(proposed))], padded, [len(proposed)])[0])
-        tokens += sampled[: accepted + 1]
-        lookup.append(sampled[: accepted + 1])
-        steps += 1
-    assert tokens[: len(plain)] == plain
-    assert num_proposed > 0 or steps == 20

@@ -1,0 +1,51 @@
+"""Speculation in the engine: proposals of its rows, which one step verifies together."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from dbrx_jax.engine.drafter import Drafter
+from dbrx_jax.engine.rows import Row
+from dbrx_jax.errors import GenerationError
+from dbrx_jax.generation.verify import MAX_PROPOSED
+
+
+def check_speculation(num_tokens: int, batch_invariant: bool) -> int:
+    """Returns the number of tokens to propose.
+
+    Raises:
+      GenerationError: it is out of range, or bits must not depend on the batch.
+    """
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or not 0 <= num_tokens <= MAX_PROPOSED:
+        raise GenerationError(f"speculation: expected a number from 0 to {MAX_PROPOSED}, got {num_tokens!r:.40}")
+    if num_tokens and batch_invariant:
+        raise GenerationError("speculation: steps of several tokens have other bits than steps of one; choose it or batch_invariant")
+    return num_tokens
+
+
+class Speculation:
+    """Asks rows for proposals, and counts what becomes of them.
+
+    Args:
+      num_tokens: most tokens of a proposal; 0 is off.
+    """
+
+    def __init__(self, num_tokens: int):
+        self._num_tokens = num_tokens
+        self.proposed = self.accepted = 0  # tokens
+
+    def drafter(self, prompt: np.ndarray, limit: int, is_constrained: bool) -> Drafter | None:
+        """Returns what proposes tokens for a row; None for a constrained one, whose mask is of one token."""
+        return Drafter(prompt, self._num_tokens, limit) if self._num_tokens and not is_constrained else None
+
+    def propose(self, rows: Iterable[Row]) -> dict[Row, np.ndarray]:
+        """Returns the proposals of rows that have some, which follow the tokens that are known."""
+        proposals = {row: row.drafter.propose(row.tokens) for row in rows if row.drafter is not None}
+        return {row: tokens for row, tokens in proposals.items() if len(tokens)}
+
+    def take_result(self, row: Row, num_proposed: int, num_accepted: int) -> None:
+        """Takes what was accepted of a row's proposal, after its new tokens."""
+        assert row.drafter is not None
+        row.drafter.take_result(num_proposed, num_accepted, len(row.tokens))
+        self.proposed += num_proposed
+        self.accepted += num_accepted
