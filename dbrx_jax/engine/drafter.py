@@ -7,6 +7,7 @@ import numpy as np
 from dbrx_jax.engine.ngram import PromptLookup
 
 FIRST_PAUSE, LONGEST_PAUSE = 2, 256  # new tokens
+MEMORY = 0.75  # weight of earlier steps in the rate
 
 
 class Drafter:
@@ -20,10 +21,14 @@ class Drafter:
       prompt: token ids.
       num_tokens: most tokens of a proposal.
       limit: most new tokens of the row.
+
+    Attributes:
+      rate: share of the proposed tokens that is accepted lately; 1 at first.
     """
 
     def __init__(self, prompt: Sequence[int] | np.ndarray, num_tokens: int, limit: int):
         self._lookup, self._num_tokens, self._limit = PromptLookup(prompt), num_tokens, limit
+        self.rate = 1.0
         self._num_known = 0  # new tokens in the lookup
         self._pause, self._resume = FIRST_PAUSE, 0  # the next pause, and the number of new tokens that ends this one
 
@@ -37,6 +42,7 @@ class Drafter:
 
     def take_result(self, num_proposed: int, num_accepted: int, num_tokens: int) -> None:
         """Takes the result of a step, after which the row has so many new tokens."""
+        self.rate = MEMORY * self.rate + (1 - MEMORY) * num_accepted / num_proposed
         if 2 * num_accepted >= num_proposed:
             self._pause = FIRST_PAUSE
         else:

@@ -20,7 +20,7 @@ from dbrx_jax.engine.rows import Job, Row, RowText, make_chunk, token_logprobs
 from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler
 from dbrx_jax.engine.slots import make_row
 from dbrx_jax.engine.speculation import Speculation, check_speculation
-from dbrx_jax.engine.warm_up import compile_programs, measure_budgets
+from dbrx_jax.engine.warm_up import compile_programs, measure_budgets, measure_verify_costs
 from dbrx_jax.errors import EngineClosedError, GenerationError, NotFiniteError, QueueFullError, RequestTimeoutError
 from dbrx_jax.generation.prompts import new_token_limit
 from dbrx_jax.generation.sampling import row_keys
@@ -110,7 +110,6 @@ class Engine:
             batch_invariant=batch_invariant,
             speculation=check_speculation(speculation, batch_invariant),
         )
-        self._speculation = Speculation(speculation)
         dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         num_blocks = blocks_for(model, self.limits, dtype, cache_gb)
         programs = Programs(
@@ -125,6 +124,7 @@ class Engine:
         )
         self._top_logprobs = top_logprobs
         self._compilations = count_compilations()
+        costs: dict[int, float] = {}
         if warm_up:
             with announce("Compiling the engine's programs, once"):
                 compile_programs(model, programs, self.limits)
@@ -132,6 +132,9 @@ class Engine:
                 if prefill_budget is None and not batch_invariant:
                     budgets = measure_budgets(model, programs, self.limits)
                     self.limits = dataclasses.replace(self.limits, budgets=budgets)
+                if speculation:
+                    costs = measure_verify_costs(model, programs, self.limits)
+        self._speculation = Speculation(speculation, costs)
         longest = self.limits.chunk_shapes[-1][1]
         self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition, longest))
         self._device = Device(programs, self.limits)
@@ -300,13 +303,13 @@ class Engine:
     def _step(self) -> None:
         """Starts a step on the devices, and then takes the tokens of the one before."""
         burst = max(1, min(STEPS, int(BURST_SECONDS / self._step_seconds)))
-        running = self._scheduler.running
-        proposals = self._speculation.propose(running)
-        is_constrained = any(row.matcher is not None for row in running)
+        proposals = self._speculation.propose(self._scheduler.running)
+        is_constrained = any(row.matcher is not None for row in self._scheduler.running)
         if self._in_flight and (proposals or is_constrained):
             self._collect([])  # what may come next depends on the token before
-            proposals = self._speculation.propose(running)
+            proposals = self._speculation.propose(self._scheduler.running)
             burst = 1 if is_constrained else burst
+        is_busy = bool(self._in_flight)
         try:
             step = self._scheduler.next_step(burst, not self._in_flight, proposals)
         except OutOfBlocksError:
@@ -314,7 +317,9 @@ class Engine:
             return
         begin = time.perf_counter()
         self._collect(self._device.run(step))
-        if step.decode and step.prefill is None:
+        if step.proposals:
+            self._collect([])  # the next step needs to know how many tokens each row got
+        elif step.decode and step.prefill is None and is_busy:
             seconds = (time.perf_counter() - begin) / step.steps
             self._step_seconds += 0.2 * (seconds - self._step_seconds)
 

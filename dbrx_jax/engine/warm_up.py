@@ -129,6 +129,28 @@ def measure_budgets(model: CausalLM, programs: Programs, limits: Limits) -> tupl
     return tuple(budgets)
 
 
+def measure_verify_costs(model: CausalLM, programs: Programs, limits: Limits) -> dict[int, float]:
+    """Returns for the rows of each bucket how many times as long as decoding them it takes to verify proposals.
+
+    All rows have as many proposals as there can be. Leaves arbitrary contents in block 1 and in the slots.
+    """
+    rng, costs = np.random.default_rng(0), {}
+    _start_rows(model, programs, limits)
+    for size in limits.row_buckets:
+        slots, table = _rows(programs, limits, size)
+        tokens, counts = _proposals(limits, size)
+        tokens = rng.integers(model.config.vocab_size, size=tokens.shape, dtype=np.int32)
+
+        def decode(slots=slots, table=table) -> None:
+            jax.block_until_ready(programs.decode(slots, table, 1))
+
+        def verify(slots=slots, table=table, tokens=tokens, counts=counts) -> None:
+            jax.block_until_ready(programs.verify(slots, table, tokens, counts))
+
+        costs[size] = _seconds(verify) / _seconds(decode)
+    return costs
+
+
 def _start_rows(model: CausalLM, programs: Programs, limits: Limits) -> None:
     """Puts a row in each slot, and samples its first token."""
     for slot in range(programs.num_slots):

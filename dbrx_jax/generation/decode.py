@@ -180,6 +180,7 @@ def append_tokens(
     Args:
       x: hidden states of the rows' last tokens, before norm_f.
     """
+
     def sample(rows: tuple[Array, Array]) -> tuple:
         x, slots = rows
         return _sample(model, model.logits(model.norm_f(x)), options, settings, state, slots)
@@ -263,7 +264,9 @@ def _updated_state(
 ) -> RowState:
     """Returns the state with a new token in each row that is not done; the others' are dropped."""
     rows, num_slots = slots.shape[0], state.token.shape[0]
-    active = jnp.where(is_running(state, slots), slots, num_slots + jnp.arange(rows))  # past the end, where writes are dropped
+    active = jnp.where(
+        is_running(state, slots), slots, num_slots + jnp.arange(rows)
+    )  # past the end, where writes are dropped
     position, step = take_rows(state.position, slots) + 1, take_rows(state.step, slots) + 1
     is_eos = jnp.any(token[:, None] == take_rows(settings.eos, slots), axis=1)
     done = is_eos | ~jnp.isfinite(logprob) | (step >= take_rows(state.limit, slots))
