@@ -52,6 +52,8 @@ class Serve(LoadOptions):
     prefill_budget: Given[int] = None
     """Prompt tokens that are computed between two tokens of other requests; by default as many as keep that time below
     4 times what it takes without, as measured at the start."""
+    speculation: Given[int] = None
+    """Most tokens that a step guesses of a row from what it repeats, and verifies; 0, the default, is off."""
     no_warmup: bool = False
     """Compile each program when it is needed first, rather than all of them before the first request."""
     timeout: float = 600.0
@@ -79,6 +81,10 @@ class Serve(LoadOptions):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise GenerationError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
+        if self.speculation:
+            from dbrx_jax.engine.speculation import check_speculation
+
+            check_speculation(self.speculation, self.batch_invariant)
         if not 0 <= self.drain_seconds < float("inf"):
             raise GenerationError(f"--drain-seconds: expected a number of at least 0, got {self.drain_seconds:g}")
 
@@ -101,7 +107,7 @@ class Serve(LoadOptions):
     def _start_engine(self, model: "DbrxForCausalLM", checkpoint: Checkpoint) -> "Engine":
         from dbrx_jax.engine.engine import Engine
 
-        names = ("max_rows", "cache_gb", "max_waiting", "prefill_budget", "cache_dtype")
+        names = ("max_rows", "cache_gb", "max_waiting", "prefill_budget", "cache_dtype", "speculation")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         options = {"batch_invariant": self.batch_invariant, "warm_up": not self.no_warmup}
         return Engine(model, checkpoint.tokenizer, **options, **given)

@@ -19,9 +19,7 @@ def check_speculation(num_tokens: int, batch_invariant: bool) -> int:
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or not 0 <= num_tokens <= MAX_PROPOSED:
         raise GenerationError(f"speculation: expected a number from 0 to {MAX_PROPOSED}, got {num_tokens!r:.40}")
     if num_tokens and batch_invariant:
-        raise GenerationError(
-            "speculation: steps of several tokens have other bits than steps of one; choose it or batch_invariant"
-        )
+        raise GenerationError("speculation: its steps of several tokens have other bits; leave out batch_invariant")
     return num_tokens
 
 

@@ -97,6 +97,8 @@ class _EngineCollector(Collector):
             ("vllm:prefix_cache_queries", "Tokens of prompts sought in the cache.", stats.prefix_queries),
             ("vllm:prefix_cache_hits", "Tokens of prompts found in the cache.", stats.prefix_hits),
             ("vllm:num_preemptions", "Requests that lost their blocks to others, and began anew.", stats.preemptions),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens proposed by speculation.", stats.proposed_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Proposed tokens that were accepted.", stats.accepted_tokens),
             (
                 "dbrx_jax:compilations_after_warmup",
                 "Programs compiled while requests ran.",

@@ -100,6 +100,11 @@ def test_options(served, source, tmp_path, monkeypatch):
     assert in_process("dbrx-jax", "serve", source, "--port", 0).stderr.splitlines()[-1].endswith(", 1 API key")
 
 
+def test_speculation(served):
+    assert in_process("dbrx-jax", "serve", "--port", 0, "--speculation", 5).returncode == 0
+    assert served.engines[0][1] == {"batch_invariant": False, "warm_up": True, "speculation": 5}
+
+
 def test_warning_of_an_open_server_and_the_models_name(served, source):
     done = in_process("dbrx-jax", "serve", f"{source}/", "--port", 0, "--host", "0.0.0.0")
     assert "Anyone who reaches 0.0.0.0 may use this server; --api-key-file asks for keys" in done.stderr.splitlines()
@@ -121,6 +126,8 @@ def test_status_of_a_failed_engine(served):
         (["--max-rows", 0], "--max-rows: expected a number above 0, got 0"),
         (["--timeout", "nan"], "--timeout: expected a number above 0, got nan"),
         (["--drain-seconds", -1], "--drain-seconds: expected a number of at least 0, got -1"),
+        (["--speculation", 15], "speculation: expected a number from 0 to 14, got 15"),
+        (["--speculation", 3, "--batch-invariant"], "speculation: its steps of several tokens have other bits"),
         (["--mesh", "x=1"], "x"),
         (["--quantization", "int3"], "int3"),
         (["/no/such/folder"], "/no/such/folder"),

@@ -14,7 +14,8 @@ def naive_proposal(tokens, max_ngram, num_tokens):
     for n in range(min(max_ngram, len(tokens)), 1, -1):
         for start in range(len(tokens) - n - 1, -1, -1):
             if tokens[start : start + n] == tokens[-n:]:
-                return tokens[start + n : start + n + num_tokens]
+                following = tokens[start + n :]
+                return (following * num_tokens)[:num_tokens]
     return []
 
 
@@ -32,7 +33,8 @@ def test_longest_and_latest_occurrence_is_proposed():
     lookup = PromptLookup([1, 2, 3, 40, 41, 7, 2, 3, 50, 51, 1, 2, 3])
     np.testing.assert_array_equal(lookup.propose(2), [40, 41])
     lookup = PromptLookup([1, 2, 3, 40, 41, 7, 2, 3, 50, 51, 9, 2, 3])
-    np.testing.assert_array_equal(lookup.propose(9), [50, 51, 9, 2, 3])
+    np.testing.assert_array_equal(lookup.propose(7), [50, 51, 9, 2, 3, 50, 51])
+    assert lookup.propose(-1).size == 0
     assert lookup.propose(9).dtype == np.int32
     lookup.append(np.array([60], np.int32))
     assert lookup.propose(9).size == 0

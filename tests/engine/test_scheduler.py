@@ -109,3 +109,24 @@ def test_row_that_was_admitted_last_is_put_back_though_another_has_computed_less
     scheduler.next_step(1, True)
     assert last in scheduler.waiting
     assert long in (*scheduler.prefilling, *scheduler.running)
+
+
+def test_proposals_take_free_blocks_and_never_those_of_others():
+    scheduler = make_scheduler()
+    row, other = [rows[0] for rows in (add(scheduler, 126), add(scheduler, 20))]
+    while len(scheduler.running) < 2:
+        scheduler.next_step(1, True)
+    for one in (row, other):
+        one.pending, one.generated = 0, 1
+    free = scheduler.pool.num_free
+    step = scheduler.next_step(5, True, {row: np.arange(4), other: np.arange(3)})  # up to position 131
+    assert {one: len(tokens) for one, tokens in step.proposals.items()} == {row: 4, other: 3}
+    assert (step.steps, row.pending, other.pending) == (1, 1, 1)
+    assert scheduler.pool.num_free == free - 1
+    assert len(row.blocks) == 2
+    row.pending = other.pending = 0
+    row.generated = 129  # of 256 positions one is free
+    scheduler.pool.allocate(scheduler.pool.num_free)
+    step = scheduler.next_step(1, True, {row: np.arange(4), other: np.arange(3)})
+    assert {one: len(tokens) for one, tokens in step.proposals.items()} == {row: 1, other: 3}
+    assert scheduler.num_preemptions == 0

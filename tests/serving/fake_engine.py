@@ -23,6 +23,8 @@ class FakeStats(NamedTuple):
     prefix_queries: int = 7
     prefix_hits: int = 3
     preemptions: int = 2
+    proposed_tokens: int = 12
+    accepted_tokens: int = 9
     compilations_after_warmup: int = 1
 
 

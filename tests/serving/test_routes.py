@@ -81,6 +81,8 @@ def test_metrics(client, engine, tokenizer):
     assert values[("vllm:prefix_cache_queries_total",)] == 7
     assert values[("vllm:prefix_cache_hits_total",)] == 3
     assert values[("vllm:num_preemptions_total",)] == 2
+    assert values[("vllm:spec_decode_num_draft_tokens_total",)] == 12
+    assert values[("vllm:spec_decode_num_accepted_tokens_total",)] == 9
     assert values[("dbrx_jax:compilations_after_warmup_total",)] == 1
     assert values[("vllm:request_success_total", "stop")] == 1
     assert values[("vllm:request_success_total", "length")] == 3
