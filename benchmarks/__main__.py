@@ -25,7 +25,7 @@ DESCRIPTION = """Speed of dbrx_jax against its roofline and its peers.
 Others run as python -m benchmarks.NAME:
 
 - gpu, tiles, kernels, compiled, slices, quality
-- profile, products, invariance, first_token, machine"""
+- profile, products, invariance, first_token, machine, speculation"""
 
 
 def main() -> None:

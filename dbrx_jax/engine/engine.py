@@ -124,7 +124,8 @@ class Engine:
         )
         self._top_logprobs = top_logprobs
         self._compilations = count_compilations()
-        costs: dict[int, float] = {}
+        # For numbers of rows, how many times as long as decoding them it takes to verify proposals, as measured.
+        self.verify_costs: dict[int, float] = {}
         if warm_up:
             with announce("Compiling the engine's programs, once"):
                 compile_programs(model, programs, self.limits)
@@ -133,8 +134,8 @@ class Engine:
                     budgets = measure_budgets(model, programs, self.limits)
                     self.limits = dataclasses.replace(self.limits, budgets=budgets)
                 if speculation:
-                    costs = measure_verify_costs(model, programs, self.limits)
-        self._speculation = Speculation(speculation, costs)
+                    self.verify_costs = measure_verify_costs(model, programs, self.limits)
+        self._speculation = Speculation(speculation, self.verify_costs)
         longest = self.limits.chunk_shapes[-1][1]
         self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition, longest))
         self._device = Device(programs, self.limits)
