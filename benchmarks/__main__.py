@@ -1,4 +1,4 @@
-"""The command: python -m benchmarks decode|prefill|throughput|load|convert|report, from the repository root."""
+"""The command: python -m benchmarks decode|prefill|throughput|serve|load|convert|report, from the repository root."""
 
 import os
 from collections.abc import Callable
@@ -10,12 +10,14 @@ from benchmarks.commands import Decode, Prefill, Throughput
 from benchmarks.convert import Convert
 from benchmarks.load import Load
 from benchmarks.report import Report
+from benchmarks.serve import Serve
 from dbrx_jax.console import run
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "decode": Decode,
     "prefill": Prefill,
     "throughput": Throughput,
+    "serve": Serve,
     "load": Load,
     "convert": Convert,
     "report": Report,
@@ -25,7 +27,7 @@ DESCRIPTION = """Speed of dbrx_jax against its roofline and its peers.
 Others run as python -m benchmarks.NAME:
 
 - gpu, tiles, kernels, compiled, slices, quality
-- profile, products, invariance, first_token, machine, speculation"""
+- profile, products, invariance, first_token, engine_step, machine, speculation"""
 
 
 def main() -> None:

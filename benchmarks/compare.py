@@ -39,16 +39,18 @@ def alternate(engines: Sequence[N], measure: Callable[[N, int], Figures], rounds
 def summary(rounds: Sequence[Mapping[str, Figures]]) -> dict[str, dict[str, dict[str, float]]]:
     """Returns median, minimum and maximum of each engine's figures, and of their ratios under "ratio".
 
-    A ratio is that of one round; above 1, ours is better.
+    A ratio is that of one round; above 1, ours is better. With several peers their names follow: "ratio to NAME".
     """
     result = {
         name: {figure: _spread([r[name][figure] for r in rounds]) for figure in figures}
         for name, figures in rounds[0].items()
     }
-    for peer in set(result) - {OURS}:
-        result["ratio"] = {
+    peers = [name for name in result if name != OURS]
+    for peer in peers:
+        result["ratio" if len(peers) == 1 else f"ratio to {peer}"] = {
             figure: _spread([better(figure, r[OURS][figure], r[peer][figure]) for r in rounds])
             for figure in rounds[0][OURS]
+            if figure in rounds[0][peer]
         }
     return result
 

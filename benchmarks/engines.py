@@ -133,7 +133,8 @@ def peer(against: str, given: Path | None, dtype: str, folder: Path, gguf: Path)
         return ours(folder, WIDE, WIDE)
     python = find_python(against, given, dtype)
     if against == "llama.cpp":
-        if not gguf.exists() or gguf.stat().st_mtime < (folder / "config.json").stat().st_mtime:
+        origins = folder / "config.json", ROOT / "benchmarks" / "gguf_file.py"
+        if not gguf.exists() or gguf.stat().st_mtime < max(file.stat().st_mtime for file in origins):
             print_status(f"Making {gguf}")
             gguf.parent.mkdir(parents=True, exist_ok=True)
             command: list[str | Path] = [python, "-m", "benchmarks.gguf_file", folder, gguf, "--dtype", dtype]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gguf_file FOLDER OUT --dtype bfloat16
 
-Runs in llama-cpp-python's environment: needs numpy and the package gguf, and not dbrx_jax. The vocabulary has a size
-and no text, because engines exchange token ids. int8 becomes Q8_0; int4 becomes Q4_0 for the experts and Q8_0 for the
-rest. Rows that their blocks of 32 do not divide stay bfloat16.
+Runs in llama-cpp-python's environment: needs numpy and the package gguf, and not dbrx_jax. The vocabulary is made up,
+because engines exchange token ids; llama-server wants one. int8 becomes Q8_0; int4 becomes Q4_0 for the experts and
+Q8_0 for the rest. Rows that their blocks of 32 do not divide stay bfloat16.
 """
 
 import argparse
@@ -89,7 +89,12 @@ def _write_metadata(writer: gguf.GGUFWriter, config: dict) -> None:
     writer.add_expert_used_count(ffn["moe_top_k"])
     writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("dbrx")
+    writer.add_token_list([f"t{i}," for i in range(config["vocab_size"])])
+    writer.add_token_merges(["t 1"])  # llama.cpp wants one
+    writer.add_eos_token_id(config["vocab_size"] - 1)
+    writer.add_add_bos_token(False)
 
 
 def _type(name: str, array: np.ndarray, dtype: str) -> Type:

@@ -6,8 +6,8 @@ from benchmarks.engines import OURS, WIDE
 
 UNITS = {
     "tokens_per_second": ("tokens/s", 1.0),
-    "bytes_per_second": ("GB/s", 1e9),
     "disk_bytes_per_second": ("GB/s from the disk", 1e9),
+    "bytes_per_second": ("GB/s", 1e9),
     "anonymous_bytes": ("MB", 1e6),
     "bytes": ("MB to read", 1e6),
     "flops": ("GFLOP to compute", 1e9),
@@ -29,7 +29,7 @@ def number(value: float) -> str:
 
 def quantity(figure: str, *values: float) -> str:
     """Formats values of a figure with their unit: "3 tokens/s", or "3 to 4 tokens/s"."""
-    unit, scale = UNITS.get(figure, ("s", 1.0))
+    unit, scale = next((unit for name, unit in UNITS.items() if figure.endswith(name)), ("s", 1.0))
     return f"{' to '.join(number(value / scale) for value in values)} {unit}"
 
 
@@ -47,7 +47,7 @@ def share(result: dict[str, Any], engine: str, figure: str) -> float | None:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """Returns the machine, the roofline, and each figure with its range, share of the roofline and ratio."""
-    measured, names = result["measured"], [name for name in result["summary"] if name != "ratio"]
+    measured, names = result["measured"], [name for name in result["summary"] if not name.startswith("ratio")]
     options = ", ".join(f"{key} {result[key]}" for key in ("batch", "prompt", "tokens", "users") if key in result)
     roof = ", ".join(
         f"{words(name)} {quantity(name, value)}" if name.endswith("_seconds") else quantity(name, value)
@@ -61,19 +61,22 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"  roofline: {roof}",
     ]
     if check := result.get("check"):
-        out.append(
-            f"  check: logits differ by up to {check['largest_difference']:.2g}, "
-            f"the largest is {check['largest_logit']:.3g}; {check['greedy_tokens']} greedy tokens agree"
-        )
+        logits = ""
+        if "largest_difference" in check:
+            logits = f"logits differ by up to {check['largest_difference']:.2g}, "
+            logits += f"the largest is {check['largest_logit']:.3g}; "
+        out.append(f"  check: {logits}{check['greedy_tokens']} greedy tokens agree")
     for figure in result["summary"][OURS]:
         out.append(f"  {words(figure)}")
         for name in names:
+            if figure not in result["summary"][name]:
+                continue
             spread = result["summary"][name][figure]
             value_range = quantity(figure, spread["min"], spread["max"])
             fraction = share(result, name, figure)
             of_roofline = "" if fraction is None else f", {fraction:.0%} of the roofline"
             out.append(f"    {name:<13}{quantity(figure, spread['median'])} ({value_range}){of_roofline}")
-        if "ratio" in result["summary"]:
-            ratio = result["summary"]["ratio"][figure]
-            out.append(f"    {'ratio':<13}{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        for name in (name for name in result["summary"] if name.startswith("ratio")):
+            if ratio := result["summary"][name].get(figure):
+                out.append(f"    {name:<13} {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
     return out

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
@@ -33,6 +34,14 @@ class Engine:
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
         """Generates `tokens` tokens for each row, whatever they are; the prompts are equally long."""
+        raise NotImplementedError
+
+    def stream(self, prompts: list[list[int]], tokens: int, positions: int) -> Iterator[int]:
+        """Likewise for prompts of any lengths; yields the number of each row's new tokens as they come.
+
+        Args:
+          positions: of the cache of each row, at least.
+        """
         raise NotImplementedError
 
 
@@ -99,7 +108,38 @@ def users(engine: Engine, prompts: list[list[int]], tokens: int, interval: float
     return {"seconds": time.perf_counter() - begin, "first": first, "total": total}
 
 
-_HANDLERS = {"load": _load, "check": _check, "decode": _decode, "prefill": _prefill, "warm": _warm, "users": users}
+def batches(engine: Engine, users: list[tuple[float, list[int], int]], batch: int, positions: int) -> dict[str, Any]:
+    """Serves users as :func:`users` does, with a time of arrival, a prompt and a number of tokens each.
+
+    A batch runs until its last row has its tokens. Returns each user's events: seconds, and a number of new tokens.
+    """
+    begin, served = time.perf_counter(), 0
+    events: list[list[tuple[float, int]]] = [[] for _ in users]
+    while served < len(users):
+        time.sleep(max(0.0, begin + users[served][0] - time.perf_counter()))
+        now = time.perf_counter() - begin
+        here = sum(arrival <= now for arrival, _, _ in users)
+        rows = range(served, min(max(here, served + 1), served + batch))
+        known = 0
+        for number in engine.stream([users[i][1] for i in rows], max(users[i][2] for i in rows), positions):
+            now = time.perf_counter() - begin
+            for i in rows:
+                if known < users[i][2]:
+                    events[i].append((now, min(number, users[i][2] - known)))
+            known += number
+        served = rows.stop
+    return {"events": events}
+
+
+_HANDLERS = {
+    "load": _load,
+    "check": _check,
+    "decode": _decode,
+    "prefill": _prefill,
+    "warm": _warm,
+    "users": users,
+    "batches": batches,
+}
 
 
 class Peak:
