@@ -50,11 +50,17 @@ def make_users(seed: int, number: int, interval: float, prompt: int, tokens: int
       interval: mean seconds between two users; 0 is all at once.
     """
     rng = np.random.default_rng(seed)
-    arrivals = np.concatenate([[0.0], np.cumsum(rng.exponential(1.0, number - 1))]) * interval
+    arrivals = poisson_arrivals(rng, number, interval)
     lengths = rng.integers(max(1, prompt // 2), prompt * 3 // 2 + 1, number)
     limits = np.clip(rng.exponential(tokens, number).round(), 2, 4 * tokens).astype(int)
     prompts = [rng.integers(0, vocab_size - 1, length).tolist() for length in lengths]
-    return [User(float(a), p, int(n)) for a, p, n in zip(arrivals, prompts, limits, strict=True)]
+    return [User(a, p, int(n)) for a, p, n in zip(arrivals, prompts, limits, strict=True)]
+
+
+def poisson_arrivals(rng: np.random.Generator, number: int, interval: float) -> list[float]:
+    """Returns increasing times in seconds, the first 0, with random gaps of the mean `interval`."""
+    gaps = rng.exponential(1.0, number - 1) * interval
+    return [0.0, *np.cumsum(gaps).tolist()]
 
 
 def ask_all(port: int, users: Sequence[User]) -> list[Served]:

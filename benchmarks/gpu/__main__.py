@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.engines import PEERS
-from benchmarks.gpu import check, speed
+from benchmarks.gpu import check, serve, speed
 from benchmarks.gpu.sizes import FEWER_LAYERS, FULL, TOY, Size, card
 from benchmarks.machine import Machine, measure
 from benchmarks.record import RESULTS, ROOT, BenchmarkError, stamp, write
@@ -69,6 +69,7 @@ PARTS = {
     "prefill-int4": Part(80, partial(speed.prefill, precision="int4"), True),
     "prefill-bfloat16": Part(60, partial(speed.prefill, precision="bfloat16"), True),
     "decode-int8": Part(100, partial(speed.decode, precision="int8"), True),
+    "serve": Part(500, partial(serve.serve, precision="int4"), True),
     "load-int4": Part(300, partial(speed.load, precision="int4"), True),
 }
 

@@ -31,7 +31,8 @@ class Size:
       prompt: tokens of the timed prefill.
       tokens: numbers of tokens at which the experts are checked.
       lengths: of the prompts on which whole models are compared.
-      users, together: number of users, and the most that are served at once.
+      users, together: number of users, and the most that are served at once in batches.
+      served, rows: likewise in the engine.
     """
 
     config: DbrxConfig
@@ -42,6 +43,8 @@ class Size:
     lengths: tuple[int, ...]
     users: int
     together: int
+    served: int
+    rows: int
 
 
 FULL = Size(
@@ -57,6 +60,8 @@ FULL = Size(
     lengths=(300, 77, 41),
     users=8,
     together=2,
+    served=96,
+    rows=64,
 )
 _TOY_CONFIG = dataclasses.replace(
     DbrxConfig.from_name("demo"), d_model=64, n_heads=4, kv_n_heads=2, n_layers=1, ffn_hidden_size=96
@@ -70,6 +75,8 @@ TOY = Size(
     lengths=(16, 8, 3),
     users=2,
     together=2,
+    served=6,
+    rows=2,
 )
 # Number of layers of a model that does not fit with all of them.
 FEWER_LAYERS = {"bfloat16": 4, "int8": 8, "int4": 8}

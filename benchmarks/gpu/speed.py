@@ -42,7 +42,7 @@ def device() -> Iterator[Row]:
 
 def decode(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     """Yields tokens/s of each batch and number of positions that fits, and a profile of the first."""
-    model, config, facts = _make_model(size, precision)
+    model, config, facts = make_model(size, precision)
     yield facts
     for number, (batch, positions) in enumerate(size.decode[precision]):
         case: Row = {"precision": precision, "layers": config.n_layers, "batch": batch, "context": positions}
@@ -62,7 +62,8 @@ def decode(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
             yield case | kernel_times(run, size.steps)
 
 
-def _make_model(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]:
+def make_model(size: Size, precision: str) -> tuple[DbrxForCausalLM, DbrxConfig, Row]:
+    """Returns a random model that fits, its configuration, and the time and memory that it took."""
     config = config_that_fits(size, precision)
     begin = time.perf_counter()
     model = random_model(config, precision)
@@ -99,7 +100,7 @@ def _decode_steps(model: DbrxForCausalLM, batch: int, positions: int, steps: int
 
 def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     """Yields tokens/s of a prompt's first chunk, and a profile."""
-    model, config, facts = _make_model(size, precision)
+    model, config, facts = make_model(size, precision)
     yield facts
     model_state, partition = split_model(model), model.partition
     length = prefill_chunk_lengths(partition)[-1]
@@ -125,7 +126,7 @@ def prefill(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
 def load(size: Size, machine: Machine, precision: str) -> Iterator[Row]:
     """Yields rates and latencies under the announcement's load: a user each second, 2000 tokens in, 256 out."""
     engine = Ours()
-    engine.model, config, facts = _make_model(size, precision)
+    engine.model, config, facts = make_model(size, precision)
     yield facts
     prompt, tokens = roofline.ANNOUNCED_PROMPT, roofline.ANNOUNCED_TOKENS
     if size.prompt < prompt:

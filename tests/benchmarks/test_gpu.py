@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.check import MAX_ERROR, MODEL_ERROR, WrongResult
+from benchmarks.gpu.serve import SHARES
 from benchmarks.gpu.sizes import TOY
 
 
@@ -34,6 +35,13 @@ def test_gpu_benchmark_runs_at_toy_size(tmp_path):
     assert load["users"] == TOY.users
     assert load["tokens_per_second"] > 0
     assert 0 < load["of_measured_roofline"] < 1
+    at_once, *rates, end = results["serve"][2:]
+    assert at_once["all_wait"]
+    assert at_once["users_per_second"] == pytest.approx(at_once["tokens_per_second"] / TOY.steps, rel=1e-3)
+    assert [row["users_per_second"] for row in rates] == [
+        pytest.approx(share * at_once["users_per_second"], rel=2e-2) for share in SHARES
+    ]
+    assert end["compilations_after_warmup"] == 0
 
 
 @pytest.mark.slow
