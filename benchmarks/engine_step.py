@@ -21,63 +21,69 @@ from benchmarks.record import RESULTS, cpus, stamp, write
 from dbrx_jax import DbrxForCausalLM, Engine, Request
 from dbrx_jax.console import print_status, run
 from dbrx_jax.engine.engine import STEPS
-from dbrx_jax.engine.slots import SlotStart, empty_slots, make_row, write_slot
-from dbrx_jax.generation.decode import decode, sample_first
-from dbrx_jax.generation.prefill import empty_cache, prefill
-from dbrx_jax.generation.state import Options
+from dbrx_jax.engine.programs import Programs
+from dbrx_jax.engine.slots import SlotStart, make_row
 from dbrx_jax.generation.stream import TokenStream
 from dbrx_jax.generation_config import GenerationConfig
-from dbrx_jax.model.graph import split_model
 
 MODELS = ("demo", "bench")
 BATCHES = (1, 8)
 PROMPT, MORE = 64, 32  # tokens; new ones of the rows that must outlast the row that is timed
-LENGTH = 512  # positions of the engine's rows
+CHUNK, LENGTH = 128, 512  # tokens of the prompts' chunks; positions of a row
 
 Prompts = list[list[int]]
 
 
-class Programs:
+class Bare:
     """The engine's programs, called without an engine."""
 
     def __init__(self, engine: Engine, model: DbrxForCausalLM):
-        self._model, self._limits, self._blocks = model, engine.limits, engine.stats().blocks + 1
-        self._options = Options(top_logprobs=20)
+        self._model, self._limits = model, engine.limits
+        self._programs = Programs(
+            model,
+            engine.stats().blocks + 1,
+            model.dtype,
+            slots=engine.limits.max_rows,
+            positions=LENGTH,
+            steps=STEPS,
+            batch_invariant=False,
+            top_logprobs=20,
+        )
 
     def step_seconds(self, prompts: Prompts, tokens: int, steps: int) -> float:
         """Returns the seconds of a decode step of all rows, `steps` of them in a call.
 
-        Each call takes the arrays of the one before, and its tokens are read while the next one runs.
+        A call's tokens are read while the next one runs.
         """
-        model, limits = self._model, self._limits
-        model_state, config, partition = split_model(model), model.config, model.partition
-        width = -(-limits.positions // limits.block)
-        size = next(bucket for bucket in limits.row_buckets if bucket >= len(prompts))
-        slots = np.array([*range(len(prompts)), *[limits.max_rows] * (size - len(prompts))], np.int32)
-        table = np.zeros((size, width), np.int32)
-        table[: len(prompts)] = 1 + np.arange(len(prompts) * width).reshape(-1, width)
-        rows = [np.array(ids, np.int32) for ids in prompts] + [np.zeros(0, np.int32)] * (size - len(prompts))
-        cache = empty_cache(config, partition, self._blocks, model.dtype)
-        cache, x = prefill(model_state, config, partition, rows, cache, table, model.dtype)
-        positions = width * limits.block
-        settings, state = empty_slots(config, partition, self._options, limits.max_rows, positions)
-        options, key = GenerationConfig(), np.zeros(2, np.uint32)
-        for slot, ids in enumerate(rows[: len(prompts)]):
-            row = make_row(options, config.vocab_size, len(ids), tokens + MORE, key, False, False, partition)
-            start = np.array(SlotStart(slot, len(ids), 0, tokens + MORE), np.int32)
-            padded = np.pad(ids, (0, positions - len(ids)))
-            settings, state = write_slot(partition, settings, state, row.settings, padded, start)
-        index = np.arange(size, dtype=np.int32)
-        state, outputs = sample_first(model_state, self._options, settings, state, slots, x, index)
+        programs, slots, table = self._programs, *self._start(prompts, tokens)
+        calls = tokens // steps
+        outputs = programs.decode(slots, table, 1)
         jax.block_until_ready(outputs)
-        many = self._options._replace(steps=STEPS)
         begin = time.perf_counter()
-        for _ in range(tokens // steps):
-            last = outputs
-            cache, state, outputs = decode(model_state, many, settings, cache, state, slots, table, np.int32(steps))
+        for _ in range(calls):
+            last, outputs = outputs, programs.decode(slots, table, steps)
             np.asarray(last.tokens)
         jax.block_until_ready(outputs)
-        return (time.perf_counter() - begin) / (tokens // steps * steps)
+        return (time.perf_counter() - begin) / (calls * steps)
+
+    def _start(self, prompts: Prompts, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prefills prompts and samples their first tokens; returns the rows' slots and blocks, padded to a bucket."""
+        programs, limits, config = self._programs, self._limits, self._model.config
+        size = next(bucket for bucket in limits.row_buckets if bucket >= len(prompts))
+        width = LENGTH // limits.block
+        slots, table = np.full(size, limits.max_rows, np.int32), np.zeros((size, width), np.int32)
+        for slot, prompt in enumerate(prompts):
+            slots[slot], table[slot] = slot, 1 + slot * width + np.arange(width)
+            ids = np.zeros((1, CHUNK), np.int32)
+            ids[0, : len(prompt)] = prompt
+            programs.prefill(table[slot : slot + 1], ids, np.array([[0, len(prompt)]], np.int32))
+            limit, key = tokens + MORE, np.zeros(2, np.uint32)
+            options = GenerationConfig(), config.vocab_size, len(prompt), limit, key, False, False
+            start = np.array(SlotStart(slot, len(prompt), 0, limit), np.int32)
+            row = make_row(*options, self._model.partition)
+            programs.write_row(row, np.pad(ids[0], (0, LENGTH - CHUNK)), start)
+            programs.sample_first(np.array([slot], np.int32), np.zeros(1, np.int32))
+        return slots, table
 
 
 def engine_seconds(engine: Engine, prompts: Prompts, tokens: int) -> tuple[float, int]:
@@ -110,13 +116,13 @@ def generate_seconds(model: DbrxForCausalLM, prompts: Prompts, tokens: int, step
 
 def measure(model: DbrxForCausalLM, batch: int, tokens: int, rounds: int, engine: Engine) -> dict[str, object]:
     """Returns milliseconds a step of each kind in each round, and their ratios to the bare program."""
-    programs, steps = Programs(engine, model), 1
+    bare, steps = Bare(engine, model), 1
     times: dict[str, list[float]] = {"engine": [], "program": [], "generate": []}
     for number in range(rounds + 1):
         prompts = random_prompts(model.config, number, batch, PROMPT)
         seconds, steps = engine_seconds(engine, prompts, tokens)
         kinds: dict[str, Callable[[], float]] = {
-            "program": lambda p=prompts, s=steps: programs.step_seconds(p, tokens, s),
+            "program": lambda p=prompts, s=steps: bare.step_seconds(p, tokens, s),
             "generate": lambda p=prompts, s=steps: generate_seconds(model, p, tokens, s),
         }
         found = {"engine": seconds, **{name: kind() for name, kind in kinds.items()}}
