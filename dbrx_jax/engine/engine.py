@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from dbrx_jax.console import announce
@@ -32,6 +33,7 @@ from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 STEPS = 8  # most decode steps of one program
 BURST_SECONDS = 0.01  # that several decode steps in one program may take: a request that arrives waits for them
+NO_KEY = np.zeros(2, np.uint32)  # of greedy rows
 logger = logging.getLogger(__name__)
 
 
@@ -185,7 +187,7 @@ class Engine:
             raise GenerationError(f"num_return_sequences: expected at most {self.limits.max_rows}, got {copies}")
         blocks = -(-(length + limit) // self.limits.block) * copies
         if blocks > self._scheduler.pool.num_blocks:
-            available = self._scheduler.pool.num_blocks * self.limits.block // copies
+            available = self._scheduler.pool.num_blocks // copies * self.limits.block
             raise GenerationError(
                 f"max_new_tokens: {limit} with a prompt of {length} tokens is beyond the cache of {available} "
                 f"positions for each completion; ask for at most {max(0, available - length)} new tokens"
@@ -201,7 +203,7 @@ class Engine:
         wants_top = bool(request.top_logprobs)
         for index in range(copies):
             is_constrained = request.constraint is not None
-            key = _row_key(seed, index)
+            key = _row_key(seed, index) if config.do_sample else NO_KEY
             arguments = (vocab_size, length, limit, key, wants_top, is_constrained, self._model.partition)
             settings = make_row(config, *arguments)
             text = RowText(self._tokenizer, config.stop_strings, config.eos_token_id)
@@ -408,8 +410,13 @@ def _take_scores(scores: PromptScores) -> None:
 
 
 def _row_key(seed: int, index: int) -> np.ndarray:
-    """Returns the random key (2,) of a completion."""
-    return np.asarray(row_keys(np.array([seed], np.uint32), np.array([index], np.uint32)))[0]
+    """Returns the random key (2,) of a completion. A CPU computes it: another device may be busy with a long step."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves out the CPU
+        device = None
+    with jax.default_device(device):
+        return np.asarray(row_keys(np.array([seed], np.uint32), np.array([index], np.uint32)))[0]
 
 
 def _whole(name: str, value: int) -> int:

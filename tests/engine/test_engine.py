@@ -174,7 +174,7 @@ def test_requests_that_can_never_run_are_refused(engine):
         ),
         (
             Request([1], GenerationConfig(num_return_sequences=5, do_sample=True, max_new_tokens=200)),
-            "beyond the cache of",
+            "beyond the cache of 128 positions for each completion; ask for at most 127 new tokens",
         ),
         (Request([1], GenerationConfig(), top_logprobs=21), "top_logprobs: expected at most 20, got 21"),
         (Request([1], GenerationConfig(stop_strings=("a",))), "stop_strings: needs a tokenizer"),

@@ -290,6 +290,7 @@ class TestCompilation:
         assert count_compilations(lambda: model.generate(e["tokens"], max_new_tokens=3)) == 0
         assert count_compilations(lambda: model.generate(e["tokens"], max_new_tokens=3, eos_token_id=[1, 2])) == 0
 
+    @pytest.mark.slow
     def test_a_session_of_random_calls_compiles_few_programs(self, models):
         """Batches of 1 to 8 rows, prompts of 1 to 300 tokens: few sizes of chunks, caches and batches."""
         config = dataclasses.replace(models("fused").config, n_layers=1)
