@@ -37,11 +37,8 @@ def model(models):
 
 @pytest.fixture(scope="package")
 def demo():
-    """A random model of one layer with the sizes of the demo, which compiles quickly, and the demo's tokenizer."""
-    config = dataclasses.replace(DbrxConfig.from_file(source_folder()), n_layers=1)
-    model = DbrxForCausalLM(config, rngs=nnx.Rngs(5), dtype="float32")
-    model.generation_config = GenerationConfig(eos_token_id=(2550, 2553))
-    return model, DbrxTokenizer.from_pretrained(source_folder())
+    """A small model, which compiles quickly, and the demo's tokenizer."""
+    return small_model(), DbrxTokenizer.from_pretrained(source_folder())
 
 
 @pytest.fixture(scope="package")
@@ -54,6 +51,14 @@ def demo_engine(demo):
 def engine(model):
     with make_engine(model) as engine:
         yield engine
+
+
+def small_model(**sizes):
+    """Makes a random model of one layer with the sizes of the demo, but for those that are given."""
+    config = dataclasses.replace(DbrxConfig.from_file(source_folder()), n_layers=1, **sizes)
+    model = DbrxForCausalLM(config, rngs=nnx.Rngs(5), dtype="float32")
+    model.generation_config = GenerationConfig(eos_token_id=(2550, 2553))
+    return model
 
 
 def make_engine(model, **options):
