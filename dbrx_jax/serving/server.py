@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import time
@@ -20,6 +21,7 @@ TICK = 0.1  # seconds between looks at the engine and the requests
 CLOSE_SECONDS = 5  # for answers that are complete but not yet sent
 KEEP_ALIVE_SECONDS = 75  # longer than most proxies keep an unused connection
 INTERRUPTED = 130
+OPEN_FILES = 65_536  # each connection is one
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -68,6 +70,7 @@ def run_server(app: FastAPI, bound: socket.socket, drain_seconds: float) -> int:
     except OSError as error:
         host, port = bound.getsockname()[:2]
         raise _not_usable(host, port, error) from None
+    _allow_more_files()
     config = uvicorn.Config(
         app,
         http=HeadLimit,
@@ -82,6 +85,15 @@ def run_server(app: FastAPI, bound: socket.socket, drain_seconds: float) -> int:
     server = _Server(config, app.state.server, drain_seconds)
     asyncio.run(server.serve_until_drained(bound))
     return server.status
+
+
+def _allow_more_files() -> None:
+    """Raises the process's limit of open files, which is often below the requests that may wait."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Server(uvicorn.Server):
