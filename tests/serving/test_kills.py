@@ -92,7 +92,6 @@ def test_killed_client_frees_its_row_and_others_go_on():
             client.kill()
             killed = time.monotonic()
             waiting.text()
-            print("the next began after", waiting.first - killed)
             assert waiting.first - killed < 1
             assert all(other.is_alive() for other in others)
         assert [other.text() for other in others] == [alone] * 5
@@ -149,7 +148,6 @@ def test_requests_that_outlast_the_draining_end_with_an_error():
         begin = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
-        print("ended after", time.monotonic() - begin)
         thread.join(10)
         assert statuses == [503]
         for stream in streams:
