@@ -145,7 +145,6 @@ def test_requests_that_outlast_the_draining_end_with_an_error():
         thread = threading.Thread(target=lambda: statuses.append(server.client.send(waiting).status_code))
         thread.start()
         wait_for(lambda: server.metric("vllm:num_requests_waiting") == 1)
-        begin = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
         thread.join(10)
