@@ -173,8 +173,10 @@ def _kernel(
         pl.when(following.step < pl.num_programs(0))(lambda: copies.start(rows, following))
         copies.wait(rows, place)
         num = jnp.minimum(num_blocks - group * GROUP, GROUP)
-        for n in range(1, GROUP + 1):
-            pl.when(num == n)(functools.partial(add_blocks, n, group, place.slot))
+        # A tile of queries takes long to compile, so it has no code for 2 or 3 blocks: it masks the rest of the group.
+        sizes_with_code = range(1, GROUP + 1) if sizes.tile == 1 else (1, GROUP)
+        for smaller, n in zip((0, *sizes_with_code), sizes_with_code, strict=False):
+            pl.when((smaller < num) & (num <= n))(functools.partial(add_blocks, n, group, place.slot))
         return following.slot, following.kept
 
     state[0], state[1] = lax.fori_loop(0, num_groups, process_group, (state[0], state[1]))

@@ -67,7 +67,7 @@ class Blocks(NamedTuple):
     def scaled(self) -> bool:
         return len(self.arrays) == 4
 
-    def seen_in(self, block: int) -> Array:
+    def seen_in(self, block: Array | int) -> Array:
         """Returns the number of positions that a query sees from the start of a block on."""
         return self.seen - block * LANES
 
@@ -134,19 +134,21 @@ class ChunkScratch(NamedTuple):
 def add_to_chunk(softmax: Softmax, blocks: Blocks, num: int, scratch: ChunkScratch, mask: Callable) -> None:
     """Adds the first `num` blocks to the softmax of a tile of queries, which has a set for each key head.
 
-    Heads are copied first and then looped over: unrolled, Mosaic takes ten seconds a layer to compile, and only a
-    dimension outside of a matrix can have the loop's index.
+    Blocks that no query sees add nothing. Heads are copied first and then looped over: unrolled, Mosaic takes ten
+    seconds a layer to compile, and only a dimension outside of a matrix can have the loop's index.
     """
-    for ref, copy in zip(blocks.arrays[:2], scratch.arrays[:2], strict=True):
-        for b in range(num):
-            for g, x in enumerate(_separate_heads(ref.at[b], blocks, blocks.seen_in(b), scratch.words)):
-                copy[g, b * LANES : (b + 1) * LANES] = x.astype(copy.dtype)
-    for ref, copy in zip(blocks.arrays[2:], scratch.arrays[2:], strict=True):
-        for b in range(num):
-            is_seen = iota(ref.shape[1:], 1) < blocks.seen_in(b)
-            scales = jnp.where(is_seen, ref[b].astype(jnp.float32), 0)
+
+    def separate(b, _):
+        seen, rows = blocks.seen_in(b), pl.ds(pl.multiple_of(b * LANES, LANES), LANES)
+        for ref, copy in zip(blocks.arrays[:2], scratch.arrays[:2], strict=True):
+            for g, x in enumerate(_separate_heads(ref.at[b], blocks, seen, scratch.words)):
+                copy[g, rows] = x.astype(copy.dtype)
+        for ref, copy in zip(blocks.arrays[2:], scratch.arrays[2:], strict=True):
+            scales = jnp.where(iota(ref.shape[1:], 1) < seen, ref[b].astype(jnp.float32), 0)
             for g in range(blocks.heads):
-                copy[g, :, b * LANES : (b + 1) * LANES] = scales[g : g + 1]
+                copy[g, :, rows] = scales[g : g + 1]
+
+    lax.fori_loop(0, num, separate, None)
     size = num * LANES
     key_ref, value_ref, *scale_refs = scratch.arrays
 
