@@ -104,13 +104,23 @@ def process_logits(
       eos: end-of-sequence ids, -1 for padding.
     """
     used = None if processors.used is None else take_rows(processors.used, rows.slots)
-    for name, function in _PROCESSORS.items():
-        parameters = getattr(processors, name)
-        if parameters is None:
-            continue
-        run = partial(function, parameters=parameters, processors=processors, rows=rows, eos=eos, partition=partition)
-        logits = run(logits) if used is None else _run_where_used(run, used >> Processors._fields.index(name), logits)
-    return logits
+
+    def process(logits: Array) -> Array:
+        for name, function in _PROCESSORS.items():
+            parameters = getattr(processors, name)
+            if parameters is None:
+                continue
+            run = partial(
+                function, parameters=parameters, processors=processors, rows=rows, eos=eos, partition=partition
+            )
+            is_used = None if used is None else used >> Processors._fields.index(name)
+            logits = run(logits) if is_used is None else _run_where_used(run, is_used, logits)
+        return logits
+
+    if used is None:
+        return process(logits)
+    # One condition around those of each processor: the host of a GPU waits for every one.
+    return lax.cond((used != 0).any(), process, lambda logits: logits, logits)
 
 
 def _run_where_used(run: Callable[[Array], Array], used: Int[Array, "R"], logits: Float[Array, "R V"]) -> Array:
