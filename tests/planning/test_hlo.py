@@ -246,6 +246,26 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
         hbm_traffic(text), collectives(text)
 
 
+def test_paged_attention_reads_the_blocks_of_its_table():
+    """Of 9 blocks, 2 rows with tables of 3 read 6, and 2 rows with tables of 5 all."""
+    for width, blocks in ((3, 6), (5, 9)):
+        text = f"""HloModule jit_f
+
+ENTRY %main (s: s32[2], t: s32[{2 * width}], q: bf16[2,16,128]) -> f32[2,16,128] {{
+  %s = s32[2]{{0}} parameter(0)
+  %t = s32[{2 * width}]{{0}} parameter(1)
+  %q = bf16[2,16,128]{{2,1,0}} parameter(2)
+  %k = bf16[9,256,128]{{2,1,0}} parameter(3)
+  %v = bf16[9,256,128]{{2,1,0}} parameter(4)
+  ROOT %out = f32[2,16,128]{{2,1,0}} custom-call(%s, %t, %q, %k, %v), custom_call_target="tpu_custom_call", \
+metadata={{op_name="jit(f)/cache_attention/pallas_call"}}
+}}
+"""
+        total = hbm_traffic(text)
+        assert total.read == 2 * blocks * 256 * 128 * 2 + 2 * 16 * 128 * 2 + 2 * 4 + 2 * width * 4
+        assert total.written == 2 * 16 * 128 * 4
+
+
 def test_text_without_hlo_module_is_rejected():
     with pytest.raises(ValueError, match="HloModule"):
         hbm_traffic("module @jit_f {}")

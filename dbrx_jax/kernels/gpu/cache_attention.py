@@ -106,7 +106,10 @@ def cache_attention(
         padding = shape.rows - group_size
         q = jnp.pad(q.reshape(R, shape.kv_heads, group_size, K), ((0, 0), (0, 0), (0, padding), (0, 0)))
     scalars = jnp.concatenate([jnp.int32(context_shard[0])[None], starts.astype(jnp.int32)])
-    out, stats = _build_kernel(shape, R, interpret)(scalars, table.astype(jnp.int32), q, key, value, *(scales or ()))
+    with jax.named_scope("cache_attention"):  # planning.hlo knows it by this name
+        out, stats = _build_kernel(shape, R, interpret)(
+            scalars, table.astype(jnp.int32), q, key, value, *(scales or ())
+        )
     maximum, total, out = _merge_splits(stats[..., 0, :], stats[..., 1, :], out)
     if T > 1:
         return maximum.swapaxes(1, 2), total.swapaxes(1, 2), out.swapaxes(1, 2)

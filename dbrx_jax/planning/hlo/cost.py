@@ -31,6 +31,9 @@ _SOURCES = name_set("parameter constant iota partition-id replica-id")
 _FREE_TARGETS = name_set("ConcatBitcast AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone")
 # Kernels of kernels/tpu/cache_write.py that write their third operand into their fourth, whose buffer is the result's.
 _IN_PLACE_KERNELS = ("/write_positions/", "/write_scales/")
+# The kernels of kernels/*/cache_attention.py. Operands are integers (a table of blocks is the largest), queries, and
+# pools of blocks (N, …).
+_PAGED_KERNEL = "/cache_attention/"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def cost(scope: Scope, instr: Instruction) -> Cost:
         num_bytes = sum(leaf.bytes for leaf in leaves(instructions[instr.operands[2]].type))
         return Cost(num_bytes, [num_bytes])
     elements, written = _accesses(scope, instr)
+    if instr.opcode == "custom-call" and _PAGED_KERNEL in instr.op_name:
+        elements |= _elements_of_pools([leaves(instructions[name].type)[0] for name in instr.operands])
     read: dict[str, int] = defaultdict(int)
     for index, name in enumerate(instr.operands):
         type_ = instructions[name].type
@@ -66,6 +71,13 @@ def cost(scope: Scope, instr: Instruction) -> Cost:
     if instr.target.startswith(("__cublas", "__cudnn")) and len(written) > 1:
         written[-1] = 0  # the workspace
     return Cost(sum(read.values()), written)
+
+
+def _elements_of_pools(operands: list[Shape]) -> dict[int, float]:
+    """Returns the elements that a paged kernel reads of each pool at most: those of as many blocks as its table has."""
+    integers = [shape.size for shape in operands if shape.dtype == "s32"]
+    pools = range(len(integers) + 1, len(operands))
+    return {i: operands[i].size * min(1, max(integers) / operands[i].dims[0]) for i in pools}
 
 
 def result_type(instr: Instruction) -> Type:

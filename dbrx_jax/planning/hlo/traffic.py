@@ -33,8 +33,9 @@ def hbm_traffic(text: str, trips: Mapping[str, int] | None = None) -> Traffic:
     Every executed instruction reads its operands and writes its results once, where those are in HBM. Only the
     slice counts of what is sliced or gathered from, and only the update of an update in place. A conditional
     counts as its largest branch. A custom call (a kernel) reads all of its operands and writes all of its results
-    once; the exception is the kernel that writes positions into a cache in place, of which those count. A
-    collective reads its operand and writes its result once.
+    once. There are two exceptions: of the kernel that writes positions into a cache in place, those count; and
+    attention reads as many blocks of a paged cache as its table has entries. A collective reads its operand and
+    writes its result once.
 
     Args:
       text: of the module.
