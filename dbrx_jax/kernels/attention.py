@@ -19,6 +19,7 @@ from dbrx_jax.ops.attention import PartialAttention, reference_attention, refere
 IMPLEMENTATIONS = ("reference", "xla", "flash")
 
 SHORT_SEQUENCE = 1024  # keys; up to these the reference is faster than blocks
+FEW_QUERIES = 15  # of a row; kernels that do not support them together take each as a row of its own
 SEQUENCE_BLOCK = 512  # queries and keys that are computed together in longer sequences
 
 
@@ -101,4 +102,10 @@ def cached_attention(
     if kernels is not None and kernels.cache.supports(query, key, value):
         part = kernels.cache.cache_attention(query, key, value, positions[:, 0], table, context_shard, scales)
         return PartialAttention(*part)
+    (R, T), rest = positions.shape, query.shape[2:]
+    single = query.reshape(R * T, 1, *rest)
+    if kernels is not None and T <= FEW_QUERIES and kernels.cache.supports(single, key, value):
+        tables = jnp.repeat(table, T, axis=0)
+        part = kernels.cache.cache_attention(single, key, value, positions.reshape(-1), tables, context_shard, scales)
+        return PartialAttention(*(x.reshape(R, T, *x.shape[2:]) for x in part))
     return xla_cache.cache_attention(query, key, value, positions, table, context_shard, platform, scales)

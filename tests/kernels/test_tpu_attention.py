@@ -98,6 +98,20 @@ def test_chunk_attention_matches_reference(cache_dtype, stride, seed, data):
     check(dtype_for(cache_dtype), cache_dtype, starts, tokens, width, context_shard, seed)
 
 
+def test_a_few_queries_of_a_row_attend_as_rows_of_their_own():
+    """As in a step that verifies proposals; the second row's queries are in two blocks."""
+    query = jnp.asarray(random(3, 2, 5, H, K))
+    key, value, _, table = random_cache(4, 2, 3, "float32")
+    positions = np.array([[7], [P - 2]]) + np.arange(5)
+    want = cached_attention(query, key, value, positions, table, implementation="reference")
+    with pltpu.force_tpu_interpret_mode():
+        table = seen_table(table, positions, (0, 1))
+        run = jax.jit(functools.partial(cached_attention, platform="tpu", implementation="flash"))
+        got = run(query, key, value, positions, jnp.asarray(table))
+    assert "pallas" in str(run.trace(query, key, value, positions, table).jaxpr)
+    assert_same_parts(got, want, 1e-5)
+
+
 def test_rows_of_very_different_lengths_match_reference():
     """The second of these devices' shards has no position that rows 0, 3 and 4 see."""
     for shard in (0, 1):
