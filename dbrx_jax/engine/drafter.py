@@ -21,16 +21,19 @@ class Drafter:
       prompt: token ids.
       num_tokens: most tokens of a proposal.
       limit: most new tokens of the row.
-
-    Attributes:
-      rate: share of the proposed tokens that is accepted lately; 1 at first.
     """
 
     def __init__(self, prompt: Sequence[int] | np.ndarray, num_tokens: int, limit: int):
         self._lookup, self._num_tokens, self._limit = PromptLookup(prompt), num_tokens, limit
-        self.rate = 1.0
         self._num_known = 0  # new tokens in the lookup
+        self._rate, self._last = 1.0, 0  # the rate after the last result, and the number of new tokens then
         self._pause, self._resume = FIRST_PAUSE, 0  # the next pause, and the number of new tokens that ends this one
+
+    @property
+    def rate(self) -> float:
+        """Share of the proposed tokens that was accepted lately: 1 at first, and again after LONGEST_PAUSE tokens."""
+        forgotten = min(1.0, max(0, self._num_known - self._last) / LONGEST_PAUSE)
+        return self._rate + (1 - self._rate) * forgotten
 
     def propose(self, tokens: Sequence[int]) -> np.ndarray:
         """Returns int32 tokens that may follow the row's new tokens so far; none that would exceed its limit."""
@@ -42,7 +45,7 @@ class Drafter:
 
     def take_result(self, num_proposed: int, num_accepted: int, num_tokens: int) -> None:
         """Takes the result of a step, after which the row has so many new tokens."""
-        self.rate = MEMORY * self.rate + (1 - MEMORY) * num_accepted / num_proposed
+        self._rate, self._last = MEMORY * self.rate + (1 - MEMORY) * num_accepted / num_proposed, num_tokens
         if 2 * num_accepted >= num_proposed:
             self._pause = FIRST_PAUSE
         else:

@@ -39,6 +39,21 @@ def test_row_pauses_twice_as_long_after_each_refusal():
     assert len(drafter.propose([*tokens, 6, 6])) == 4
 
 
+def test_what_was_refused_is_forgotten():
+    drafter = Drafter([6] * 9, num_tokens=4, limit=9999)
+    assert drafter.rate == 1
+    for _ in range(2):
+        drafter.take_result(4, 2, 10)
+    assert drafter.rate < 0.8
+    rates = []
+    for number in (10, 74, 266, 999):
+        drafter.propose([6] * number)
+        rates.append(drafter.rate)
+    np.testing.assert_allclose(rates, [0.78125, 0.8359375, 1, 1])
+    drafter.take_result(4, 0, 1003)
+    assert drafter.rate == 0.75
+
+
 class FakeRow:
     """A row that repeats itself, or one without proposals."""
 
