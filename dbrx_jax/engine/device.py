@@ -25,9 +25,8 @@ class Results(NamedTuple):
 
     def fetch(self) -> tuple[Any, np.ndarray]:
         """Waits for the tokens; returns the Outputs as numpy arrays, and the number of new tokens of each row."""
-        outputs = jax.tree.map(np.asarray, self.outputs)
-        counts = np.full(len(self.rows), outputs.num_steps) if self.counts is None else np.asarray(self.counts)
-        return outputs, counts
+        outputs, counts = jax.device_get((self.outputs, self.counts))  # starts all copies before it waits for one
+        return outputs, np.full(len(self.rows), outputs.num_steps) if counts is None else counts
 
 
 class PromptScores(NamedTuple):
