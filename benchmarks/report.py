@@ -25,6 +25,7 @@ python -m benchmarks decode --model bench --dtype bfloat16 --batch 8
 python -m benchmarks prefill --model bench --dtype float32 --against transformers
 python -m benchmarks decode --model bench --dtype int8 --against bfloat16   # ours, not quantised
 python -m benchmarks throughput --model bench --against llama.cpp
+python -m benchmarks serve --model bench --against llama.cpp
 python -m benchmarks load --model bench
 python -m benchmarks convert --folder /a/folder/on/the/disk
 ```
@@ -67,9 +68,22 @@ ELSEWHERE = Path(__file__).resolve().parent / "elsewhere.md"  # written by hand,
 
 THROUGHPUT = """The load of DBRX's announcement (a user each second, about 2000 tokens in and 256 out), scaled down.
 Lengths are divided. The interval between users is such that serving them one by one at the roofline would take
-0.71 of the time, as on the announcement's node if that had eight H100. There is no continuous batching yet, and
-every engine is driven alike: waiting users start together, at most `batch` of them, and later users wait until
-all of these are done. In an open loop without overload all engines have the same tokens/s, and differ in latency.
+0.71 of the time, as on the announcement's node if that had eight H100. This is generation in batches, and every
+engine is driven alike: waiting users start together, at most `batch` of them, and later users wait until all of
+these are done. In an open loop without overload all engines have the same tokens/s, and differ in latency.
+"""
+
+SERVE = """The same load on HTTP servers, `dbrx-jax serve` and llama.cpp's `llama-server` with as many rows: Poisson
+arrivals and mixed lengths. Prompts are uniform from half to one and a half of the length in the table, new tokens are
+exponential. At rate 1 users come in the intervals above on average. At rate 4 they wait, and tokens/s is what a server
+can do.
+
+- "Static batches" are dbrx_jax without HTTP: those who wait start together, until the last of them is done.
+- "Between tokens" is the time between two events of a stream.
+- "First turn" and "second turn" are of a conversation that begins with 2,000 tokens and goes on with 50.
+
+Build `llama-server` from the source in llama-cpp-python's sdist, and name it by `--llama-server` or
+`DBRX_LLAMA_SERVER`.
 """
 
 LOAD = """Loads a model from a folder into memory, in a fresh process, with the files in the page cache. The roofline
@@ -142,6 +156,7 @@ def page(results: Sequence[dict[str, Any]], plots: Sequence[str] = ()) -> str:
         ("Decoding", "decode", "", _speed),
         ("Prompts", "prefill", "", _speed),
         ("Throughput and latency", "throughput", THROUGHPUT, _throughput),
+        ("Serving", "serve", SERVE, _serve),
         ("Loading", "load", LOAD, _load),
         ("Converting", "convert", CONVERT, _convert),
     ):
@@ -194,7 +209,10 @@ def _percent(result: dict[str, Any], engine: str, figure: str) -> str:
 def _ratio(result: dict[str, Any], figure: str) -> str:
     if "ratio" not in result["summary"]:
         return ""
-    ratio = result["summary"]["ratio"][figure]
+    return _spread(result["summary"]["ratio"][figure])
+
+
+def _spread(ratio: dict[str, float]) -> str:
     return f"**{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
@@ -240,6 +258,24 @@ def _throughput(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
                 (r["model"], r["dtype"], str(r["batch"]), load, words(figure), *_cells(r, figure), runs.number(r))
             )
     return _table(("model", "weights", "batch", "load", "what", "dbrx_jax", "peer", "ratio", "run"), rows)
+
+
+def _serve(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
+    rows = []
+    for r in results:
+        summary = r["summary"]
+        load = f"{r['users']} users, {r['batch']} rows, {r['prompt']} + {r['tokens']}"
+        for figure in summary[OURS]:
+            cells = [quantity(figure, summary[OURS][figure]["median"])]
+            for peer in ("llama-server", "static batches"):
+                if figure not in summary.get(peer, {}):
+                    cells += ["", ""]
+                    continue
+                ratios = summary.get(f"ratio to {peer}") or summary["ratio"]
+                cells += [quantity(figure, summary[peer][figure]["median"]), _spread(ratios[figure])]
+            rows.append((r["model"], r["dtype"], load, words(figure), *cells, runs.number(r)))
+    head = "model", "weights", "load", "what", "dbrx_jax", "llama-server", "ratio", "static batches", "ratio", "run"
+    return _table(head, rows)
 
 
 def _load(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
