@@ -62,7 +62,7 @@ def llama_server(program: Path, gguf: Path, dtype: str, rows: int, positions: in
     """
     port, threads = free_port(), str(cpus())
     slot = -(-positions // 256) * 256
-    arguments = ["-m", str(gguf), "--port", str(port), "-np", str(rows), "-c", str(rows * slot), "--no-mmap"]
+    arguments = ["-m", str(gguf), "--port", str(port), "-np", str(rows), "-c", str(rows * slot), "--load-mode", "none"]
     arguments += ["-t", threads, "-tb", threads]
     if dtype == "float32":
         arguments += ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
