@@ -68,3 +68,7 @@ class MemoryLimitError(DbrxError):
 
 class DistributedError(DbrxError):
     """The processes of a run cannot be connected, or were started with different arguments."""
+
+
+class LostProcessError(DistributedError):
+    """Another process of a run was lost; all must be started again."""

@@ -18,12 +18,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dbrx_jax.errors import DbrxError, DistributedError
+from dbrx_jax.errors import DbrxError, DistributedError, LostProcessError
 from dbrx_jax.sharding import native_log
 
 LEAVE_SECONDS = 5  # that a failed process waits for the others, which often fail alike
 # Errors of a collective on a CPU or GPU whose peer is gone; on a TPU it waits, and heartbeats detect the loss.
 CONNECTION_ERROR = re.compile(r"gloo|nccl|UNAVAILABLE", re.IGNORECASE)
+BROKEN = "the connection to another process broke; see the errors of the others, and start all again"
 
 
 @contextlib.contextmanager
@@ -57,6 +58,7 @@ def start(
     _check(coordinator, processes, process_id)
     log_filter = _filter_native_log(start_seconds, lost_seconds)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # which would ignore SIGTERM
     try:
         jax.distributed.initialize(
             coordinator,
@@ -77,8 +79,9 @@ def start(
             yield is_first
     except BaseException as error:
         sys.stdout.flush()
-        if _is_connection_error(error):  # the log filter prints this line, or the runtime's reason if it logs one
-            line = "the connection to another process broke; see the errors of the others, and start all again"
+        if isinstance(error, LostProcessError) or is_connection_error(error):
+            # The log filter prints this line, or the runtime's reason if it logs one.
+            line = str(error) if isinstance(error, LostProcessError) else BROKEN
             os.write(2, f"{native_log.MARK}{line}\n".encode())
             os.close(2)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -103,6 +106,14 @@ def check_same(name: str, text: str) -> None:
     digests = process_allgather(np.frombuffer(hashlib.sha256(text.encode(errors="replace")).digest(), np.uint8))
     if different := np.flatnonzero((digests != digests[0]).any(axis=-1)).tolist():
         raise DistributedError(f"{name}: process {different[0]} has others than process 0; give all of them the same")
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Returns whether a collective failed: JAX raises a ValueError with a status when numpy reads its result."""
+    text = str(error)
+    is_status = type(error) is ValueError and re.match("[A-Z_]+: ", text) is not None
+    is_native = isinstance(error, jax.errors.JaxRuntimeError) or is_status
+    return is_native and CONNECTION_ERROR.search(text) is not None
 
 
 def _check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -144,14 +155,6 @@ def _filter_native_log(start_seconds: int, lost_seconds: int) -> subprocess.Pope
     sys.stdout = open(stdout, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)  # noqa: SIM115
     sys.stderr = open(stderr, "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1)  # noqa: SIM115
     return log_filter
-
-
-def _is_connection_error(error: BaseException) -> bool:
-    """Returns whether a collective failed: JAX raises a ValueError with a status when numpy reads its result."""
-    text = str(error)
-    is_status = type(error) is ValueError and re.match("[A-Z_]+: ", text) is not None
-    is_native = isinstance(error, jax.errors.JaxRuntimeError) or is_status
-    return is_native and CONNECTION_ERROR.search(text) is not None
 
 
 def _exit_status(error: BaseException) -> int:

@@ -20,7 +20,7 @@ from dbrx_jax.cli.batch import derive_seed
 from dbrx_jax.cli.commands import PROGRAM
 from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.errors import DistributedError
-from dbrx_jax.sharding.distributed import _check, _is_connection_error, start
+from dbrx_jax.sharding.distributed import _check, is_connection_error, start
 from dbrx_jax.sharding.native_log import ENDING, FATAL, MARK, NOISE, explain
 from dbrx_jax.text.vocabulary import _byte_characters
 from tests.conftest import GOLDEN
@@ -243,6 +243,15 @@ def test_stopped_process_is_lost_after_the_timeout(stopped, tmp_path):
 
 
 @pytest.mark.slow
+def test_sigterm_ends_a_process(tmp_path):
+    with worker(tmp_path, 2, 1, "talk") as run:
+        run.wait_for_output("running")
+        run.processes[1].terminate()
+        statuses = run.statuses(20)
+    assert statuses == [os.EX_TEMPFAIL, -signal.SIGTERM]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("present", [0, 1])
 def test_missing_process_is_reported_after_the_start_timeout(present, tmp_path):
     with worker(tmp_path, 2, 1, "talk", start_seconds=8) as run:
@@ -338,4 +347,4 @@ class TestNativeLog:
     ],
 )
 def test_broken_connection_errors_are_recognised(error, broke):
-    assert _is_connection_error(error) is broke
+    assert is_connection_error(error) is broke
