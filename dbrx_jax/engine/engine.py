@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from dbrx_jax.console import announce
+from dbrx_jax.engine.channel import Follower, Leader, connect
 from dbrx_jax.engine.compilations import count_compilations
 from dbrx_jax.engine.device import Device, PromptScores, Results
 from dbrx_jax.engine.generation import Generation
@@ -28,10 +29,12 @@ from dbrx_jax.generation.sampling import row_keys
 from dbrx_jax.model.cache import block_positions, prefill_chunk_lengths, prefill_chunks
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.inputs import check_ids
+from dbrx_jax.sharding.distributed import explain_loss
 from dbrx_jax.sharding.partition import BATCH_AXES
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 STEPS = 8  # most decode steps of one program
+LOSS_SECONDS = 2.0  # that a step may go on when a process was lost: it may wait for it for ever
 BURST_SECONDS = 0.01  # that several decode steps in one program may take: a request that arrives waits for them
 NO_KEY = np.zeros(2, np.uint32)  # of greedy rows
 logger = logging.getLogger(__name__)
@@ -58,6 +61,9 @@ class EngineStats(NamedTuple):
 class Engine:
     """Generates for many requests at once, which come and go at any time.
 
+    Of several processes each makes an engine with the same arguments. That of process 0 takes requests, and the others
+    :meth:`follow` it.
+
     Args:
       model: on one device, or on a mesh of the axes expert and tensor.
       tokenizer: for text and stop strings; None gives tokens alone.
@@ -76,6 +82,7 @@ class Engine:
     Raises:
       GenerationError: a size is out of range, or the mesh has axes for rows.
       MemoryLimitError: the cache does not fit.
+      DistributedError: the processes have different arguments, or cannot connect.
     """
 
     def __init__(
@@ -113,6 +120,8 @@ class Engine:
             speculation=check_speculation(speculation, batch_invariant),
         )
         dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
+        options = model.config, model.dtype, self.limits, dtype, cache_gb, prefill_budget, top_logprobs, warm_up
+        self._channel = connect(partition, repr(options))
         num_blocks = blocks_for(model, self.limits, dtype, cache_gb)
         programs = Programs(
             model,
@@ -151,7 +160,12 @@ class Engine:
         self._step_seconds = BURST_SECONDS
         self._in_flight: list[Results | PromptScores] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._programs = programs
+        if not isinstance(self._channel, Follower):
+            self._thread.start()
+        if isinstance(self._channel, Leader):
+            programs.send = self._channel.send
+            self._channel.watch(self._lose)
 
     # Requests.
 
@@ -163,6 +177,8 @@ class Engine:
           QueueFullError: too many requests wait.
           EngineClosedError: the engine was closed, or failed.
         """
+        if isinstance(self._channel, Follower):
+            raise EngineClosedError("requests go to process 0; the engines of the others follow it")
         generation = Generation(len(request.prompt))
         job = self._make_job(request, generation)
         generation.attach(job, self._cancel)
@@ -240,6 +256,9 @@ class Engine:
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Takes no more requests, lets those that are here finish for some seconds, and ends the others."""
+        if isinstance(self._channel, Follower):
+            self._channel.close()
+            return
         with self._condition:
             self._is_closing = True
             self._condition.notify()
@@ -247,13 +266,38 @@ class Engine:
         with self._condition:
             self._is_aborting = True
             self._condition.notify()
-        self._thread.join()
+        while self._thread.is_alive() and self.error is None:
+            self._thread.join(0.1)
+        self._thread.join(LOSS_SECONDS)
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # Several processes.
+
+    def follow(self) -> None:
+        """Runs the steps of process 0 until it closes its engine. A first SIGTERM or Ctrl-C goes there, as SIGTERM.
+
+        Raises:
+          GenerationError: this is process 0, or the only one.
+          LostProcessError: process 0 is gone.
+        """
+        if not isinstance(self._channel, Follower):
+            raise GenerationError("follow: this is the process that takes requests")
+        with self._channel.passing_signals():
+            self._programs.follow(self._channel.messages())
+
+    def _lose(self, error: BaseException) -> None:
+        """Ends the engine when a process was lost."""
+        with self._condition:
+            self.error = self.error or error
+            self._is_closing = self._is_aborting = True
+            self._condition.notify()
+        self._thread.join(LOSS_SECONDS)
+        self._end_all()
 
     # The thread.
 
@@ -262,15 +306,24 @@ class Engine:
             while self._take_commands():
                 self._step()
         except BaseException as error:
-            logger.exception("the engine failed")
-            self.error = error
+            if explain_loss(error) is None:
+                logger.exception("the engine failed")
+            self.error = self.error or error
         finally:
-            with self._condition:
-                self._is_closing = True
-                jobs = [*self._scheduler.jobs(), *self._incoming]
-            reason = "the engine failed" if self.error is not None else "the engine was closed"
-            for job in jobs:
-                job.put(EngineClosedError(reason))
+            self._end_all()
+
+    def _end_all(self) -> None:
+        """Ends all requests, and the engines that follow."""
+        with self._condition:
+            self._is_closing = True
+            jobs = [*self._scheduler.jobs(), *self._incoming]
+        reason = "the engine failed" if self.error is not None else "the engine was closed"
+        for job in jobs:
+            error = EngineClosedError(reason)
+            error.__cause__ = self.error
+            job.put(error)
+        if isinstance(self._channel, Leader):
+            self._channel.close(is_complete=self.error is None)
 
     def _take_commands(self) -> bool:
         """Takes new requests and cancellations, and waits for them if there is nothing to do; returns False at the end.

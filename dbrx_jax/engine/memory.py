@@ -4,6 +4,7 @@ import numpy as np
 
 from dbrx_jax.engine.scheduler import Limits
 from dbrx_jax.errors import GenerationError, MemoryLimitError
+from dbrx_jax.generation.processes import least_on_all_processes
 from dbrx_jax.host_memory import available_memory
 from dbrx_jax.model.cache import CACHE_BLOCK
 from dbrx_jax.model.causal_lm import CausalLM
@@ -23,7 +24,7 @@ def block_bytes(model: CausalLM, dtype: np.dtype) -> int:
 def blocks_for(model: CausalLM, limits: Limits, dtype: np.dtype, cache_gb: float | None) -> int:
     """Returns the number of blocks of the cache, with the spare one: what a size in GB, or the free memory, holds.
 
-    There are never more than all rows can fill.
+    There are never more than all rows can fill. Of several processes, the one with the least memory decides.
 
     Raises:
       MemoryLimitError: not one row of a block fits.
@@ -33,7 +34,7 @@ def blocks_for(model: CausalLM, limits: Limits, dtype: np.dtype, cache_gb: float
     if cache_gb is not None and not (np.isfinite(cache_gb) and cache_gb > 0):
         raise GenerationError(f"cache_gb: expected a number above 0, got {cache_gb!r:.40}")
     available = _free_bytes(model) if cache_gb is None else cache_gb * 1e9
-    blocks = min(most, int(available / size))
+    blocks = least_on_all_processes(model.partition, min(most, int(available / size)))
     if blocks < 2:
         raise MemoryLimitError(
             f"cache: {available / 1e9:.3f} GB hold {blocks} blocks of {size / 1e9:.3f} GB; it needs two at least"

@@ -36,7 +36,7 @@ class SlotRow(NamedTuple):
     vectors: dict[str, np.ndarray]  # those that the row uses, (1, V)
 
 
-def _neutral(vocabulary: int) -> Settings:
+def neutral_settings(vocabulary: int) -> Settings:
     """Returns the settings of a greedy row without options, and without vectors."""
 
     def value(number: float, dtype: Any) -> np.ndarray:
@@ -93,7 +93,7 @@ def make_row(
     keys = key[None] if config.do_sample else None
     given = make_settings(config, vocab_size, prompt_length, limit, keys, partition)
     _check_sizes(config)
-    neutral = _neutral(partition.pad_vocabulary(vocab_size))
+    neutral = neutral_settings(partition.pad_vocabulary(vocab_size))
     p, base = given.processors, neutral.processors
     bias = [np.asarray(v) for v in (p.bias, p.bad_tokens, p.suppressed) if v is not None]
     forced = p.forced_eos if p.suppressed is None or p.forced_eos is None else p.forced_eos + p.suppressed
@@ -151,7 +151,7 @@ def empty_slots(
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty_settings(config, partition, slots):
     vocabulary = partition.pad_vocabulary(config.vocab_size)
-    settings = jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a), slots, axis=0), _neutral(vocabulary))
+    settings = jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a), slots, axis=0), neutral_settings(vocabulary))
     vectors = {name: jnp.zeros((slots, vocabulary), jnp.float32) for name in VECTORS}
     settings = settings._replace(processors=settings.processors._replace(**vectors))
     if partition.mesh is not None:

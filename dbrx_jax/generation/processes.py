@@ -20,6 +20,15 @@ def same_on_all_processes(partition: Partition, number: int) -> int:
     return int(broadcast(partition, np.array(number)))
 
 
+def least_on_all_processes(partition: Partition, number: int) -> int:
+    """Returns the least number (32 bits) of all processes."""
+    if partition.mesh is None or not partition.mesh.is_multi_process:
+        return number
+    from jax.experimental.multihost_utils import process_allgather
+
+    return int(process_allgather(np.array(number, np.int32)).min())
+
+
 def broadcast(partition: Partition, numbers: np.ndarray) -> np.ndarray:
     """Returns one process' array of numbers (32 bits) on all processes of the mesh."""
     if partition.mesh is None or not partition.mesh.is_multi_process:

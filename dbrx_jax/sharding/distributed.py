@@ -79,9 +79,7 @@ def start(
             yield is_first
     except BaseException as error:
         sys.stdout.flush()
-        if isinstance(error, LostProcessError) or is_connection_error(error):
-            # The log filter prints this line, or the runtime's reason if it logs one.
-            line = str(error) if isinstance(error, LostProcessError) else BROKEN
+        if line := explain_loss(error):  # the log filter prints this line, or the runtime's reason if it logs one
             os.write(2, f"{native_log.MARK}{line}\n".encode())
             os.close(2)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -106,6 +104,18 @@ def check_same(name: str, text: str) -> None:
     digests = process_allgather(np.frombuffer(hashlib.sha256(text.encode(errors="replace")).digest(), np.uint8))
     if different := np.flatnonzero((digests != digests[0]).any(axis=-1)).tolist():
         raise DistributedError(f"{name}: process {different[0]} has others than process 0; give all of them the same")
+
+
+def explain_loss(error: BaseException) -> str | None:
+    """Returns a line about the loss of a process that an error or its cause tells, or None if it tells another."""
+    if not jax.distributed.is_initialized():
+        return None
+    for reason in (error, error.__cause__):
+        if isinstance(reason, LostProcessError):
+            return str(reason)
+        if reason is not None and is_connection_error(reason):
+            return BROKEN
+    return None
 
 
 def is_connection_error(error: BaseException) -> bool:

@@ -1,0 +1,147 @@
+"""Tests of an engine and of the server on two processes of two CPU devices each."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from dbrx_jax import DbrxTokenizer
+from dbrx_jax.generation_config import GenerationConfig
+from dbrx_jax.text.vocabulary import _byte_characters
+from tests.conftest import GOLDEN
+from tests.engine.test_engine import alone, prompt_of
+from tests.processes import Processes, free_address, run_flags
+
+pytestmark = pytest.mark.slow
+WORKER = (sys.executable, Path(__file__).with_name("engine_worker.py"))
+SERVE = (Path(sys.executable).parent / "dbrx-jax", "serve")
+OPTIONS = [
+    {},
+    {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
+    {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "suppress_tokens": [3]},
+]
+
+
+def worker(folder, task, requests=()):
+    """Starts the workers; requests are pairs of a prompt and options."""
+    file = folder / "requests.jsonl"
+    rows = ({"prompt": prompt, "config": config, "seed": i} for i, (prompt, config) in enumerate(requests))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Processes(folder, 2, 2, *WORKER, free_address(), 2, "{i}", task, file)
+
+
+def assert_one_line(text, *fragments):
+    assert len(text.splitlines()) == 1, text
+    for fragment in fragments:
+        assert fragment in text
+
+
+def test_requests_get_the_tokens_of_one_device(model, tmp_path):
+    prompts = [prompt_of(i, length) for i, length in enumerate((3, 145, 300))]
+    configs = [{"eos_token_id": 400, "max_new_tokens": 6 + i, **given} for i, given in enumerate(OPTIONS)]
+    with worker(tmp_path, "plain", zip(prompts, configs, strict=True)) as run:
+        assert run.statuses() == [0, 0], run.stderr(0) + run.stderr(1)
+        got = [json.loads(line) for line in run.stdout(0).splitlines()]
+        assert (run.stderr(0), run.stdout(1), run.stderr(1)) == ("", "", "")
+    assert len(got) == len(prompts)
+    for i, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
+        want = [tokens for tokens, _ in alone(model, prompt, GenerationConfig.from_dict(config), seed=i)]
+        assert got[i] == want, config
+
+
+def test_different_options_are_refused(tmp_path):
+    with worker(tmp_path, "options") as run:
+        assert run.statuses() == [2, 2]
+        for i in range(2):
+            assert_one_line(run.stderr(i), "the engine's options: process 1 has others than process 0")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_process_ends_the_other_while_it_decodes(killed, tmp_path):
+    with worker(tmp_path, "stream", [([1, 2, 3], {"eos_token_id": 400, "max_new_tokens": 500})]) as run:
+        run.wait_for_output("\n")
+        run.processes[killed].kill()
+        begin = time.monotonic()
+        statuses = run.statuses(30)
+        assert time.monotonic() - begin < 20
+        assert statuses[killed] == -signal.SIGKILL
+        assert statuses[1 - killed] in (os.EX_TEMPFAIL, -signal.SIGABRT)  # JAX may notice first
+        assert_one_line(run.stderr(1 - killed), "start all again")
+
+
+def test_error_of_process_0_ends_the_other(tmp_path):
+    with worker(tmp_path, "fail", [([1, 2, 3], {"max_new_tokens": 5})]) as run:
+        statuses = run.statuses(60)
+        assert statuses[0] == 2
+        assert statuses[1] in (os.EX_TEMPFAIL, -signal.SIGABRT)
+        assert "ZeroDivisionError" in run.stderr(0)
+        assert run.stderr(0).splitlines()[-1] == "worker: the engine failed"
+        assert_one_line(run.stderr(1), "process 0 was lost, or ended before this one")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy of golden/fused with a vocabulary of single bytes."""
+    path = tmp_path_factory.mktemp("processes") / "fused"
+    shutil.copytree(GOLDEN / "fused", path, ignore=shutil.ignore_patterns("*.npz"))
+    (path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(_byte_characters())}))
+    (path / "merges.txt").write_text("")
+    special = {260: "<|endoftext|>", 261: "<|im_start|>", 262: "<|im_end|>"}
+    added = {str(i): {"content": text} for i, text in special.items()}
+    (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    return path
+
+
+def serve(folder, tmp_path):
+    options = ("--port", 0, "--mesh", "expert=2,tensor=2", "--max-rows", 2, "--cache-gb", 0.02, "--no-warmup")
+    return Processes(tmp_path, 2, 2, *SERVE, folder, *options, *run_flags(2))
+
+
+def url_of(run):
+    """Waits until the server takes requests; returns its URL."""
+    end = time.monotonic() + 240
+    while "Serving fused" not in run.stderr(0):
+        assert time.monotonic() < end, run.stderr(0) + run.stderr(1)
+        assert run.processes[0].poll() is None, run.stderr(0) + run.stderr(1)
+        time.sleep(0.2)
+    return run.stderr(0).partition(" at ")[2].partition(" ")[0]
+
+
+def ask(url, **body):
+    request = urllib.request.Request(
+        f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def test_process_0_answers_and_sigterm_of_the_other_ends_both_in_order(folder, model, tmp_path):
+    tokenizer = DbrxTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode("hello you")
+    out = model.generate([ids], max_new_tokens=8, eos_token_id=[260, 262])
+    with serve(folder, tmp_path) as run:
+        url = url_of(run)
+        answer = ask(url, prompt="hello you", max_tokens=8, temperature=0)
+        assert answer["choices"][0]["text"] == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        run.processes[1].terminate()
+        assert run.statuses(30) == [0, 0], run.stderr(0) + run.stderr(1)
+        assert "mesh expert=2,tensor=2" in run.stderr(0)
+        assert (run.stdout(1), run.stderr(1)) == ("", "")
+
+
+def test_idle_server_ends_when_the_other_process_is_killed(folder, tmp_path):
+    with serve(folder, tmp_path) as run:
+        url_of(run)
+        lines = len(run.stderr(0).splitlines())
+        run.processes[1].kill()
+        begin = time.monotonic()
+        assert run.processes[0].wait(30) == os.EX_TEMPFAIL
+        assert time.monotonic() - begin < 15
+        time.sleep(0.5)
+        assert_one_line("\n".join(run.stderr(0).splitlines()[lines:]), "dbrx-jax: process 1 was lost")
