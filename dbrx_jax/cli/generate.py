@@ -30,13 +30,8 @@ class Generate(GenerateOptions):
 
     def run(self) -> None:
         self._check()
-        if not self.distributed:
-            complete = self._complete(True)
-        else:
-            from dbrx_jax.sharding import distributed
-
-            with distributed.start(self.coordinator, self.processes, self.process_id) as first:
-                complete = self._complete(first)
+        with self.joined() as first:
+            complete = self._complete(first)
         if not complete:
             sys.stdout.flush()
             sys.exit(1)
@@ -65,10 +60,7 @@ class Generate(GenerateOptions):
         if self.batch_size < 1:
             raise GenerationError(f"--batch-size: expected a whole number above 0, got {self.batch_size}")
         self.given_options()
-        if not self.distributed and (self.coordinator, self.processes, self.process_id) != (None, None, None):
-            raise GenerationError("--coordinator, --processes and --process-id go with --distributed")
-        if self.distributed and self.mesh is None:
-            raise GenerationError("--distributed needs --mesh, to lay the model over the devices of all processes")
+        self.check_distributed()
         if self.distributed and self.file == Path("-"):
             raise GenerationError("--distributed needs a file that every process can read, and --file - is stdin")
 

@@ -1,7 +1,9 @@
 """Options of generate, chat and serve."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +11,7 @@ import tyro
 
 from dbrx_jax.cli.arguments import Given
 from dbrx_jax.cli.generation_options import check_seed, read_options
+from dbrx_jax.errors import GenerationError
 
 CheckpointArgument = Annotated[
     tyro.conf.Positional[str | None], tyro.conf.arg(metavar="CHECKPOINT", help_behavior_hint="")
@@ -36,6 +39,51 @@ class LoadOptions:
     """int8 halves the memory of a bfloat16 model's key-value cache."""
     batch_invariant: bool = False
     """Make each prompt's result bit-identical in batches of any size; slower, most of all for few prompts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedOptions(LoadOptions):
+    """Options of a run of several processes."""
+
+    distributed: bool = False
+    """Run as one of several processes, each started with this command; only the first prints and writes."""
+    coordinator: Given[str] = None
+    """HOST:PORT of the first process. Cloud TPU, GKE and SLURM provide this and the next two options."""
+    processes: Given[int] = None
+    """Number of processes."""
+    process_id: Given[int] = None
+    """Index of this process, from 0."""
+
+    def check_distributed(self) -> None:
+        """Checks which of these options are given together."""
+        if not self.distributed and (self.coordinator, self.processes, self.process_id) != (None, None, None):
+            raise GenerationError("--coordinator, --processes and --process-id go with --distributed")
+        if self.distributed and self.mesh is None:
+            raise GenerationError("--distributed needs --mesh, to lay the model over the devices of all processes")
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[bool]:
+        """Connects this process to the others of a distributed run; yields whether it is the first."""
+        if not self.distributed:
+            yield True
+            return
+        from dbrx_jax.sharding import distributed
+
+        with distributed.start(self.coordinator, self.processes, self.process_id) as first:
+            yield first
+
+    def check_same(self, name: str, text: str, may_differ: Sequence[str]) -> None:
+        """Checks that all processes of a distributed run have the same options, but for some, and the same text.
+
+        Args:
+          name: of options and text, for the error.
+        """
+        if not self.distributed:
+            return
+        from dbrx_jax.sharding.distributed import check_same
+
+        unset: dict[str, Any] = dict.fromkeys(("process_id", "coordinator", "checkpoint", "ranks_file", *may_differ))
+        check_same(name, repr((dataclasses.replace(self, **unset), text)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +131,7 @@ class Options(LoadOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(Options):
+class GenerateOptions(Options, DistributedOptions):
     """Options of generate."""
 
     prompt: Given[str] = None
@@ -110,14 +158,6 @@ class GenerateOptions(Options):
     """Write the log-probability of each token of --file's completions."""
     batch_size: int = 8
     """Number of rows of --file in a batch."""
-    distributed: bool = False
-    """Run as one of several processes, each started with this command; only the first prints and writes."""
-    coordinator: Given[str] = None
-    """HOST:PORT of the first process. Cloud TPU, GKE and SLURM provide this and the next two options."""
-    processes: Given[int] = None
-    """Number of processes."""
-    process_id: Given[int] = None
-    """Index of this process, from 0."""
 
     def result_options(self) -> dict[str, Any]:
         """Returns the options that the results of --file depend on, as JSON values."""
@@ -128,10 +168,4 @@ class GenerateOptions(Options):
 
     def check_same_on_all_processes(self, prompts: str) -> None:
         """Checks that all processes of a distributed run have the same options and prompts."""
-        if not self.distributed:
-            return
-        from dbrx_jax.sharding.distributed import check_same
-
-        may_differ = ("process_id", "coordinator", "checkpoint", "ranks_file", "file", "output")
-        unset: dict[str, Any] = dict.fromkeys(may_differ)
-        check_same("options and prompts", repr((dataclasses.replace(self, **unset), prompts)))
+        self.check_same("options and prompts", prompts, ("file", "output"))
