@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from dbrx_jax.cli.arguments import Given
 from dbrx_jax.cli.load import Checkpoint, load_weights, open_checkpoint
-from dbrx_jax.cli.options import LoadOptions
+from dbrx_jax.cli.options import DistributedOptions
 from dbrx_jax.console import print_status
 from dbrx_jax.errors import ConfigError, GenerationError, install_advice
 
 if TYPE_CHECKING:
-    from dbrx_jax.api import DbrxForCausalLM
     from dbrx_jax.engine.engine import Engine
     from dbrx_jax.serving.engine_interface import MakeConstraint
     from dbrx_jax.serving.settings import Settings
@@ -27,10 +26,11 @@ DEMO_NAME = "dbrx-demo"
 
 
 @dataclasses.dataclass(frozen=True)
-class Serve(LoadOptions):
+class Serve(DistributedOptions):
     """Serve a model over HTTP, with OpenAI's API.
 
-    Without CHECKPOINT the included demo is served. SIGTERM or Ctrl-C lets requests end; a second Ctrl-C does not.
+    Without CHECKPOINT the included demo is served. SIGTERM or Ctrl-C lets requests end; a second Ctrl-C does not. Of
+    several processes the first alone listens.
     """
 
     host: str = "127.0.0.1"
@@ -63,17 +63,22 @@ class Serve(LoadOptions):
 
     def run(self) -> None:
         self._check()
-        keys = read_api_keys(self.api_key_file, os.environ)
-        _require_packages()
-        from dbrx_jax.serving.server import bind
+        with self.joined() as first:
+            if not first:
+                self._follow()
+                return
+            keys = read_api_keys(self.api_key_file, os.environ)
+            _require_packages()
+            from dbrx_jax.serving.server import bind
 
-        with contextlib.closing(bind(self.host, self.port)) as bound:
-            status = self._serve(bound, keys)
-        if status:
-            sys.exit(status)
+            with contextlib.closing(bind(self.host, self.port)) as bound:
+                status = self._serve(bound, keys)
+            if status:
+                sys.exit(status)
 
     def _check(self) -> None:
         """Checks the options that need no file."""
+        self.check_distributed()
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"--port: expected a number from 0 to 65535, got {self.port}")
         above_zero = ("max_rows", "cache_gb", "max_waiting", "prefill_budget", "timeout")
@@ -92,25 +97,37 @@ class Serve(LoadOptions):
         """Loads the model and serves it; returns the exit status."""
         from dbrx_jax.serving.app import create_app
         from dbrx_jax.serving.server import run_server, url_of
+        from dbrx_jax.sharding.distributed import explain_loss
 
-        checkpoint = open_checkpoint(self)
-        model = load_weights(checkpoint, self, 0, 0)
-        engine = self._start_engine(model, checkpoint)
+        checkpoint, engine = self._load()
         settings = self._settings(checkpoint, engine, bound, keys)
         app = create_app(engine, checkpoint.tokenizer, settings, _constraint_maker(checkpoint), _write_log)
         print_status(self._summary(settings, engine, url_of(bound)))
         try:
-            return run_server(app, bound, self.drain_seconds)
+            status = run_server(app, bound, self.drain_seconds)
         finally:
             engine.close()
+        if engine.error is not None and explain_loss(engine.error):
+            raise engine.error
+        return status
 
-    def _start_engine(self, model: "DbrxForCausalLM", checkpoint: Checkpoint) -> "Engine":
+    def _follow(self) -> None:
+        """Runs what the engine of the first process runs, until the server there ends."""
+        _, engine = self._load()
+        with engine:
+            engine.follow()
+
+    def _load(self) -> tuple[Checkpoint, "Engine"]:
+        """Loads the model and starts its engine."""
         from dbrx_jax.engine.engine import Engine
 
+        checkpoint = open_checkpoint(self)
+        self.check_same("options", repr(checkpoint.config), ("host", "port", "api_key_file"))
+        model = load_weights(checkpoint, self, 0, 0)
         names = ("max_rows", "cache_gb", "max_waiting", "prefill_budget", "cache_dtype", "speculation")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        options = {"batch_invariant": self.batch_invariant, "warm_up": not self.no_warmup}
-        return Engine(model, checkpoint.tokenizer, **options, **given)
+        options: dict[str, Any] = {"batch_invariant": self.batch_invariant, "warm_up": not self.no_warmup}
+        return checkpoint, Engine(model, checkpoint.tokenizer, **options, **given)
 
     def _settings(
         self, checkpoint: Checkpoint, engine: "Engine", bound: socket.socket, keys: tuple[str, ...]

@@ -16,6 +16,7 @@ from dbrx_jax.console import one_line, print_status
 from dbrx_jax.errors import ConfigError
 from dbrx_jax.serving.head_limit import HeadLimit
 from dbrx_jax.serving.state import State
+from dbrx_jax.sharding.distributed import explain_loss
 
 TICK = 0.1  # seconds between looks at the engine and the requests
 CLOSE_SECONDS = 5  # for answers that are complete but not yet sent
@@ -145,6 +146,8 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def _fail(self) -> None:
-        print_status(f"The engine failed: {one_line(repr(self._state.engine.error))}")
+        error = self._state.engine.error
+        if error is not None and explain_loss(error) is None:  # the loss of a process has a line of its own
+            print_status(f"The engine failed: {one_line(repr(error))}")
         self.status = 1
         self.should_exit = True

@@ -129,6 +129,8 @@ def test_status_of_a_failed_engine(served):
         (["--speculation", 15], "speculation: expected a number from 0 to 14, got 15"),
         (["--speculation", 3, "--batch-invariant"], "speculation: its steps of several tokens have other bits"),
         (["--mesh", "x=1"], "x"),
+        (["--distributed"], "--distributed needs --mesh"),
+        (["--processes", 2], "--coordinator, --processes and --process-id go with --distributed"),
         (["--quantization", "int3"], "int3"),
         (["/no/such/folder"], "/no/such/folder"),
         (["--prompt", "x"], "--prompt: there is no such option"),
