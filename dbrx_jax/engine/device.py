@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dbrx_jax.engine.programs import COPIES, MASKS, Programs
-from dbrx_jax.engine.rows import Row
+from dbrx_jax.engine.rows import Row, token_logprobs
 from dbrx_jax.engine.scheduler import MAX_SEGMENTS, Limits, Step, table_of
 from dbrx_jax.engine.slots import SlotStart
 from dbrx_jax.generation.state import Outputs
@@ -38,6 +38,16 @@ class PromptScores(NamedTuple):
     logprobs: Any  # (T,)
     top_ids: Any  # (T, n)
     top_logprobs: Any
+
+    def record(self) -> None:
+        """Waits for them, and adds them to those of the prompt, unless the prompt is computed again."""
+        job, wanted = self.row.job, self.row.job.request.prompt_logprobs
+        logprobs, ids, tops = (np.asarray(a) for a in (self.logprobs, self.top_ids, self.top_logprobs))
+        known = job.prompt_logprobs or [None]
+        for i in range(len(known) - 1 - self.start, min(self.num_tokens, len(job.prompt) - 1 - self.start)):
+            token = int(job.prompt[self.start + i + 1])
+            known.append(token_logprobs(token, logprobs[i], ids[i], tops[i], wanted or 0))
+        job.prompt_logprobs = known
 
 
 class Device:

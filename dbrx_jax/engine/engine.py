@@ -5,7 +5,7 @@ import logging
 import secrets
 import threading
 import time
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from dbrx_jax.engine.rows import Job, Row, RowText, make_chunk, token_logprobs
 from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler
 from dbrx_jax.engine.slots import make_row
 from dbrx_jax.engine.speculation import Speculation, check_speculation
+from dbrx_jax.engine.stats import EngineStats
 from dbrx_jax.engine.warm_up import compile_programs, measure_budgets, measure_verify_costs
 from dbrx_jax.errors import EngineClosedError, GenerationError, NotFiniteError, QueueFullError, RequestTimeoutError
 from dbrx_jax.generation.prompts import new_token_limit
@@ -38,24 +39,6 @@ LOSS_SECONDS = 2.0  # that a step may go on when a process was lost: it may wait
 BURST_SECONDS = 0.01  # that several decode steps in one program may take: a request that arrives waits for them
 NO_KEY = np.zeros(2, np.uint32)  # of greedy rows
 logger = logging.getLogger(__name__)
-
-
-class EngineStats(NamedTuple):
-    """Numbers of an engine, now and since its start."""
-
-    running: int  # rows
-    waiting: int  # requests
-    blocks: int
-    free_blocks: int  # with those whose contents can be shared
-    cached_blocks: int  # free, with contents that can be shared
-    prompt_tokens: int
-    generation_tokens: int
-    prefix_queries: int  # prompt tokens that were looked for in the cache
-    prefix_hits: int  # and found
-    preemptions: int
-    compilations_after_warmup: int
-    proposed_tokens: int  # by speculation
-    accepted_tokens: int  # of these
 
 
 class Engine:
@@ -384,7 +367,7 @@ class Engine:
         finished, self._in_flight = self._in_flight, started
         for results in finished:
             if isinstance(results, PromptScores):
-                _take_scores(results)
+                results.record()
                 continue
             outputs, counts = results.fetch()
             for i, row in enumerate(results.rows):
@@ -449,17 +432,6 @@ class Engine:
             ),
         )
         self._device.copy([(0, block) for block in own])
-
-
-def _take_scores(scores: PromptScores) -> None:
-    """Adds the log-probabilities of a chunk to those of its prompt, unless the prompt is computed again."""
-    job, wanted = scores.row.job, scores.row.job.request.prompt_logprobs
-    logprobs, ids, tops = (np.asarray(a) for a in (scores.logprobs, scores.top_ids, scores.top_logprobs))
-    known = job.prompt_logprobs or [None]
-    for i in range(len(known) - 1 - scores.start, min(scores.num_tokens, len(job.prompt) - 1 - scores.start)):
-        token = int(job.prompt[scores.start + i + 1])
-        known.append(token_logprobs(token, logprobs[i], ids[i], tops[i], wanted or 0))
-    job.prompt_logprobs = known
 
 
 def _row_key(seed: int, index: int) -> np.ndarray:
