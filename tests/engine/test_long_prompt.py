@@ -48,7 +48,7 @@ def model():
         ffn_hidden_size=40, moe_num_experts=5, moe_top_k=2, initializer_range=0.3,
     )  # fmt: skip
     model = DbrxForCausalLM(config, rngs=nnx.Rngs(3), dtype="float32")
-    model.generation_config = GenerationConfig(eos_token_id=400)
+    model.generation_config = GenerationConfig(eos_token_id=400, pad_token_id=0)
     return model
 
 
