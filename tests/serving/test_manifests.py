@@ -1,6 +1,5 @@
 """The manifests of examples/gke: their commands exist, and their times and numbers fit each other."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dbrx_jax.cli.generate import Generate
-from dbrx_jax.cli.serve import Serve
+from dbrx_jax.cli.commands import PROGRAM
 from dbrx_jax.config import configs_folder
 
 FOLDER = Path(__file__).parents[2] / "examples" / "gke"
@@ -25,16 +23,14 @@ def pods(name):
     return [group["leaderTemplate"], group["workerTemplate"]], group["size"]
 
 
-def options(pod):
-    """The options of the command of a pod."""
-    program, command, checkpoint, *words = pod["spec"]["containers"][0]["command"]
-    assert (program, command, checkpoint) == ("dbrx-jax", "serve", "gs://BUCKET/dbrx-orbax")
-    assert all(isinstance(word, str) for word in words)
-    given = {}
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
-        if word.startswith("--"):
-            given[word] = following
-    return given
+def command(template, num_hosts):
+    """The command of a pod as dbrx-jax reads it, in a worker of a LeaderWorkerSet."""
+    variables = {"LWS_LEADER_ADDRESS": "dbrx-0.dbrx", "LWS_GROUP_SIZE": num_hosts, "LWS_WORKER_INDEX": 1}
+    program, *words = template["spec"]["containers"][0]["command"]
+    assert program == "dbrx-jax"
+    for name, value in variables.items():
+        words = [word.replace(f"$({name})", str(value)) for word in words]
+    return PROGRAM.parse(words)
 
 
 def test_every_file_is_a_manifest():
@@ -46,17 +42,23 @@ def test_every_file_is_a_manifest():
 @pytest.mark.parametrize("name", ["one-host.yaml", "slice.yaml"])
 def test_commands_and_times(name):
     templates, num_hosts = pods(name)
-    commands = [options(pod) for pod in templates]
-    assert all(command == commands[0] for command in commands)
-    known = {field.name for kind in (Serve, Generate) for field in dataclasses.fields(kind)}
-    assert {word.removeprefix("--").replace("-", "_") for word in commands[0]} <= known
-    mesh = json.loads((configs_folder() / "meshes" / f"{commands[0]['--mesh']}.json").read_text())
+    commands = [command(template, num_hosts) for template in templates]
+    assert all(one == commands[0] for one in commands)
+    serve = commands[0]
+    serve._check()
+    assert (serve.checkpoint, serve.host, serve.api_key_file) == (
+        "gs://BUCKET/dbrx-orbax",
+        "0.0.0.0",
+        Path("/keys/keys.txt"),
+    )
+    assert serve.distributed == (num_hosts > 1)
+    mesh = json.loads((configs_folder() / "meshes" / f"{serve.mesh}.json").read_text())
     for template in templates:
         spec, container = template["spec"], template["spec"]["containers"][0]
         chips = num_hosts * container["resources"]["limits"]["google.com/tpu"]
         assert chips == math.prod(mesh["axes"].values())
         assert chips == math.prod(map(int, spec["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
-        waits = container["lifecycle"]["preStop"]["sleep"]["seconds"] + int(commands[0]["--drain-seconds"])
+        waits = container["lifecycle"]["preStop"]["sleep"]["seconds"] + serve.drain_seconds
         assert spec["terminationGracePeriodSeconds"] >= waits + 20
         mounts = {mount["name"] for mount in container["volumeMounts"]}
         assert mounts == {volume["name"] for volume in spec["volumes"]}
@@ -64,17 +66,18 @@ def test_commands_and_times(name):
 
 @pytest.mark.parametrize("name", ["one-host.yaml", "slice.yaml"])
 def test_probes_and_service(name):
-    template = pods(name)[0][0]
-    container = template["spec"]["containers"][0]
-    assert container["ports"] == [{"name": "http", "containerPort": int(options(template)["--port"])}]
+    templates, num_hosts = pods(name)
+    template = templates[0]
+    serve, container = command(template, num_hosts), template["spec"]["containers"][0]
+    assert container["ports"] == [{"name": "http", "containerPort": serve.port}]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
     liveness = container["livenessProbe"]
-    assert liveness["periodSeconds"] * liveness["failureThreshold"] > int(options(template)["--drain-seconds"])
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] > serve.drain_seconds
     service = DOCUMENTS[name][1]["spec"]
     assert service["selector"].items() <= template["metadata"]["labels"].items()
     if name == "slice.yaml":
-        assert not service["selector"].items() <= pods(name)[0][1]["metadata"]["labels"].items()
+        assert not service["selector"].items() <= templates[1]["metadata"]["labels"].items()
 
 
 def test_gateway_reaches_the_servers():
