@@ -56,6 +56,21 @@ def test_132b_compiles_as_planned(target, dtype, batch, context):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["h200-1,int4,64,8192", "v5e-64,bfloat16,8,32768"])
+def test_engine_decodes_rows_without_options_at_no_cost(case):
+    """Options that no row uses are skipped, no pool of the cache is copied, and the plan holds."""
+    command = [os.environ["DBRX_COMPILE_PYTHON"], "-m", "benchmarks.compiled_engine", case]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["total"] <= facts["planned"]
+    # Two layers have little traffic beside the logits and, on a TPU, the tokens of the slots, which go through VMEM.
+    assert facts["least_traffic"] * 0.95 <= facts["traffic"] <= facts["least_traffic"] * 1.05
+    assert facts["traffic_with_all_options"] > facts["traffic"] * 1.01
+    assert max(facts["temporary_bytes"]) < facts["pool"], facts["largest_temporaries"]
+
+
+@pytest.mark.slow
 def test_hopper_kernels_do_not_spill_registers(tmp_path):
     """Temporaries are also smaller than one stored expert, or its float32 sums for 64 rows."""
     command = [os.environ["DBRX_COMPILE_PYTHON"], "-m", "benchmarks.kernels", "h200"]

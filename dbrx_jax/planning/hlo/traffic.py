@@ -1,7 +1,8 @@
 """HBM traffic and largest buffers of a whole program."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dbrx_jax.planning.hlo.cost import cost, result_type
 from dbrx_jax.planning.hlo.running import CONTROL, Scope, called_scopes, entry_scope, running
@@ -27,26 +28,26 @@ class Temporary:
     op_name: str
 
 
-def hbm_traffic(text: str, trips: Mapping[str, int] | None = None) -> Traffic:
+def hbm_traffic(text: str, trips: Mapping[str, int] | None = None, branch: Callable[..., Any] = max) -> Traffic:
     """Returns the HBM traffic of one execution of a module.
 
     Every executed instruction reads its operands and writes its results once, where those are in HBM. Only the
-    slice counts of what is sliced or gathered from, and only the update of an update in place. A conditional
-    counts as its largest branch. A custom call (a kernel) reads all of its operands and writes all of its results
-    once. There are two exceptions: of the kernel that writes positions into a cache in place, those count; and
-    attention reads as many blocks of a paged cache as its table has entries. A collective reads its operand and
-    writes its result once.
+    slice counts of what is sliced or gathered from, and only the update of an update in place. A custom call (a
+    kernel) reads all of its operands and writes all of its results once. There are two exceptions: of the kernel that
+    writes positions into a cache in place, those count; and attention reads as many blocks of a paged cache as its
+    table has entries. A collective reads its operand and writes its result once.
 
     Args:
       text: of the module.
       trips: regular expression -> iterations, for loops whose number the program does not know; the first that
         is found in the loop's op_name (such as "jit(decode)/while") counts. Loops that count from a constant
         to a constant need none; any other runs once.
+      branch: `max` or `min`: a conditional counts as its branch with the most or the least traffic.
 
     Raises:
       ValueError: the text has a construct that is not known here; the message names it.
     """
-    by_op = _traffic_by_op(entry_scope(text), trips or {})
+    by_op = _traffic_by_op(entry_scope(text), trips or {}, branch)
     totals = {op: read + written for op, (read, written) in by_op.items()}
     return Traffic(
         read=sum(read for read, _ in by_op.values()),
@@ -72,13 +73,13 @@ def largest_temporaries(text: str, n: int | None = None) -> list[Temporary]:
     return sorted(temporaries, key=lambda temporary: -temporary.bytes)[:n]
 
 
-def _traffic_by_op(scope: Scope, trips: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def _traffic_by_op(scope: Scope, trips: Mapping[str, int], branch: Callable[..., Any]) -> dict[str, tuple[int, int]]:
     """Returns the bytes read and written, by opcode and op_name."""
     by_op: dict[str, tuple[int, int]] = {}
     for instr in scope.computation.instructions.values():
-        calls = [(_traffic_by_op(inner, trips), runs) for inner, runs in called_scopes(scope, instr, trips)]
+        calls = [(_traffic_by_op(inner, trips, branch), runs) for inner, runs in called_scopes(scope, instr, trips)]
         if instr.opcode == "conditional":
-            calls = [max(calls, key=lambda call: sum(map(sum, call[0].values())))]
+            calls = [branch(calls, key=lambda call: sum(map(sum, call[0].values())))]
         if instr.opcode not in CONTROL:
             instr_cost = cost(scope, instr)
             read, written = instr_cost.read, sum(instr_cost.written)
