@@ -150,13 +150,15 @@ def _kernel(
     def add_blocks(num: int, group: Array, slot: Array) -> None:
         first_key = group * (GROUP * LANES * sizes.stride) + offset[0]
         seen = lax.div(last_query - first_key, sizes.stride) + 1
+        seen = jnp.minimum(seen, (num_blocks - group * GROUP) * LANES)  # not what is behind them in the buffers
         blocks = Blocks([buffer.at[slot] for buffer in buffers], seen, sizes.heads, sizes.by_head)
         if sizes.tile == 1:
             add_to_token(softmax, blocks, num)
             return
         shape = (q_ref.shape[2], num * LANES)
         query = last_query - sizes.tile + 1 + (iota(shape, 0) & (sizes.tile - 1))
-        visible = first_key + iota(shape, 1) * sizes.stride <= query
+        last_seen = first_key + (seen - 1) * sizes.stride
+        visible = first_key + iota(shape, 1) * sizes.stride <= jnp.minimum(query, last_seen)
         add_to_chunk(softmax, blocks, num, scratch, lambda scores: jnp.where(visible, scores, -jnp.inf))
 
     def process_group(group: Array, slot_and_kept: tuple[Array, Array]) -> tuple[Array, Array]:
