@@ -157,10 +157,10 @@ def test_requests_that_outlast_the_draining_end_with_an_error():
 
 def test_full_server_refuses_and_serves_the_others_in_order():
     """The first request grows to all blocks, and each of the others needs most of them."""
-    with serving(blocks=20, max_waiting=3) as server:
-        streams = [begun(server, [9] * 200, 2000)]
+    with serving(blocks=14, max_waiting=3) as server:
+        streams = [begun(server, [9] * 200, 1500)]
         for number in range(3):
-            streams.append(Stream(server, [number] * 2200, 20))
+            streams.append(Stream(server, [number] * 1600, 20))
             wait_for(lambda waiting=number + 1: server.metric("vllm:num_requests_waiting") == waiting, 30)
         refused = server.client.post("/v1/completions", json={"prompt": "x"})
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
