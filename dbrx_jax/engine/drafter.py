@@ -24,7 +24,8 @@ class Drafter:
     """
 
     def __init__(self, prompt: Sequence[int] | np.ndarray, num_tokens: int, limit: int):
-        self._lookup, self._num_tokens, self._limit = PromptLookup(prompt), num_tokens, limit
+        self._prompt, self._num_tokens, self._limit = prompt, num_tokens, limit
+        self._lookup: PromptLookup | None = None  # until the row runs: a row that waits needs no memory for it
         self._num_known = 0  # new tokens in the lookup
         self._rate, self._last = 1.0, 0  # the rate after the last result, and the number of new tokens then
         self._pause, self._resume = FIRST_PAUSE, 0  # the next pause, and the number of new tokens that ends this one
@@ -37,6 +38,8 @@ class Drafter:
 
     def propose(self, tokens: Sequence[int]) -> np.ndarray:
         """Returns int32 tokens that may follow the row's new tokens so far; none that would exceed its limit."""
+        if self._lookup is None:
+            self._lookup = PromptLookup(self._prompt)
         self._lookup.append(tokens[self._num_known :])
         self._num_known = len(tokens)
         if len(tokens) < self._resume:
