@@ -15,7 +15,7 @@ from dbrx_jax.serving.protocol import ChatBody
 from dbrx_jax.serving.run import Run
 from dbrx_jax.serving.sse import DONE, event
 from dbrx_jax.serving.state import State
-from dbrx_jax.serving.tools import ToolParser, tools_of
+from dbrx_jax.serving.tools import BEGIN, CallParser, ToolParser, forced_call, is_forced, tools_of
 
 
 async def answer(state: State, body: ChatBody, started: float, log: dict[str, Any]) -> Response:
@@ -46,6 +46,8 @@ def _request(state: State, body: ChatBody) -> Request:
         *options.template_options(body.add_generation_prompt, body.continue_final_message),
         tools=tools_of(body, state.tokenizer),
     )
+    if is_forced(body):
+        prompt = [*prompt, *state.tokenizer.encode(f"{BEGIN}\n", allowed_special="all")]
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     default = settings.defaults.max_new_tokens
     limit = options.token_limit(len(prompt), body.n or 1, getattr(body, field), default, field, settings)
@@ -54,7 +56,7 @@ def _request(state: State, body: ChatBody) -> Request:
         config=options.generation_config(body, limit, settings),
         seed=options.seed(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=options.constraint(body, state.make_constraint),
+        constraint=options.constraint(body, state.make_constraint, forced_call(body)),
         cache_salt=body.cache_salt or "",
         timeout=settings.timeout,
     )
@@ -66,8 +68,7 @@ class _Writer:
     def __init__(self, state: State, body: ChatBody, run: Run):
         self._body, self._run, self._tokenizer = body, run, state.tokenizer
         self._header = header("chat.completion.chunk" if body.stream else "chat.completion", state.settings)
-        parses = bool(body.tools) and body.tool_choice != "none"
-        self._parsers = [ToolParser() if parses else None for _ in range(body.n or 1)]
+        self._parsers = [_parser(body) for _ in range(body.n or 1)]
 
     async def whole(self) -> dict[str, Any]:
         """Returns the answer in one object."""
@@ -132,6 +133,13 @@ class _Writer:
             reason = "tool_calls"
         delta: dict[str, Any] = {"content": text} if text else {}
         return delta | ({"tool_calls": calls} if calls else {}), reason
+
+
+def _parser(body: ChatBody) -> ToolParser | CallParser | None:
+    """Returns what finds calls in a choice's text, if there may be any."""
+    if is_forced(body):
+        return CallParser()
+    return ToolParser() if body.tools and body.tool_choice != "none" else None
 
 
 def _part(

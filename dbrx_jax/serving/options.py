@@ -1,7 +1,7 @@
 """Options of generation from the fields of a request, over the checkpoint's."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dbrx_jax.errors import GenerationError
@@ -135,13 +135,18 @@ def _stop_strings(body: Body) -> Sequence[str]:
     return [body.stop] if isinstance(body.stop, str) else body.stop or []
 
 
-def constraint(body: Body, make_constraint: MakeConstraint | None) -> Any:
+def constraint(body: Body, make_constraint: MakeConstraint | None, call: Mapping[str, Any] | None = None) -> Any:
     """Returns the constraint that a request asks for, or None.
+
+    Args:
+      call: the JSON schema of a call of a tool, if the answer must be one.
 
     Raises:
       ApiError: it asks for several, or for one that cannot be made.
     """
     found = _constraints(body)
+    if call is not None:
+        found.append(("tool_choice", "json_schema", call))
     if not found:
         return None
     if len(found) > 1:

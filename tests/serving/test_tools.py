@@ -87,10 +87,42 @@ def test_a_template_without_tools(client, engine):
     assert len(engine.requests) == 1
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
-def test_tools_that_must_be_called_are_refused(client, tool_client, choice):
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "sub"}}])
+def test_tools_that_must_be_called(make_client, tokenizer, engine, choice):
+    """The prompt ends with the beginning of a call, and the rest is constrained to be one."""
+    other, made = copy.copy(tokenizer), []
+    other.chat_template = TEMPLATE
+    client = make_client(lambda *arguments: made.append(arguments), tokenizer=other)
+    sub = {"type": "function", "function": {"name": "sub", "parameters": {"type": "object", "$defs": {"x": {}}}}}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL, sub], "tool_choice": choice}
+    text = '{"name": "sub", "arguments": {"a": "<tool_call>"}}'
+    engine.script = [*tokenizer.encode(text), 2553]
+    answer = complete(client, URL, **body, max_tokens=300)["choices"][0]
+    assert (answer["finish_reason"], answer["message"]["content"]) == ("tool_calls", None)
+    assert answer["message"]["tool_calls"][0]["function"] == {"name": "sub", "arguments": '{"a": "<tool_call>"}'}
+    assert tokenizer.decode(engine.requests[-1].prompt).endswith("[user]x<tool_call>\n")
+    ((kind, schema),) = made
+    assert kind == "json_schema"
+    calls = [one["properties"] for one in schema["anyOf"]]
+    assert [call["name"]["const"] for call in calls] == (["add", "sub"] if choice == "required" else ["sub"])
+    assert calls[-1]["arguments"] == {"type": "object", "$defs": {"x": {}}, "$id": f"tool:{len(calls) - 1}"}
+    deltas = [value["choices"][0]["delta"] for value in stream(client, URL, **body, max_tokens=300)]
+    (streamed,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert streamed[0]["function"]["name"] == "sub"
+    cut = complete(client, URL, **body, max_tokens=3)["choices"][0]
+    assert (cut["finish_reason"], "tool_calls" in cut["message"]) == ("length", False)
+    assert text.startswith(cut["message"]["content"])
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "other"}}])
+def test_tools_that_must_be_called_and_are_not_there(client, tool_client, choice):
     body = {"messages": [{"role": "user", "content": "x"}], "tool_choice": choice}
     refused(client.post(URL, json=body), 400, "there are no tools", param="tool_choice")
-    refused(tool_client.post(URL, json={**body, "tools": [TOOL]}), 400, "none and auto", param="tool_choice")
+    form = {"response_format": {"type": "json_object"}} if choice == "required" else {}
+    reason = "give one of them" if form else "no tool with this name"
+    param = "response_format" if form else "tool_choice"
+    refused(tool_client.post(URL, json={**body, **form, "tools": [TOOL]}), 400, reason, param=param)
     bad = {**body, "tool_choice": "auto", "tools": [{"type": "web_search"}]}
     refused(tool_client.post(URL, json=bad), 400, "tools[0]", param="tools")
+    bad = {**body, "tool_choice": "required", "tools": [{**TOOL, "function": {"name": "add", "parameters": [1]}}]}
+    refused(tool_client.post(URL, json=bad), 400, "tools[0].function.parameters", param="tools")

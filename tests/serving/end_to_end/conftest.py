@@ -33,13 +33,13 @@ def engine(model, tokenizer):
 
 @pytest.fixture(scope="package")
 def start(engine, tokenizer, settings):
-    """A function that starts a server over the engine and returns its URL; arguments are those of Settings."""
+    """A function that starts a server over the engine and returns its URL; other arguments are those of Settings."""
     folder = source_folder()
     checkpoint = Checkpoint("demo", folder, DbrxConfig.from_file(folder), tokenizer, settings.defaults)
     make_constraint = _constraint_maker(checkpoint)
     with contextlib.ExitStack() as stack:
 
-        def start(**changes):
+        def start(tokenizer=tokenizer, **changes):
             # A request may wait for a program to be compiled.
             changed = dataclasses.replace(settings, **{"timeout": 300.0} | changes)
             app = create_app(engine, tokenizer, changed, make_constraint)

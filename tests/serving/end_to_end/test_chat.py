@@ -1,6 +1,7 @@
 """Tests of chats: OpenAI's client gets what generate gives after the chat template, and JSON that fits its schema."""
 
 import asyncio
+import copy
 import json
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ import pydantic
 import pytest
 
 from tests.serving.end_to_end.test_completions import MODEL, model_logprobs
+from tests.serving.test_tools import TEMPLATE
 
 pytestmark = pytest.mark.slow  # the engine compiles for a minute
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a list?"}]
@@ -113,3 +115,26 @@ def test_choices(client):
     answer = client.chat.completions.create(**OPTIONS, extra_body={"guided_choice": ["certainly", "never"]})
     assert answer.choices[0].message.content in ("certainly", "never")
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_tools_that_must_be_called(start, tokenizer):
+    """The arguments match their schema, whose references are inside it."""
+    other = copy.copy(tokenizer)
+    other.chat_template = TEMPLATE
+    schemas = {}
+    for name, values in ("colour", ["red", "blue"]), ("size", [7, 8]):
+        fields = {"properties": {"value": {"$ref": "#/$defs/it"}}, "required": ["value"]}
+        schemas[name] = {"type": "object", "$defs": {"it": {"enum": values}}, "additionalProperties": False, **fields}
+    tools = [{"type": "function", "function": {"name": n, "parameters": schema}} for n, schema in schemas.items()]
+    client = openai.OpenAI(base_url=f"{start(tokenizer=other)}/v1", api_key="none", max_retries=0, timeout=300)
+    called = set()
+    for seed in range(5):
+        options = {"tools": tools, "tool_choice": "required", "seed": seed, "temperature": 2.0}
+        choice = client.chat.completions.create(**OPTIONS, **options).choices[0]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        function = choice.message.tool_calls[0].function
+        jsonschema.validate(json.loads(function.arguments), schemas[function.name])
+        called.add(function.name)
+    named = {"type": "function", "function": {"name": (set(schemas) - called or {"size"}).pop()}}
+    choice = client.chat.completions.create(**OPTIONS, tools=tools, tool_choice=named).choices[0]
+    assert choice.message.tool_calls[0].function.name == named["function"]["name"]
