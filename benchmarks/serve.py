@@ -21,6 +21,7 @@ from benchmarks.record import BenchmarkError, cpus
 from benchmarks.servers import Server, find_llama_server, llama_server, serve, version_of
 from benchmarks.users import Served, User, ask, ask_all, make_users
 from dbrx_jax.config import DbrxConfig
+from dbrx_jax.console import print_status
 
 BATCHES = "static batches"
 WARM_PROMPTS = (1, 100, 500)  # tokens; each has chunks of another length
@@ -91,21 +92,20 @@ class Serve(Options):
 
     def _figures(self, engine: Server | Engine, number: int, config: DbrxConfig, interval: float) -> Figures:
         """Returns an engine's figures of a round: under each rate's load, and of a conversation."""
+        print_status(f"{f'Round {number}' if number else 'Warm-up'}: {engine.name}")
         prompt, tokens = self._lengths()
         figures: Figures = {}
         if number == 0 and isinstance(engine, Engine):
-            for rows in range(1, self.batch + 1):  # compiles every batch size, with every length of a chunk
-                for length in WARM_PROMPTS:
-                    users = [User(0.0, [1] * (1 if row else length), 2) for row in range(rows)]
-                    engine.ask("batches", users=users, batch=self.batch, positions=self.positions())
+            for length in WARM_PROMPTS:  # compiles all programs
+                users = [User(0.0, [1] * length, 2)]
+                engine.ask("batches", users=users, batch=self.batch, positions=self.positions())
         for i, rate in enumerate(self.rates if number else self.rates[:1]):
-            count = self.users if number else self.batch
+            count = self.users if number else 2
             seed = number * len(self.rates) + i
             users = make_users(seed, count, interval / rate, prompt, tokens, config.vocab_size)
-            figures |= {
-                f"rate_{rate:g}_{name}": value for name, value in load_figures(self._serve(engine, users)).items()
-            }
-        if isinstance(engine, Server):
+            found = load_figures(self._serve(engine, users))
+            figures |= {f"rate_{rate:g}_{name}": value for name, value in found.items()}
+        if number and isinstance(engine, Server):
             figures |= self._turns(engine, number, config)
         return figures
 

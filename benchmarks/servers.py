@@ -101,13 +101,14 @@ def _running(name: str, command: Sequence[str], port: int, log: Path) -> Iterato
     print_status(f"Starting {name}")
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
         try:
-            deadline = time.monotonic() + START_SECONDS
+            begin = time.monotonic()
             while not _is_healthy(port):
-                if process.poll() is not None or time.monotonic() > deadline:
+                if process.poll() is not None or time.monotonic() > begin + START_SECONDS:
                     printed = log.read_text(errors="replace").split("\n")
                     last = next((line for line in reversed(printed) if line.strip()), "without output")
                     raise BenchmarkError(f"{name}: did not start ({last:.200})")
                 time.sleep(POLL_SECONDS)
+            print_status(f"{name} is ready after {time.monotonic() - begin:.0f} s")
             yield Server(name, port)
         finally:
             process.terminate()

@@ -36,11 +36,11 @@ class Engine:
         """Generates `tokens` tokens for each row, whatever they are; the prompts are equally long."""
         raise NotImplementedError
 
-    def stream(self, prompts: list[list[int]], tokens: int, positions: int) -> Iterator[int]:
+    def stream(self, prompts: list[list[int]], tokens: int, rows: int, positions: int) -> Iterator[int]:
         """Likewise for prompts of any lengths; yields the number of each row's new tokens as they come.
 
         Args:
-          positions: of the cache of each row, at least.
+          rows, positions: of the cache, at least, so that all calls share programs.
         """
         raise NotImplementedError
 
@@ -121,7 +121,7 @@ def batches(engine: Engine, users: list[tuple[float, list[int], int]], batch: in
         here = sum(arrival <= now for arrival, _, _ in users)
         rows = range(served, min(max(here, served + 1), served + batch))
         known = 0
-        for number in engine.stream([users[i][1] for i in rows], max(users[i][2] for i in rows), positions):
+        for number in engine.stream([users[i][1] for i in rows], max(users[i][2] for i in rows), batch, positions):
             now = time.perf_counter() - begin
             for i in rows:
                 if known < users[i][2]:

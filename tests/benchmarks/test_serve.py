@@ -59,8 +59,8 @@ def test_static_batches_run_until_their_last_row_is_done(monkeypatch):
     batches = []
 
     class SlowEngine(worker.Engine):
-        def stream(self, prompts, tokens, positions):
-            batches.append((prompts, tokens, positions))
+        def stream(self, prompts, tokens, rows, positions):
+            batches.append((prompts, tokens, rows, positions))
             for _ in range(tokens):
                 now[0] += 1
                 yield 1
@@ -69,7 +69,7 @@ def test_static_batches_run_until_their_last_row_is_done(monkeypatch):
     monkeypatch.setattr(worker.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     coming = [(0.0, [5], 2), (1.0, [6], 1), (2.0, [7], 3), (20.0, [8], 1)]
     events = worker.batches(SlowEngine(), coming, 2, 9)["events"]
-    assert batches == [([[5]], 2, 9), ([[6], [7]], 3, 9), ([[8]], 1, 9)]
+    assert batches == [([[5]], 2, 2, 9), ([[6], [7]], 3, 2, 9), ([[8]], 1, 2, 9)]
     assert events == [[(1.0, 1), (2.0, 1)], [(3.0, 1)], [(3.0, 1), (4.0, 1), (5.0, 1)], [(21.0, 1)]]
 
 
