@@ -75,15 +75,16 @@ class Serve(Options):
         result: dict[str, Any] = {"engines": {}}
         with contextlib.ExitStack() as stack:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            measured: list[Server | Engine] = []
             folder = (self.folder or cache_folder()) / f"{source.name}-served"
-            measured.append(stack.enter_context(serve(source, folder, self.dtype, *size, logs / "ours")))
+            mine = stack.enter_context(serve(source, folder, self.dtype, *size, logs / "ours"))
+            measured: list[Server | Engine] = [mine]
             if self.against == "llama.cpp":
                 program = find_llama_server(self.llama_server)
                 arguments = program, subjects[1].source, self.dtype, *size, logs / "llama"
-                measured.append(stack.enter_context(llama_server(*arguments)))
+                other = stack.enter_context(llama_server(*arguments))
+                measured.append(other)
                 result["engines"]["llama-server"] = {"llama-server": version_of(program)}
-                result["check"] = self._check(config, *measured)
+                result["check"] = self._check(config, mine, other)
             batches = stack.enter_context(started(dataclasses.replace(subjects[0], name=BATCHES)))
             result["engines"][OURS] = batches.load()["versions"]
             measured.append(batches)
