@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import roofline
 from benchmarks.checkpoints import cache_folder
-from benchmarks.compare import Figures, alternate
+from benchmarks.compare import Figures
 from benchmarks.engines import OURS, Engine, Subject, started
 from benchmarks.machine import Machine
 from benchmarks.options import Options, random_prompts
@@ -88,26 +88,33 @@ class Serve(Options):
             batches = stack.enter_context(started(dataclasses.replace(subjects[0], name=BATCHES)))
             result["engines"][OURS] = batches.load()["versions"]
             measured.append(batches)
-            result["rounds"] = alternate(measured, lambda e, n: self._figures(e, n, config, interval), self.rounds)
+            for engine in measured:
+                print_status(f"Warm-up: {engine.name}")
+                self._warm_up(engine, config)
+            result["rounds"] = [self._round(number, measured, config, interval) for number in range(self.rounds)]
         return result | {"load_after": round(os.getloadavg()[0] / cpus(), 2)}
 
-    def _figures(self, engine: Server | Engine, number: int, config: DbrxConfig, interval: float) -> Figures:
-        """Returns an engine's figures of a round: under each rate's load, and of a conversation."""
-        print_status(f"{f'Round {number}' if number else 'Warm-up'}: {engine.name}")
-        prompt, tokens = self._lengths()
-        figures: Figures = {}
-        if number == 0 and isinstance(engine, Engine):
-            for length in WARM_PROMPTS:  # compiles all programs
-                users = [User(0.0, [1] * length, 2)]
-                engine.ask("batches", users=users, batch=self.batch, positions=self.positions())
-        for i, rate in enumerate(self.rates if number else self.rates[:1]):
-            count = self.users if number else 2
-            seed = number * len(self.rates) + i
-            users = make_users(seed, count, interval / rate, prompt, tokens, config.vocab_size)
-            found = load_figures(self._serve(engine, users))
-            figures |= {f"rate_{rate:g}_{name}": value for name, value in found.items()}
-        if number and isinstance(engine, Server):
-            figures |= self._turns(engine, number, config)
+    def _warm_up(self, engine: Server | Engine, config: DbrxConfig) -> None:
+        """Compiles the programs of static batches; sends a few requests to a server."""
+        prompts = random_prompts(config, 0, 1, max(WARM_PROMPTS))
+        for length in WARM_PROMPTS:
+            self._serve(engine, [User(0.0, prompts[0][:length], 2)])
+
+    def _round(
+        self, number: int, engines: Sequence[Server | Engine], config: DbrxConfig, interval: float
+    ) -> dict[str, Figures]:
+        """Returns the engines' figures, measured in turn: under each rate's load, and of a conversation."""
+        figures: dict[str, Figures] = {engine.name: {} for engine in engines}
+        for i, rate in enumerate(self.rates):
+            seed = 1 + number * len(self.rates) + i
+            users = make_users(seed, self.users, interval / rate, *self._lengths(), config.vocab_size)
+            for engine in engines:
+                print_status(f"Round {number + 1}, rate {rate:g}: {engine.name}")
+                found = load_figures(self._serve(engine, users))
+                figures[engine.name] |= {f"rate_{rate:g}_{name}": value for name, value in found.items()}
+        for engine in engines:
+            if isinstance(engine, Server):
+                figures[engine.name] |= self._turns(engine, number, config)
         return figures
 
     def _check(self, config: DbrxConfig, mine: Server, other: Server) -> dict[str, Any]:
