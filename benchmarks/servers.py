@@ -45,7 +45,7 @@ def serve(source: Path, folder: Path, dtype: str, rows: int, positions: int, log
     config = DbrxConfig.from_file(source)
     port = free_port()
     arguments = [str(with_vocabulary(source, folder, config.vocab_size)), "--port", str(port), "--max-rows", str(rows)]
-    arguments += ["--cache-gb", f"{cache_gb(config, dtype, rows * positions):.3f}"]
+    arguments += ["--cache-gb", f"{cache_gb(config, dtype, rows * positions):.6f}"]
     kind = ["--quantization", dtype] if dtype in ("int8", "int4") else ["--dtype", dtype]
     program = Path(sys.executable).parent / "dbrx-jax"
     with _running(OURS, [str(program), "serve", *arguments, *kind], port, log) as server:

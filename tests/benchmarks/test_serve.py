@@ -130,7 +130,7 @@ def test_missing_llama_server_is_reported_in_one_line(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_serve_benchmark_measures_server_and_static_batches(monkeypatch, tmp_path, capsys):
-    config: DbrxConfig = dataclasses.replace(SHALLOW, vocab_size=320, max_seq_len=384)
+    config: DbrxConfig = dataclasses.replace(SHALLOW, vocab_size=320, max_seq_len=640)
     write_random(config, tmp_path / "tiny")
     monkeypatch.setattr("benchmarks.options.measure_apart", lambda: MACHINE)
     options = ("--dtype", "float32", "--folder", tmp_path / "cache", "--output", tmp_path / "s.json", "--rounds", 1)
