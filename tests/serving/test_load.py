@@ -136,8 +136,16 @@ def expected_answers(model, tokenizer, questions) -> list[list[tuple]]:
     return answers
 
 
-async def ask(client, question, stream, logprobs) -> list[tuple]:
-    """Asks a question; returns the text, the reason of the end and the log-probabilities of each completion."""
+class GoesAway(Exception):
+    """The client has read enough."""
+
+
+async def ask(client, question, stream, logprobs, num_lines=None) -> list[tuple]:
+    """Asks a question; returns the text, the reason of the end and the log-probabilities of each completion.
+
+    Raises:
+      GoesAway: after `num_lines` of a stream.
+    """
     is_chat = "messages" in question.body
     body = {**question.body, "stream": stream}
     if logprobs:
@@ -150,7 +158,11 @@ async def ask(client, question, stream, logprobs) -> list[tuple]:
         parts = []
         async with client.stream("POST", question.path, json=body) as response:
             assert response.status_code == 200
-            lines = [line async for line in response.aiter_lines() if line]
+            lines = []
+            async for line in response.aiter_lines():
+                lines += [line] if line else []
+                if len(lines) == num_lines:
+                    raise GoesAway
         assert lines.pop() == "data: [DONE]"
         parts = [json.loads(line.removeprefix("data: ")) for line in lines]
     answers = [["", None, []] for _ in range(question.body.get("n", 1))]
@@ -195,9 +207,9 @@ async def send_all(server, questions) -> tuple[list, list[float]]:
             if number % 10 == 9:
                 await send_malformed(client, number // 10 % (len(MALFORMED) + len(BROKEN)))
             elif number % 3 == 0:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(0.3 * delay**2):
-                        await ask(client, questions[question], stream, logprobs)
+                with contextlib.suppress(TimeoutError, GoesAway):
+                    async with asyncio.timeout(None if stream else delay):
+                        await ask(client, questions[question], stream, logprobs, num_lines=1 + int(20 * delay))
             else:
                 answers.append((question, logprobs, await ask(client, questions[question], stream, logprobs)))
             if number % 20 == 0:
