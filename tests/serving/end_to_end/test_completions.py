@@ -140,8 +140,9 @@ def test_client_that_waits_no_longer_frees_the_blocks(client, engine):
     assert engine.stats().generation_tokens - before < 900
 
 
-def test_servers_deadline(start, engine):
+def test_servers_deadline(client, start, engine):
     """It has a status before the first token, and is an error in a stream after it."""
+    client.completions.create(model=MODEL, prompt="x", max_tokens=9)  # what is needed is compiled
     client = openai.OpenAI(base_url=f"{start(timeout=0.5)}/v1", api_key="none", max_retries=3)
     options = {"model": MODEL, "prompt": "x", "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
     with pytest.raises(openai.InternalServerError) as info:
