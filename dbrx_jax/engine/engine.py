@@ -2,12 +2,10 @@
 
 import dataclasses
 import logging
-import secrets
 import threading
 import time
 from typing import Literal
 
-import jax
 import numpy as np
 
 from dbrx_jax.console import announce
@@ -19,14 +17,15 @@ from dbrx_jax.engine.memory import blocks_for
 from dbrx_jax.engine.programs import Programs
 from dbrx_jax.engine.request import FinishReason, Request
 from dbrx_jax.engine.rows import Job, Row, RowText, make_chunk, token_logprobs
-from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler
+from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler, Shapes
+from dbrx_jax.engine.seeds import completion_keys
 from dbrx_jax.engine.slots import make_row
 from dbrx_jax.engine.speculation import Speculation, check_speculation
 from dbrx_jax.engine.stats import EngineStats
 from dbrx_jax.engine.warm_up import compile_programs, measure_budgets, measure_verify_costs
 from dbrx_jax.errors import EngineClosedError, GenerationError, NotFiniteError, QueueFullError, RequestTimeoutError
 from dbrx_jax.generation.prompts import new_token_limit
-from dbrx_jax.generation.sampling import row_keys
+from dbrx_jax.memory import is_memory_error
 from dbrx_jax.model.cache import block_positions, prefill_chunk_lengths, prefill_chunks
 from dbrx_jax.model.causal_lm import CausalLM
 from dbrx_jax.model.inputs import check_ids
@@ -37,7 +36,6 @@ from dbrx_jax.text.tokenizer import DbrxTokenizer
 STEPS = 8  # most decode steps of one program
 LOSS_SECONDS = 2.0  # that a step may go on when a process was lost: it may wait for it for ever
 BURST_SECONDS = 0.01  # that several decode steps in one program may take: a request that arrives waits for them
-NO_KEY = np.zeros(2, np.uint32)  # of greedy rows
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +59,7 @@ class Engine:
       batch_invariant: a request's tokens are bit for bit those that it gets alone.
       speculation: most tokens that one step tries to add to a row beyond one; 0 is off.
       warm_up: compile all programs now, rather than when they are needed first.
+      shapes: sizes of the programs, if it is known which the requests need; others are compiled when they are needed.
 
     Raises:
       GenerationError: a size is out of range, or the mesh has axes for rows.
@@ -83,6 +82,7 @@ class Engine:
         batch_invariant: bool = False,
         speculation: int = 0,
         warm_up: bool = True,
+        shapes: Shapes | None = None,
     ):
         partition = model.partition
         if partition.size(*BATCH_AXES) > 1:
@@ -101,6 +101,7 @@ class Engine:
             steps=STEPS,
             batch_invariant=batch_invariant,
             speculation=check_speculation(speculation, batch_invariant),
+            shapes=shapes,
         )
         dtype = model.dtype if cache_dtype is None else np.dtype(cache_dtype)
         options = model.config, model.dtype, self.limits, dtype, cache_gb, prefill_budget, top_logprobs, warm_up
@@ -110,7 +111,7 @@ class Engine:
             model,
             num_blocks,
             dtype,
-            slots=self.limits.max_rows,
+            slots=self.limits.row_buckets[-1],
             positions=-(-self.limits.positions // self.limits.block) * self.limits.block,
             steps=STEPS,
             batch_invariant=batch_invariant,
@@ -123,14 +124,14 @@ class Engine:
         if warm_up:
             with announce("Compiling the engine's programs, once"):
                 compile_programs(model, programs, self.limits)
-                _row_key(0, 0)
-                if prefill_budget is None and not batch_invariant:
+                completion_keys(0, 1, True)
+                if prefill_budget is None and not batch_invariant and shapes is None:
                     budgets = measure_budgets(model, programs, self.limits)
                     self.limits = dataclasses.replace(self.limits, budgets=budgets)
                 if speculation:
                     self.verify_costs = measure_verify_costs(model, programs, self.limits)
         self._speculation = Speculation(speculation, self.verify_costs)
-        longest = self.limits.chunk_shapes[-1][1]
+        longest = self.limits.longest_chunk
         self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition, longest))
         self._device = Device(programs, self.limits)
         self._compilations_before = self._compilations()
@@ -197,13 +198,12 @@ class Engine:
                 raise GenerationError(f"{name}: {message}")
         if config.stop_strings and self._tokenizer is None:
             raise GenerationError("stop_strings: needs a tokenizer, to know the text of the tokens")
-        seed = secrets.randbits(32) if request.seed is None else request.seed
+        keys = completion_keys(request.seed, copies, config.do_sample)
         job = Job(request, prompt, limit, generation.put)
         wants_top = bool(request.top_logprobs)
         for index in range(copies):
             is_constrained = request.constraint is not None
-            key = _row_key(seed, index) if config.do_sample else NO_KEY
-            arguments = (vocab_size, length, limit, key, wants_top, is_constrained, self._model.partition)
+            arguments = (vocab_size, length, limit, keys[index], wants_top, is_constrained, self._model.partition)
             settings = make_row(config, *arguments)
             text = RowText(self._tokenizer, config.stop_strings, config.eos_token_id)
             matcher = request.constraint.matcher() if is_constrained else None
@@ -237,8 +237,11 @@ class Engine:
             accepted_tokens=self._speculation.accepted,
         )
 
-    def close(self, drain_seconds: float = 0.0) -> None:
-        """Takes no more requests, lets those that are here finish for some seconds, and ends the others."""
+    def close(self, drain_seconds: float = 0.0, step_seconds: float | None = None) -> None:
+        """Takes no more requests, lets those that are here finish for some seconds, and ends the others.
+
+        It waits for the step that runs, at most `step_seconds`.
+        """
         if isinstance(self._channel, Follower):
             self._channel.close()
             return
@@ -249,6 +252,9 @@ class Engine:
         with self._condition:
             self._is_aborting = True
             self._condition.notify()
+        if step_seconds is not None:
+            self._thread.join(step_seconds)
+            return
         while self._thread.is_alive() and self.error is None:
             self._thread.join(0.1)
         self._thread.join(LOSS_SECONDS)
@@ -289,7 +295,7 @@ class Engine:
             while self._take_commands():
                 self._step()
         except BaseException as error:
-            if explain_loss(error) is None:
+            if explain_loss(error) is None and not is_memory_error(error):
                 logger.exception("the engine failed")
             self.error = self.error or error
         finally:
@@ -355,7 +361,9 @@ class Engine:
             self._collect([])
             return
         begin = time.perf_counter()
-        self._collect(self._device.run(step))
+        started = self._device.run(step)
+        step.note_start(time.monotonic())
+        self._collect(started)
         if step.proposals:
             self._collect([])  # the next step needs to know how many tokens each row got
         elif step.decode and step.prefill is None and is_busy:
@@ -397,12 +405,14 @@ class Engine:
             tokens, logprobs = tokens[known:], logprobs[known:]
         end = row.text.end_of(tokens)
         tokens = tokens[:end]
-        if not np.isfinite(logprobs[: len(tokens)]).all():
-            self._end_damaged(job)
+        is_finite = np.isfinite(logprobs[: len(tokens)])
+        if not is_finite.all():
+            self._end_damaged(job, len(row.tokens) + int(is_finite.argmin()) + 1)
             return
         row.tokens += tokens
         self._generation_tokens += len(tokens)
-        reason: FinishReason | None = "length" if len(row.tokens) == job.limit else None
+        is_full = len(row.tokens) == job.limit or (bool(tokens) and job.is_out_of_time)
+        reason: FinishReason | None = "length" if is_full else None
         if end is not None or is_complete:
             reason = "stop"
         wanted, values = job.request.top_logprobs, []
@@ -419,29 +429,19 @@ class Engine:
                 job.is_over = True
                 job.put(None)
 
-    def _end_damaged(self, job: Job) -> None:
-        """Ends a request whose logits are not finite, and clears its blocks for those that get them next."""
+    def _end_damaged(self, job: Job, number: int) -> None:
+        """Ends a request whose logits of new token `number` are not finite, and clears its blocks for the next."""
         blocks = [block for row in job.rows for block in row.blocks]
         own = self._scheduler.pool.of_one_user(blocks)
         self._scheduler.pool.forget(own)
         self._end(
             job,
             NotFiniteError(
-                "the logits of a new token are not finite; look for damaged weights with "
+                f"the logits of new token {number} are not finite; look for damaged weights with "
                 "dbrx-convert inspect --values, or for options that ban every token"
             ),
         )
         self._device.copy([(0, block) for block in own])
-
-
-def _row_key(seed: int, index: int) -> np.ndarray:
-    """Returns the random key (2,) of a completion. A CPU computes it: another device may be busy with a long step."""
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves out the CPU
-        device = None
-    with jax.default_device(device):
-        return np.asarray(row_keys(np.array([seed], np.uint32), np.array([index], np.uint32)))[0]
 
 
 def _whole(name: str, value: int) -> int:

@@ -25,6 +25,8 @@ class Generation:
         self._job: Job | None = None
         self._cancel: Callable[[Job], None] | None = None
         self._is_over = False
+        self._when_done: Callable[[], None] | None = None
+        self._is_complete = False
 
     @property
     def cached_tokens(self) -> int:
@@ -49,10 +51,20 @@ class Generation:
         """Adds a chunk, or what ends the iteration: an exception, or None. Called by the engine."""
         with self._lock:
             self._items.put(item)
+            self._is_complete = not isinstance(item, Chunk)
+            if self._is_complete and self._when_done is not None:
+                self._when_done()
             if self._waiter is not None:
                 loop, event = self._waiter
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(event.set)
+
+    def call_when_done(self, function: Callable[[], None]) -> None:
+        """Calls a function once iterating will not wait any more: now, or later in the engine's thread."""
+        with self._lock:
+            self._when_done = function
+            if self._is_complete:
+                function()
 
     def _take(self, item: Chunk | BaseException | None) -> Chunk | None:
         """Returns a chunk, or None at the end; raises what ended the request."""

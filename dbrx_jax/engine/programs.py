@@ -152,6 +152,11 @@ class Programs:
             before = results
         jax.block_until_ready(before)
 
+    @property
+    def replicated(self) -> Any:
+        """The sharding of arrays that each device has as a whole; None without a mesh."""
+        return None if self._partition.mesh is None else self._partition.sharding(self._partition.array_spec())
+
     def _readable(self, arrays: Any) -> Any:
         """Returns arrays as every process can read them."""
         return arrays if self._partition.mesh is None else replicate(self._partition, arrays)

@@ -35,7 +35,7 @@ class Request:
     Attributes:
       prompt: token ids.
       config: options of generation; num_return_sequences is the number of completions.
-      seed: completion i samples with fold_in(seed, i); None draws one.
+      seed: completion i samples with fold_in(seed, i); a sequence gives each completion its own seed; None draws one.
       top_logprobs: number of the most probable tokens that are returned with each new token; None returns no
         log-probabilities.
       prompt_logprobs: likewise for each token of the prompt.
@@ -46,7 +46,7 @@ class Request:
 
     prompt: Sequence[int]
     config: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Any = None

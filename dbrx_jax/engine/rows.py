@@ -25,6 +25,7 @@ class Job:
       limit: most new tokens of a completion.
       put: takes each Chunk, and at last an exception or None.
       hashes: of the prompt's full blocks, for the prefix cache.
+      start: time at which its prompt began to run.
     """
 
     request: Request
@@ -34,6 +35,7 @@ class Job:
     hashes: list[bytes] = dataclasses.field(default_factory=list)
     rows: list["Row"] = dataclasses.field(default_factory=list)
     arrival: float = dataclasses.field(default_factory=time.monotonic)
+    start: float | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=list)  # so far, if they are wanted
     is_over: bool = False
@@ -47,6 +49,12 @@ class Job:
     def deadline(self) -> float:
         """Time at which the request must have ended."""
         return np.inf if self.request.timeout is None else self.arrival + self.request.timeout
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether it has run for the max_time of its options."""
+        limit = self.request.config.max_time
+        return limit is not None and self.start is not None and time.monotonic() - self.start >= limit
 
 
 @dataclasses.dataclass(eq=False)

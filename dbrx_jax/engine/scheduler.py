@@ -18,6 +18,14 @@ from dbrx_jax.engine.rows import Job, Row
 MAX_SEGMENTS = 16  # prompts of one chunk, and rows whose first tokens one program samples
 
 
+class Shapes(NamedTuple):
+    """Sizes of the programs that a known load needs."""
+
+    rows: tuple[int, ...]  # of decode, ascending
+    chunks: tuple[tuple[int, int], ...]  # numbers of prompts and lengths of chunks, by ascending length
+    first: tuple[int, ...]  # rows whose first tokens are sampled together
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Sizes of an engine.
@@ -33,6 +41,7 @@ class Limits:
       steps: most decode steps of one program.
       batch_invariant: bits of a row must not depend on others: prompts have chunks of their own.
       speculation: most tokens that are proposed for a row in a step.
+      shapes: of the programs; None is those that any load may need.
     """
 
     max_rows: int
@@ -45,6 +54,7 @@ class Limits:
     batch_invariant: bool = False
     budgets: tuple[int, ...] = ()
     speculation: int = 0
+    shapes: Shapes | None = None
 
     @property
     def first_buckets(self) -> tuple[int, ...]:
@@ -52,8 +62,15 @@ class Limits:
         return (8 if self.batch_invariant else 1, MAX_SEGMENTS)
 
     @property
+    def first_sizes(self) -> tuple[int, ...]:
+        """Those of them that are compiled before they are needed."""
+        return self.first_buckets if self.shapes is None else self.shapes.first
+
+    @property
     def row_buckets(self) -> tuple[int, ...]:
         """Numbers of rows that decode programs are compiled for."""
+        if self.shapes is not None:
+            return self.shapes.rows
         smallest = (8,) if self.batch_invariant else (1, 8)
         buckets = [*smallest, 16]
         while buckets[-1] < self.max_rows:
@@ -61,10 +78,19 @@ class Limits:
         return tuple(b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < self.max_rows)
 
     @property
+    def longest_chunk(self) -> int:
+        """Length of the longest chunk of a prompt's plan."""
+        if self.batch_invariant:
+            return self.chunk_lengths[-1]
+        return max(self.chunk_lengths[0], min(self.prefill_budget, self.chunk_lengths[-1]))
+
+    @property
     def chunk_shapes(self) -> tuple[tuple[int, int], ...]:
         """Numbers of prompts and lengths of the chunks that prefill programs are compiled for."""
-        longest = max(self.chunk_lengths[0], min(self.prefill_budget, self.chunk_lengths[-1]))
-        lengths = [n for n in self.chunk_lengths if n <= longest or self.batch_invariant]
+        if self.shapes is not None:
+            return self.shapes.chunks
+        longest = self.longest_chunk
+        lengths = [n for n in self.chunk_lengths if n <= longest]
         counts = (1,) if self.batch_invariant else (1, 4, MAX_SEGMENTS)
         return tuple((count, n) for n in lengths for count in counts if count == 1 or count * n <= longest)
 
@@ -103,6 +129,11 @@ class Step:
     decode: list[Row] = dataclasses.field(default_factory=list)
     steps: int = 0
     proposals: dict[Row, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def note_start(self, now: float) -> None:
+        """Notes when prompts began to run."""
+        for row in self.prefill.rows if self.prefill is not None else ():
+            row.job.start = row.job.start or now
 
 
 class OutOfBlocksError(Exception):
@@ -231,7 +262,9 @@ class Scheduler:
         Raises:
           OutOfBlocksError: a row must be put back, for which is_settled must hold. Nothing has changed.
         """
-        steps = 1 if self.prefilling or self.waiting or proposals else min(burst, self.limits.steps)
+        may_admit = bool(self.waiting and self._slots)
+        is_burst = not (self.prefilling or may_admit or proposals)
+        steps = min(burst, self.limits.steps) if is_burst else 1
         self._allocate_for_decode(steps, is_settled)
         step = Step(steps=steps, proposals=self._allocate_for_proposals(proposals or {}))
         self._admit()

@@ -10,9 +10,9 @@ import numpy as np
 
 from dbrx_jax.engine.programs import COPIES, MASKS, Programs
 from dbrx_jax.engine.prompt_scores import score_program
-from dbrx_jax.engine.scheduler import Limits
-from dbrx_jax.engine.slots import VECTORS, SlotStart, make_row
-from dbrx_jax.generation.decode import decode_program
+from dbrx_jax.engine.scheduler import MAX_SEGMENTS, Limits
+from dbrx_jax.engine.slots import VECTORS, SlotRow, SlotStart, make_row
+from dbrx_jax.generation.decode import decode_program, sample_program
 from dbrx_jax.generation.prefill import prefill_program
 from dbrx_jax.generation.sampling import row_keys
 from dbrx_jax.generation.verify import verify_program
@@ -24,8 +24,14 @@ TRIALS = 3
 
 
 def compile_programs(model: CausalLM, programs: Programs, limits: Limits) -> None:
-    """Compiles every program, several at a time, and runs each on padding, which changes nothing."""
-    _write_padding(model, programs)
+    """Compiles the programs, several at a time, and runs each on padding, which changes nothing.
+
+    For a known load these are its shapes alone; what options of few rows need is compiled when it is needed.
+    """
+    if limits.shapes is None:
+        _write_padding(model, programs)
+    else:
+        _write_row(programs, _make_row(model, 0))
     with ThreadPoolExecutor() as pool:
         # Traced one by one; a later call finds the compiled program.
         compiling = [pool.submit(program.lower(*arguments).compile) for program, arguments in _calls(programs, limits)]
@@ -34,9 +40,9 @@ def compile_programs(model: CausalLM, programs: Programs, limits: Limits) -> Non
     for num_rows, length in limits.chunk_shapes:
         table, tokens, spans = _chunk(programs, limits, num_rows, length)
         programs.prefill(table, tokens, spans)
-        if num_rows == 1:
+        if num_rows == 1 and limits.shapes is None:
             programs.score(tokens)
-    for size in limits.first_buckets:
+    for size in limits.first_sizes:
         programs.sample_first(np.full(size, programs.num_slots, np.int32), np.zeros(size, np.int32))
     for size in limits.row_buckets:
         slots, table = _rows(programs, limits, size)
@@ -57,8 +63,15 @@ def _calls(programs: Programs, limits: Limits) -> Iterator[tuple[Any, tuple[Any,
             yield verify_program(model, programs.options), (model, programs.options, *arrays)
     for shape in reversed(limits.chunk_shapes):
         yield prefill_program(model), (model, programs.cache, *_chunk(programs, limits, *shape))
-    longest = limits.chunk_shapes[-1]
-    x = jax.eval_shape(prefill_program(model), model, programs.cache, *_chunk(programs, limits, *longest))[2]
+    longest = _chunk(programs, limits, *limits.chunk_shapes[-1])
+    _, last, x = jax.eval_shape(prefill_program(model), model, programs.cache, *longest)
+    last = jax.ShapeDtypeStruct((MAX_SEGMENTS, last.shape[1]), last.dtype, sharding=programs.replicated)
+    for size in limits.first_sizes:
+        slots = np.zeros(size, np.int32)
+        first = programs.settings, programs.state, slots, last, slots
+        yield sample_program(model, programs.first_options), (model, programs.first_options, *first)
+    if limits.shapes is not None:
+        return
     for length in (n for count, n in limits.chunk_shapes if count == 1):
         hidden = jax.ShapeDtypeStruct((1, length, x.shape[2]), x.dtype)
         yield score_program(model), (model, programs.options.top_logprobs, hidden, np.zeros((1, length), np.int32))
@@ -85,13 +98,18 @@ def _write_padding(model: CausalLM, programs: Programs) -> None:
     """Runs the small programs."""
     vocabulary = model.partition.pad_vocabulary(model.config.vocab_size)
     row = _make_row(model, 0)._replace(vectors=dict.fromkeys(VECTORS, np.zeros((1, vocabulary), np.float32)))
-    programs.write_row(row, np.zeros(programs.positions, np.int32), np.array(SlotStart(0, 1, 0, 0), np.int32))
+    _write_row(programs, row)
     programs.copy(np.zeros((1, COPIES, 2), np.int32))
     slots = np.full(MASKS, programs.num_slots, np.int32)
     programs.write_masks(slots, np.zeros((MASKS, programs.mask_width), np.uint32))
 
 
-def _make_row(model: CausalLM, seed: int) -> Any:
+def _write_row(programs: Programs, row: SlotRow) -> None:
+    """Writes a row that is done."""
+    programs.write_row(row, np.zeros(programs.positions, np.int32), np.array(SlotStart(0, 1, 0, 0), np.int32))
+
+
+def _make_row(model: CausalLM, seed: int) -> SlotRow:
     key = np.asarray(row_keys(np.array([seed], np.uint32), np.zeros(1, np.uint32)))[0]
     config = GenerationConfig(do_sample=True)
     return make_row(config, model.config.vocab_size, 1, 1, key, False, False, model.partition)
