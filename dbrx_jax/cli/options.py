@@ -157,7 +157,7 @@ class GenerateOptions(Options, DistributedOptions):
     logprobs: bool = False
     """Write the log-probability of each token of --file's completions."""
     batch_size: int = 8
-    """Number of rows of --file in a batch."""
+    """Number of rows of --file that are computed together."""
 
     def result_options(self) -> dict[str, Any]:
         """Returns the options that the results of --file depend on, as JSON values."""

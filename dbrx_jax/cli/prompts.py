@@ -34,6 +34,7 @@ class Row:
       options: its own options of generation, by GenerationConfig's names, checked.
       seed: its own, if it has one.
       error: what is wrong with it, else None.
+      num_bytes: of the line.
     """
 
     line: int
@@ -41,6 +42,7 @@ class Row:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int | None = None
     error: str | None = None
+    num_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Survey:
       sha256: of the file.
       num_items: completions and errors, each a line of the results.
       positions: of the longest prompt with its new tokens.
+      lengths: numbers of tokens that prompts have.
+      has_same_options: all rows that can be used have the same options but for the seed.
       errors: rows that cannot be used.
       first_error: of these.
     """
@@ -77,6 +81,8 @@ class Survey:
     sha256: str
     num_items: int
     positions: int
+    lengths: frozenset[int]
+    has_same_options: bool
     errors: int
     first_error: str | None
 
@@ -118,10 +124,14 @@ class PromptsFile:
           GenerationError: there is no prompt that can be used.
         """
         num_items = positions = errors = 0
-        first_error = None
+        first_error, first_config = None, None
+        lengths, has_same_options = set(), True
         for item in self.items(checkpoint, options):
             num_items += 1
             if item.config is not None:
+                lengths.add(len(item.ids))
+                first_config = first_config or item.config
+                has_same_options = has_same_options and item.config == first_config
                 positions = max(positions, len(item.ids) + (item.config.max_new_tokens or 0))
             elif item.index == 0:
                 errors += 1
@@ -129,7 +139,8 @@ class PromptsFile:
         if not positions:
             raise GenerationError(f"{self.name}: holds no prompts" if not errors else f"{self.name}, {first_error}")
         self._file.seek(0)
-        return Survey(hashlib.file_digest(self._file, "sha256").hexdigest(), num_items, positions, errors, first_error)
+        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        return Survey(digest, num_items, positions, frozenset(lengths), has_same_options, errors, first_error)
 
     def _rows(self) -> Iterator[Row]:
         self._file.seek(0)
@@ -156,10 +167,10 @@ def parse_row(line: int, text: bytes) -> Row:
         check_seed(seed)
         refuse_foreign_options(data)
     except GenerationError as error:
-        return Row(line, _kept(data), error=f"line {line}: {error}")
+        return Row(line, _kept(data), error=f"line {line}: {error}", num_bytes=len(text))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         return Row(line, {}, error=f"line {line}: not JSON ({error})")
-    return Row(line, _kept(data), options, seed)
+    return Row(line, _kept(data), options, seed, num_bytes=len(text))
 
 
 def _refuse_constant(name: str) -> None:

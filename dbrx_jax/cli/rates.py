@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dbrx_jax.console import LINE_SECONDS, can_redraw, print_status
 
 if TYPE_CHECKING:
+    from dbrx_jax.engine.engine import EngineStats
     from dbrx_jax.generation.stream import TokenStream
 
 
@@ -44,8 +45,41 @@ class Rates:
         )
 
 
+class EngineRates:
+    """Totals of tokens and seconds of an engine, in which prompts and new tokens are computed together.
+
+    Attributes:
+      num_rows: completions that are done.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows, self.running_seconds = 0, 0.0
+        self._prompt_tokens = self._new_tokens = 0
+        self._compile_seconds, self._begin = 0.0, time.perf_counter()
+
+    def start(self) -> None:
+        """Ends the time of compiling."""
+        now = time.perf_counter()
+        self._compile_seconds, self._begin = now - self._begin, now
+
+    def update(self, num_rows: int, stats: "EngineStats") -> None:
+        self.num_rows, self.running_seconds = num_rows, time.perf_counter() - self._begin
+        self._prompt_tokens, self._new_tokens = stats.prompt_tokens, stats.generation_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second."""
+        return self._new_tokens / max(self.running_seconds, 1e-9)
+
+    def summary(self) -> str:
+        return (
+            f"prompts {self._prompt_tokens} tokens; new {self._new_tokens} tokens, {self.tokens_per_second:.1f}/s; "
+            f"compiling {self._compile_seconds:.1f} s"
+        )
+
+
 @contextlib.contextmanager
-def row_progress(total: int, rates: Rates, bar: bool) -> Iterator[Callable[[int], None]]:
+def row_progress(total: int, rates: Rates | EngineRates, bar: bool) -> Iterator[Callable[[int], None]]:
     """Shows rows, tokens per second and the time left; yields a function of the number of rows that are done.
 
     Args:
@@ -63,7 +97,7 @@ def row_progress(total: int, rates: Rates, bar: bool) -> Iterator[Callable[[int]
         yield lambda done: shown.update(task, completed=done, description=describe(done, total, rates))
 
 
-def _row_lines(total: int, rates: Rates) -> Callable[[int], None]:
+def _row_lines(total: int, rates: Rates | EngineRates) -> Callable[[int], None]:
     last_done, last_print = 0, time.monotonic()
 
     def advance(done: int) -> None:
@@ -77,7 +111,7 @@ def _row_lines(total: int, rates: Rates) -> Callable[[int], None]:
     return advance
 
 
-def describe(done: int, total: int, rates: Rates) -> str:
+def describe(done: int, total: int, rates: Rates | EngineRates) -> str:
     """Returns a line such as "80 of 400 rows, 612 tokens/s, 31 s left"."""
     line = f"{done} of {total} rows"
     if rates.num_rows:

@@ -1,20 +1,23 @@
 """Tests of generate --file: results, options and errors of rows, and what is left when it is interrupted."""
 
-import contextlib
 import json
+import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from dbrx_jax.cli.batch import batches, derive_seed
-from dbrx_jax.cli.prompts import Item, PromptsFile, Row, parse_row
+from dbrx_jax.cli.file_run import derive_seed
+from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.cli.rates import Rates, row_progress
+from dbrx_jax.engine.engine import Engine
+from dbrx_jax.engine.programs import Programs
 from dbrx_jax.errors import NotFiniteError
 from dbrx_jax.generation.stream import TokenStream
-from dbrx_jax.generation_config import GenerationConfig
 from tests.cli.test_cli import BIN
 from tests.commands import in_process
 from tests.generation.test_generate import count_compilations
@@ -23,9 +26,9 @@ from tests.generation.test_generate import count_compilations
 @pytest.fixture
 def run(source, tmp_path):
     """A function that writes rows to a prompts file and completes it to the output."""
-    prompts = tmp_path / "prompts.jsonl"
+    prompts, own = tmp_path / "prompts.jsonl", source
 
-    def run(rows, *options, output="out.jsonl"):
+    def run(rows, *options, output="out.jsonl", source=own):
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
         prompts.write_bytes(b"\n".join(lines) + b"\n")
         return in_process("dbrx-jax", "generate", source, "--file", prompts, "--output", tmp_path / output, *options)
@@ -33,22 +36,56 @@ def run(source, tmp_path):
     return run
 
 
+@pytest.fixture
+def damaged(source, tmp_path_factory):
+    """A function that makes a copy of the checkpoint with a NaN in one row of a tensor."""
+
+    def damage(name, row):
+        folder = tmp_path_factory.mktemp("damaged") / "checkpoint"
+        shutil.copytree(source, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name][row, 2] = float("nan")
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return damage
+
+
 def results(tmp_path, name="out.jsonl"):
     return [json.loads(line) for line in (tmp_path / name).read_bytes().splitlines()]
 
 
 def interrupt_at(monkeypatch, number, error=KeyboardInterrupt):
-    """Raises an error where the batch of this number, from 1, would be completed."""
-    streams = []
+    """Raises an error where this number of results, and perhaps a few more, have been written."""
+    written = []
 
-    def following(stream, original=TokenStream.__next__):
-        if stream not in streams:
-            streams.append(stream)
-        if len(streams) == number:
+    def write(output, results, original=ResumableOutput.write):
+        for result in results:
+            if len(written) == number:
+                raise error
+            original(output, [result])
+            written.append(result)
+
+    monkeypatch.setattr(ResumableOutput, "write", write)
+
+
+def fail_after_results(monkeypatch, error):
+    """Makes a decode step fail once results have been written."""
+    steps, is_written = [], threading.Event()
+
+    def write(output, results, original=ResumableOutput.write):
+        original(output, results)
+        is_written.set()
+
+    def decode(programs, *arguments, original=Programs.decode):
+        steps.append(arguments)
+        if len(steps) == 8:
+            assert is_written.wait(60)
             raise error
-        return original(stream)
+        return original(programs, *arguments)
 
-    monkeypatch.setattr(TokenStream, "__next__", following)
+    monkeypatch.setattr(ResumableOutput, "write", write)
+    monkeypatch.setattr(Programs, "decode", decode)
 
 
 class TestResults:
@@ -151,10 +188,10 @@ class TestResults:
         rows = [{"prompt": "a" * n, "logit_bias": {"65": 1000}} for n in (3, 100)]
         end = {"logit_bias": {"262": 1000}, "min_length": 105, "max_new_tokens": 20}  # 262 ends a row
         rows += [{"prompt": "a" * n, **end} for n in (90, 95, 100)]
-        for size in (1, 5):
+        for size in (1, 3):
             assert run(rows, "--batch-size", size, output=f"{size}").returncode == 0
-        assert results(tmp_path, "1") == results(tmp_path, "5")
-        assert [r["usage"]["completion_tokens"] for r in results(tmp_path, "5")] == [125, 28, 16, 11, 6]
+        assert results(tmp_path, "1") == results(tmp_path, "3")
+        assert [r["usage"]["completion_tokens"] for r in results(tmp_path, "3")] == [125, 28, 16, 11, 6]
 
     def test_error_of_a_batch_is_of_the_row_that_has_it(self, run, tmp_path, monkeypatch):
         original = TokenStream.__next__
@@ -177,31 +214,43 @@ class TestResults:
             raise NotFiniteError("row 0: the logits of new token 1 are not finite")
 
         monkeypatch.setattr(TokenStream, "__next__", fail)
-        done = run(["abc", "a", "b", "c", "d"], "--max-new-tokens", 2, "--batch-size", 2)
+        done = run(["abc", "a"], "--max-new-tokens", 2)
         assert done.returncode == 2
         line = "dbrx-jax: line 1: the logits of new token 1 are not finite"
         assert done.stderr.splitlines()[-1] == line
         assert len(streams) == 3  # both rows, then each alone
         assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
+    def test_rows_without_finite_logits_get_an_error(self, run, tmp_path, damaged):
+        rows = [{"prompt": "abd", **TWO}, "abc", "abd", *["ab"] * 4]
+        done = run(rows, "--max-new-tokens", 2, "--batch-size", 8, source=damaged("transformer.wte.weight", ord("d")))
+        assert done.returncode == 1
+        *first, second, third = results(tmp_path)[:4]
+        message = "the logits of new token 1 are not finite; look for damaged weights with dbrx-convert"
+        assert [result["error"].partition(" inspect")[0] for result in (*first, third)] == [
+            f"line 1: {message}", f"line 1: {message}", f"line 3: {message}"
+        ]  # fmt: skip
+        assert {result["usage"]["completion_tokens"] for result in (second, *results(tmp_path)[4:])} == {2}
+
+    @pytest.mark.parametrize("size", [3, 8])
+    def test_model_without_finite_logits_ends_the_command(self, run, tmp_path, damaged, size):
+        rows = [{"prompt": "abc", **TWO}, "a", "[", "b", "a", "b", {"prompt": "c", "max_new_tokens": 1}]
+        options = ("--max-new-tokens", 2, "--batch-size", size)
+        done = run(rows, *options, source=damaged("lm_head.weight", 3))
+        assert done.returncode == 2
+        line = "dbrx-jax: line 1: the logits of new token 1 are not finite; look for"
+        assert done.stderr.splitlines()[-1].startswith(line)
+        assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
     def test_memory_that_runs_out_ends_the_command_and_says_what_fits(self, run, tmp_path, monkeypatch):
-        streams = []
-
-        def fail(stream, original=TokenStream.__next__):
-            if stream not in streams:
-                streams.append(stream)
-            if len(streams) == 2:
-                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes.")
-            return original(stream)
-
-        monkeypatch.setattr(TokenStream, "__next__", fail)
+        fail_after_results(monkeypatch, RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes."))
         done = run(ROWS, *OPTIONS)
         assert done.returncode == 2
         last = done.stderr.splitlines()[-1]
-        assert last.startswith("dbrx-jax: generating 3 rows of up to 512 tokens: out of memory: 0.12 GB more did")
+        assert last.startswith("dbrx-jax: generating 3 rows of up to 128 tokens: out of memory: 0.12 GB more did")
         assert last.endswith("; it would fit with an int8 cache, or 1 row")
-        assert len(streams) == 2
-        assert len(results(tmp_path, "out.jsonl.incomplete")) == 3
+        assert "Traceback" not in done.stderr
+        assert 0 < len(results(tmp_path, "out.jsonl.incomplete")) < 8
 
     def test_several_completions_of_a_row(self, run, tmp_path):
         rows = ["abc", {"prompt": "xy", "num_return_sequences": 1, "index": "own"}, "abc"]
@@ -242,7 +291,9 @@ class TestResults:
     def test_progress_shows_rows_rate_and_time_left(self, run):
         done = run(["abc"] * 7, "--max-new-tokens", 4, "--batch-size", 3)
         lines = [line for line in done.stderr.splitlines() if " rows, " in line]
-        assert [line.split(",")[0] for line in lines] == [f"{n} of 7 rows" for n in (3, 6, 7)]
+        done = [int(line.split(" of 7 rows")[0]) for line in lines]
+        assert done == sorted(set(done))
+        assert done[-1] == 7
         assert all("tokens/s" in line and line.endswith(" s left") for line in lines)
         assert lines[-1].endswith(", 0 s left")
 
@@ -254,6 +305,7 @@ class TestResults:
         assert capsys.readouterr().err == "80 of 400 rows\n"
 
 
+TWO = {"temperature": 1, "num_return_sequences": 2}
 ROWS = tuple({"prompt": "abc"[: 1 + i % 3], "id": i} for i in range(8))
 OPTIONS = ("--temperature", "1.5", "--seed", "5", "--max-new-tokens", "5", "--batch-size", "3")
 
@@ -263,26 +315,26 @@ class TestInterrupted:
         assert run(ROWS, *OPTIONS, output="whole").returncode == 0
         incomplete = tmp_path / "out.jsonl.incomplete"
         with monkeypatch.context() as patch:
-            interrupt_at(patch, 2)
+            interrupt_at(patch, 3)
             done = run(ROWS, *OPTIONS)
         assert done.returncode == 130
         assert f"{incomplete} holds 3 of 8 rows; the same command goes on behind them" in done.stderr
         assert not (tmp_path / "out.jsonl").exists()
         with incomplete.open("a") as file:
             file.write('{"prompt": "a", "comple')  # a run that was killed while it wrote
-        prefilled = []
-        original = TokenStream._prefill
-        monkeypatch.setattr(TokenStream, "_prefill", lambda s: (prefilled.append(s.prompt_lengths), original(s))[1])
+        submitted = []
+        original = Engine.submit
+        monkeypatch.setattr(Engine, "submit", lambda engine, r: (submitted.append(r.seed), original(engine, r))[1])
         assert run(ROWS, *OPTIONS).returncode == 0
         assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole").read_bytes()
-        assert len(prefilled) == 2  # rows 3 to 5, 6 and 7
+        assert submitted == [[derive_seed(5, line, 0)] for line in range(4, 9)]
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl", "whole"]
 
     def test_run_goes_on_between_the_completions_of_a_row(self, run, tmp_path, monkeypatch):
-        options = (*OPTIONS, "--num-return-sequences", "2")
+        options = (*OPTIONS, "--num-return-sequences", "2", "--batch-size", "8")
         assert run(ROWS, *options, output="whole").returncode == 0
         with monkeypatch.context() as patch:
-            interrupt_at(patch, 2)
+            interrupt_at(patch, 3)
             assert run(ROWS, *options).returncode == 130
         assert len(results(tmp_path, "out.jsonl.incomplete")) == 3
         assert run(ROWS, *options).returncode == 0
@@ -291,17 +343,19 @@ class TestInterrupted:
     def test_errors_of_an_earlier_run_count(self, run, tmp_path, monkeypatch):
         rows = [[], *ROWS]
         with monkeypatch.context() as patch:
-            interrupt_at(patch, 2)
+            interrupt_at(patch, 3)
             assert run(rows, *OPTIONS).returncode == 130
         done = run(rows, *OPTIONS)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1] == "1 of 9 rows have an error"
 
     def test_unforeseen_error_keeps_finished_rows(self, run, tmp_path, monkeypatch):
-        interrupt_at(monkeypatch, 3, RuntimeError("of the device"))
+        fail_after_results(monkeypatch, RuntimeError("of the device"))
         with pytest.raises(RuntimeError, match="of the device"):
             run(ROWS, *OPTIONS)
-        assert [r["id"] for r in results(tmp_path, "out.jsonl.incomplete")] == list(range(6))
+        ids = [r["id"] for r in results(tmp_path, "out.jsonl.incomplete")]
+        assert 0 < len(ids) < 8
+        assert ids == list(range(len(ids)))
 
     @pytest.mark.parametrize(
         ("rows", "options", "message"),
@@ -313,7 +367,7 @@ class TestInterrupted:
     )
     def test_rows_of_other_prompts_or_options_are_not_mixed(self, run, tmp_path, monkeypatch, rows, options, message):
         with monkeypatch.context() as patch:
-            interrupt_at(patch, 2)
+            interrupt_at(patch, 3)
             run(ROWS, *OPTIONS)
         before = (tmp_path / "out.jsonl.incomplete").read_bytes()
         done = run(rows, *OPTIONS, *options)
@@ -329,7 +383,14 @@ class TestInterrupted:
         assert "is of an unknown run; remove it" in done.stderr
         assert (tmp_path / "out.jsonl.incomplete").read_text() == "mine\n"
 
-    @pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            signal.SIGTERM,
+            pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+            pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        ],
+    )
     def test_killed_run_leaves_its_rows(self, source, tmp_path, kind):
         prompts, out = tmp_path / "p", tmp_path / "out.jsonl"
         prompts.write_text('"abc"\n' * 20_000)
@@ -358,44 +419,3 @@ class TestInterrupted:
         (tmp_path / "out.jsonl").symlink_to("out.jsonl")
         assert run(["abc"], "--max-new-tokens", 2).returncode == 0
         assert [row["prompt"] for row in results(tmp_path)] == ["abc"]
-
-
-class TestPrompts:
-    def test_rows_are_read_as_they_are_needed(self, tmp_path):
-        import tracemalloc
-
-        path = tmp_path / "p"
-        path.write_text((json.dumps({"text": "a" * 10_000}) + "\n") * 500)  # 5 MB of rows without a prompt
-        tracemalloc.start()
-        try:
-            with contextlib.closing(PromptsFile(path)) as prompts:
-                assert sum(item.error is not None for item in prompts.items(None, {})) == 500
-            assert tracemalloc.get_traced_memory()[1] < 1e6
-        finally:
-            tracemalloc.stop()
-
-    def test_line_without_end_is_an_error_of_its_row(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("dbrx_jax.cli.prompts.MAX_LINE", 1 << 20)
-        path = tmp_path / "p"
-        path.write_bytes(b'"' + b"a" * (3 << 20) + b'"\n[]\n')
-        with contextlib.closing(PromptsFile(path)) as prompts:
-            first, second = prompts.items(None, {})
-        assert first.error == "line 1: longer than 1 MiB"
-        assert second.row.line == 2
-
-    def test_numbers_outside_json_are_refused(self):
-        assert parse_row(3, b'{"prompt": "a", "x": NaN}').error == "line 3: not JSON (NaN is none of its numbers)"
-
-    def test_batches_share_options_but_for_the_seed(self):
-        def item(line, error=None, seed=None, **options):
-            config = None if error else GenerationConfig(**options)
-            return Item(Row(line, {}, seed=seed), 0, [1], config, error)
-
-        items = [item(0, seed=1), item(1, seed=2), item(2, "bad"), item(3, top_k=1), item(4, "bad"), item(5), item(6)]
-        lines = [[i.row.line for i in batch] for batch in batches(items, 3)]
-        assert lines == [[0, 1, 2], [3, 4], [5, 6]]
-
-    def test_seeds_of_rows_differ(self):
-        seeds = {derive_seed(5, line, index) for line in range(100) for index in range(10)}
-        assert len(seeds) == 1000
-        assert all(0 <= seed < 1 << 32 for seed in seeds)

@@ -15,8 +15,8 @@ import pytest
 
 from dbrx_convert.to_orbax import to_orbax
 from dbrx_jax import DbrxTokenizer
-from dbrx_jax.cli.batch import derive_seed
 from dbrx_jax.cli.commands import PROGRAM
+from dbrx_jax.cli.file_run import derive_seed
 from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.errors import DistributedError
 from dbrx_jax.sharding.distributed import _check, is_connection_error, start
