@@ -35,8 +35,11 @@ def tools_of(body: ChatBody, tokenizer: DbrxTokenizer) -> list[dict[str, Any]] |
         raise bad_request("tool_choice: there are no tools", "tool_choice")
     for number, tool in enumerate(tools or ()):
         function = tool.get("function")
-        is_function = tool.get("type") == "function" and isinstance(function, dict)
-        if not is_function or not isinstance(function.get("name"), str):
+        if (
+            tool.get("type") != "function"
+            or not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+        ):
             raise bad_request(f"tools[{number}]: expected a function with a name", "tools")
         if not isinstance(function.get("parameters") or {}, dict):
             raise bad_request(f"tools[{number}].function.parameters: expected a JSON schema", "tools")
