@@ -26,7 +26,7 @@ DESCRIPTION = """Speed of dbrx_jax against its roofline and its peers.
 
 Others run as python -m benchmarks.NAME:
 
-- gpu, tiles, kernels, compiled, slices, quality
+- gpu, tiles, kernels, compiled, compiled_engine, slices, quality
 - profile, products, invariance, first_token, engine_step, machine, speculation"""
 
 
