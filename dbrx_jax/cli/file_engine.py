@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from dbrx_jax.engine.scheduler import Shapes
     from dbrx_jax.planning.memory_check import Request
 
-FEW = 4  # batches: so few items are not worth compiling programs that compute several prompts at once
-
-
 STEP_SECONDS = 1.0  # that Ctrl-C waits for the step that runs
 FEW = 4  # batches: so few items are not worth compiling programs that compute several prompts at once
 
