@@ -172,6 +172,7 @@ class TestCommands:
         self.fails(hub, "(weights 29.", "--prompt", "a", "--max-new-tokens", 1)
         assert hub.requests[-1] == ("commit1", WEIGHTS)
 
+    @pytest.mark.slow
     def test_text(self, hub):
         done = in_process("dbrx-jax", "generate", "hf://someone/dbrx", "--prompt", "a", "--max-new-tokens", 1)
         assert done.returncode == 0, done.stderr

@@ -186,6 +186,7 @@ def test_requests_that_can_never_run_are_refused(engine):
             engine.submit(request)
 
 
+@pytest.mark.slow
 def test_most_probable_tokens_are_those_of_the_logits(engine, model):
     prompt = prompt_of(3, 10)
     chunks = list(engine.submit(Request(prompt, GenerationConfig(max_new_tokens=3, eos_token_id=400), top_logprobs=4)))

@@ -267,6 +267,7 @@ def count_compilations(action):
 
 
 class TestCompilation:
+    @pytest.mark.slow
     def test_second_call_compiles_nothing(self, models, expected):
         model, e = models("dense"), expected["dense"]
         options = {"eos_token_id": None, "do_sample": True, "top_k": 5, "seed": 0}

@@ -249,6 +249,7 @@ class TestCheckpointSettings:
         assert out.shape[1] == e["tokens"].shape[1] + 3
         assert out[0, e["tokens"].shape[1]] != e["greedy"][0, 0]
 
+    @pytest.mark.slow
     def test_sampling_of_its_file_applies_unless_the_caller_decodes_greedily(self, tmp_path, expected):
         e = expected["fused"]
         model = checkpoint(tmp_path, None, {"do_sample": True, "temperature": 50.0})

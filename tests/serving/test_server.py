@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import resource
 import signal
 import socket
 import subprocess
@@ -22,15 +21,16 @@ BODY = {"prompt": "x", "stream": True, "ignore_eos": True}
 
 
 @contextlib.contextmanager
-def running(step_seconds=0.01, drain_seconds=10.0, fail_seconds=0.0, **options):
-    """A server's process and a client of it; options are those of Popen."""
+def running(step_seconds=0.01, drain_seconds=10.0, fail_seconds=0.0, before=()):
+    """A server's process and a client of it; `before` is what stands before its command."""
     arguments = [
+        *before,
         sys.executable,
         "-m",
         "tests.serving.serve_fake",
         *map(str, (step_seconds, drain_seconds, fail_seconds)),
     ]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         with httpx2.Client(base_url=process.stdout.readline().strip(), timeout=20) as client:
             wait_for(lambda: answers(client), 20)
@@ -134,11 +134,8 @@ def test_an_engine_that_fails_ends_the_server():
 
 def test_more_connections_than_the_soft_limit_of_files():
     """Systems often allow 1,024 files unless a process asks for more, and as many requests may wait."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-
-    with running(preexec_fn=limit) as (_, client), contextlib.ExitStack() as stack:
+    limited = ("sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh")
+    with running(before=limited) as (_, client), contextlib.ExitStack() as stack:
         for _ in range(90):
             stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port)))
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
