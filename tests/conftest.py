@@ -30,6 +30,18 @@ hypothesis.settings.register_profile("dbrx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("dbrx")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Drops compiled programs when there are many: each takes about 90 memory mappings, and Linux allows 65,530."""
+    yield
+    with open("/proc/self/maps") as maps:
+        count = sum(1 for _ in maps)
+    if count > 20_000:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def keep_interrupts():
     """Restores the handler of Ctrl-C, which commands that are run in this process and interrupted turn off."""
