@@ -11,7 +11,6 @@ import argparse
 import fnmatch
 import inspect
 import json
-import posixpath
 import shlex
 import statistics
 import string
@@ -31,7 +30,7 @@ PROPOSED = (2, 4, 8)  # tokens, of the engines and of the steps
 NEW_TOKENS = 160
 FUNCTIONS = (
     *(textwrap.dedent, string.capwords, shlex.quote, statistics.median),
-    *(posixpath.join, posixpath.normpath, fnmatch.fnmatch, posixpath.commonpath),
+    *(textwrap.wrap, statistics.mean, fnmatch.fnmatch, shlex.split),
 )
 TOPICS = ("A list", "A dictionary", "The function", "In Python", "An error", "A string", "The file", "This module")
 
