@@ -25,7 +25,7 @@ class User(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What a user saw; times are seconds after the first user's arrival."""
+    """New tokens that a user got; times are seconds after the first user's arrival."""
 
     arrival: float
     events: list[tuple[float, int]]  # time and number of tokens

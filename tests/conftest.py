@@ -11,6 +11,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -28,6 +29,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start jobs in
 # No deadline: compilation makes the first example slow.
 hypothesis.settings.register_profile("dbrx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("dbrx")
+
+
+def write_byte_vocabulary(folder):
+    """Writes a tokenizer to a folder, with a vocabulary of single bytes and DBRX's special tokens."""
+    from dbrx_jax.text.vocabulary import _byte_characters
+
+    (folder / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(_byte_characters())}))
+    (folder / "merges.txt").write_text("")
+    special = {260: "<|endoftext|>", 261: "<|im_start|>", 262: "<|im_end|>"}
+    added = {str(i): {"content": text} for i, text in special.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
 
 
 @pytest.fixture(autouse=True, scope="module")

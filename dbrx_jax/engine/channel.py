@@ -23,6 +23,7 @@ import numpy as np
 
 from dbrx_jax.errors import DistributedError, LostProcessError
 from dbrx_jax.sharding.distributed import check_same
+from dbrx_jax.sharding.native_log import ADVICE, PROCESS_0_LOST
 from dbrx_jax.sharding.partition import Partition
 
 TOKEN_BYTES = 32
@@ -32,7 +33,6 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SIZE, NUMBER = struct.Struct("<Q"), struct.Struct("<I")
 END = "end"  # name of the last message
 STOP = b"s"  # what the others send: process 0 should end the run
-PROCESS_0_LOST = "process 0 was lost, or ended before this one; see what it said, and start all again"
 
 Message = tuple[str, list[np.ndarray]]
 
@@ -124,7 +124,7 @@ class Leader:
 
 
 def _lost(number: int) -> LostProcessError:
-    return LostProcessError(f"process {number} was lost; see what it said, and start all again")
+    return LostProcessError(f"process {number} was lost; {ADVICE}")
 
 
 class Follower:

@@ -52,7 +52,7 @@ class Job:
 
     @property
     def is_out_of_time(self) -> bool:
-        """Whether it has run for the max_time of its options."""
+        """True if it has run for the max_time of its options."""
         limit = self.request.config.max_time
         return limit is not None and self.start is not None and time.monotonic() - self.start >= limit
 

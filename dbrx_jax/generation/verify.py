@@ -53,7 +53,7 @@ def verify(
     """Adds a token to each row that is not done, and one more after each proposal that equals the token before it.
 
     Args:
-      options: not batch-invariant; the number of steps is k + 1, whatever they say.
+      options: not batch-invariant; their number of steps is not used, it is k + 1.
       slots: of the rows among the M of the state; M for padding.
       table: the blocks of each row, for all positions that its proposals may reach.
       proposed: tokens that may follow each row's last; padded behind num_proposed. k is at most MAX_PROPOSED.

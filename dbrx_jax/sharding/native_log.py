@@ -17,7 +17,8 @@ FATAL = "Terminating process because the JAX distributed service"
 # gRPC's entry about an address where it cannot listen; an error in Python follows.
 NOISE = re.compile(r"E\d{4} \S+ +\d+ add_port")
 
-ADVICE = "see what it said, and start all again"
+ADVICE = "see its errors, and start all again"
+PROCESS_0_LOST = f"process 0 was lost, or ended before this one; {ADVICE}"
 UNHEALTHY = re.compile(r"stopped sending heartbeats\):\s*([\d, ]+)|Task (\d+) heartbeat timeout")
 
 
@@ -35,7 +36,7 @@ def explain(text: str, start_seconds: str, lost_seconds: str) -> str | None:
         number = (unhealthy[1] or unhealthy[2]).split(",")[0].strip()
         return f"process {number} was lost, not heard of for up to {lost_seconds} s; {ADVICE}"
     if "Failed to send RPC to coordination service" in text or "CoordinationService/Heartbeat" in text:
-        return f"process 0 was lost, or ended before this one; {ADVICE}"
+        return PROCESS_0_LOST
     return marked or f"another process was lost, or ended before this one; {ADVICE}"
 
 

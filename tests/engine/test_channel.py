@@ -68,7 +68,7 @@ def test_followers_get_all_messages_in_order_until_the_end(pair):
 def test_loss_of_a_follower_is_reported_at_once_and_ends_the_others(pair):
     leader, followers, losses = pair
     followers[1].close()
-    assert str(losses.get(timeout=10)) == "process 2 was lost; see what it said, and start all again"
+    assert str(losses.get(timeout=10)) == "process 2 was lost; see its errors, and start all again"
     with pytest.raises(LostProcessError, match="process 2 was lost"):
         leader.send("decode", [np.zeros(3)])
     leader.close(is_complete=True)  # which it is not

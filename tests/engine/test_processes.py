@@ -13,8 +13,7 @@ import pytest
 
 from dbrx_jax import DbrxTokenizer
 from dbrx_jax.generation_config import GenerationConfig
-from dbrx_jax.text.vocabulary import _byte_characters
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, write_byte_vocabulary
 from tests.engine.test_engine import alone, prompt_of
 from tests.processes import Processes, free_address, run_flags
 
@@ -90,11 +89,7 @@ def folder(tmp_path_factory):
     """A copy of golden/fused with a vocabulary of single bytes."""
     path = tmp_path_factory.mktemp("processes") / "fused"
     shutil.copytree(GOLDEN / "fused", path, ignore=shutil.ignore_patterns("*.npz"))
-    (path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(_byte_characters())}))
-    (path / "merges.txt").write_text("")
-    special = {260: "<|endoftext|>", 261: "<|im_start|>", 262: "<|im_end|>"}
-    added = {str(i): {"content": text} for i, text in special.items()}
-    (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    write_byte_vocabulary(path)
     return path
 
 

@@ -247,7 +247,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 
 
 def test_paged_attention_reads_the_blocks_of_its_table():
-    """Of 9 blocks, 2 rows with tables of 3 read 6, and 2 rows with tables of 5 all."""
+    """Two rows with tables of 3 read 6 of 9 blocks, and two with tables of 5 read all."""
     for width, blocks in ((3, 6), (5, 9)):
         text = f"""HloModule jit_f
 

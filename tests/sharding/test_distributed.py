@@ -21,8 +21,7 @@ from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.errors import DistributedError
 from dbrx_jax.sharding.distributed import _check, is_connection_error, start
 from dbrx_jax.sharding.native_log import ENDING, FATAL, MARK, NOISE, explain
-from dbrx_jax.text.vocabulary import _byte_characters
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, write_byte_vocabulary
 from tests.processes import Processes, free_address, run_flags
 
 ROOT = Path(__file__).parents[2]
@@ -37,11 +36,7 @@ def folder(tmp_path_factory):
     """A copy of golden/fused with a vocabulary of single bytes."""
     path = tmp_path_factory.mktemp("distributed") / "fused"
     shutil.copytree(GOLDEN / "fused", path, ignore=shutil.ignore_patterns("*.npz"))
-    (path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(_byte_characters())}))
-    (path / "merges.txt").write_text("")
-    special = {260: "<|endoftext|>", 261: "<|im_start|>", 262: "<|im_end|>"}
-    added = {str(i): {"content": text} for i, text in special.items()}
-    (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    write_byte_vocabulary(path)
     (path.parent / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
     return path
 

@@ -85,7 +85,7 @@ def test_second_question_finds_the_first_in_the_cache(client):
 
 
 class Animal(pydantic.BaseModel):
-    """What an answer must be."""
+    """The shape that an answer must have."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
