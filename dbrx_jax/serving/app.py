@@ -14,7 +14,7 @@ from dbrx_jax.serving import chat, completions, tokens
 from dbrx_jax.serving.access_log import FIELDS, AccessLog
 from dbrx_jax.serving.admission import Admission
 from dbrx_jax.serving.answer import Json, check_model, respond
-from dbrx_jax.serving.auth import ApiKeys, Hosts
+from dbrx_jax.serving.auth import SALT, ApiKeys, Hosts
 from dbrx_jax.serving.body_limit import BodyLimit
 from dbrx_jax.serving.engine_interface import Engine, MakeConstraint
 from dbrx_jax.serving.errors import Failures, add_error_handlers
@@ -72,12 +72,12 @@ def _add_completions(app: FastAPI, state: State) -> None:
 
     @app.post("/v1/completions")
     async def create_completion(body: CompletionBody, request: Request) -> Response:
-        work = completions.complete(state, body, time.monotonic(), request.scope[FIELDS])
+        work = completions.complete(state, body, time.monotonic(), request.scope[FIELDS], request.scope.get(SALT, ""))
         return await respond(request, work, settings)
 
     @app.post("/v1/chat/completions")
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
-        work = chat.answer(state, body, time.monotonic(), request.scope[FIELDS])
+        work = chat.answer(state, body, time.monotonic(), request.scope[FIELDS], request.scope.get(SALT, ""))
         return await respond(request, work, settings)
 
     model = {

@@ -11,6 +11,7 @@ from dbrx_jax.serving.errors import ApiError
 
 # Without a key: probes have none, and the page asks its user for one.
 OPEN_PATHS = ("/health", "/")
+SALT = "dbrx_jax.salt"  # in an ASGI scope: a digest of the request's API key, which keeps keys' prefixes apart
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -34,6 +35,7 @@ class ApiKeys:
         # Every key is compared, each in constant time: the time tells nothing about them.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() == b"bearer" and any(matches):
+            scope[SALT] = digest.hex()
             return await self._app(scope, receive, send)
         message = "this API key is not known" if given else "give an API key, as Authorization: Bearer KEY"
         error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

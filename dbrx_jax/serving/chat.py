@@ -18,15 +18,18 @@ from dbrx_jax.serving.state import State
 from dbrx_jax.serving.tools import BEGIN, CallParser, ToolParser, forced_call, is_forced, tools_of
 
 
-async def answer(state: State, body: ChatBody, started: float, log: dict[str, Any]) -> Response:
+async def answer(state: State, body: ChatBody, started: float, log: dict[str, Any], salt: str) -> Response:
     """Answers a request.
+
+    Args:
+      salt: of the client, with whom no other shares prefixes.
 
     Raises:
       ApiError, DbrxError: the request cannot be used, or failed before its first token.
     """
     body.refuse_other_fields()
     check_model(body.model, state.settings)
-    run = Run(state, started, log)
+    run = Run(state, started, log, salt)
     await run.start(lambda: [_request(state, body)])
     writer = _Writer(state, body, run)
     if body.stream:

@@ -20,15 +20,18 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-async def complete(state: State, body: CompletionBody, started: float, log: dict[str, Any]) -> Response:
+async def complete(state: State, body: CompletionBody, started: float, log: dict[str, Any], salt: str) -> Response:
     """Answers a request.
+
+    Args:
+      salt: of the client, with whom no other shares prefixes.
 
     Raises:
       ApiError, DbrxError: the request cannot be used, or failed before its first token.
     """
     body.refuse_other_fields()
     check_model(body.model, state.settings)
-    run = Run(state, started, log)
+    run = Run(state, started, log, salt)
     await run.start(functools.partial(_requests, state, body))
     writer = _Writer(state, body, run)
     if body.stream:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -20,14 +21,15 @@ class Run:
     Args:
       started: when the HTTP request came, of time.monotonic.
       log: fields of its line in the access log; the numbers of tokens are added.
+      salt: stands before the salts of the requests.
 
     Attributes:
       requests: of the engine.
       generations: of these.
     """
 
-    def __init__(self, state: State, started: float, log: dict[str, Any]):
-        self._state, self._started, self._log = state, started, log
+    def __init__(self, state: State, started: float, log: dict[str, Any], salt: str):
+        self._state, self._started, self._log, self._salt = state, started, log, salt
         self.requests: list[Request] = []
         self.generations: list[Generation] = []
         self.prompt_tokens = self.completion_tokens = 0
@@ -49,7 +51,9 @@ class Run:
             raise
 
     def _submit(self, make_requests: Callable[[], list[Request]]) -> None:
-        self.requests = make_requests()
+        self.requests = [
+            dataclasses.replace(request, cache_salt=self._salt + request.cache_salt) for request in make_requests()
+        ]
         self.prompt_tokens = sum(len(request.prompt) for request in self.requests)
         self._log["prompt_tokens"] = self.prompt_tokens
         for request in self.requests:

@@ -36,6 +36,21 @@ def test_every_key_opens(make_client, header):
     assert client.get("/v1/models", headers={"Authorization": header}).status_code == 200
 
 
+def test_keys_share_nothing_in_the_prefix_cache(make_client, engine):
+    """The time to the first token would tell one client what another has asked."""
+    client = make_client(api_keys=("one", "two"))
+    for key, body in (("one", {}), ("one", {}), ("two", {}), ("one", {"cache_salt": "a"})):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert client.post("/v1/completions", headers=headers, json={"prompt": "x", **body}).status_code == 200
+        message = {"messages": [{"role": "user", "content": "x"}], **body}
+        assert client.post("/v1/chat/completions", headers=headers, json=message).status_code == 200
+    salts = [request.cache_salt for request in engine.requests]
+    assert salts[::2] == salts[1::2]
+    assert salts[0] == salts[2]
+    assert len({salts[0], salts[4], salts[6]}) == 3
+    assert not any(key in salt for key in ("one", "two") for salt in salts)
+
+
 def test_host_names(make_client):
     """A page whose name means this machine is refused: its requests carry that name."""
     client = make_client(hosts=("localhost", "127.0.0.1", "::1"))
