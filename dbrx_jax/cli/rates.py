@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dbrx_jax.console import LINE_SECONDS, can_redraw, print_status
 
 if TYPE_CHECKING:
-    from dbrx_jax.engine.engine import EngineStats
+    from dbrx_jax.engine.stats import EngineStats
     from dbrx_jax.generation.stream import TokenStream
 
 

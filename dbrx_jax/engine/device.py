@@ -50,6 +50,19 @@ class PromptScores(NamedTuple):
         job.prompt_logprobs = known
 
 
+class ChunkEnd(NamedTuple):
+    """The end of a chunk after which nothing else runs, so that no more than the next one starts before it."""
+
+    last: Any
+
+    def record(self) -> None:
+        """Waits for it."""
+        jax.block_until_ready(self.last)
+
+
+InFlight = Results | PromptScores | ChunkEnd
+
+
 class Device:
     """Runs steps of rows."""
 
@@ -57,9 +70,9 @@ class Device:
         self._programs, self._limits = programs, limits
         self._width = programs.positions // limits.block
 
-    def run(self, step: Step) -> list[Results | PromptScores]:
+    def run(self, step: Step) -> list[InFlight]:
         """Starts a step; returns what it will compute, in order."""
-        results: list[Results | PromptScores] = []
+        results: list[InFlight] = []
         if step.prefill is not None:
             results += self._prefill(step)
             self.copy(step.copies)
@@ -71,6 +84,8 @@ class Device:
         self._write_masks([row for row in step.decode if row.matcher is not None])
         if step.decode:
             results.append(self._verify(step) if step.proposals else self._decode(step))
+        if step.prefill is not None and not results:
+            results.append(ChunkEnd(self._programs.last))
         return results
 
     def _prefill(self, step: Step) -> list[PromptScores]:

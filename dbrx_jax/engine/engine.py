@@ -3,39 +3,36 @@
 import dataclasses
 import logging
 import threading
-import time
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from dbrx_jax.console import announce
+from dbrx_jax.engine.admission import Admission
 from dbrx_jax.engine.channel import Follower, Leader, connect
 from dbrx_jax.engine.compilations import count_compilations
-from dbrx_jax.engine.device import Device, PromptScores, Results
-from dbrx_jax.engine.generation import Generation
+from dbrx_jax.engine.generation import Generation, Wakes
 from dbrx_jax.engine.memory import blocks_for
 from dbrx_jax.engine.programs import Programs
-from dbrx_jax.engine.request import FinishReason, Request
-from dbrx_jax.engine.rows import Job, Row, RowText, make_chunk, token_logprobs
-from dbrx_jax.engine.scheduler import Limits, OutOfBlocksError, Scheduler, Shapes
+from dbrx_jax.engine.request import Request
+from dbrx_jax.engine.rows import Job
+from dbrx_jax.engine.scheduler import Limits, Shapes
 from dbrx_jax.engine.seeds import completion_keys
-from dbrx_jax.engine.slots import make_row
 from dbrx_jax.engine.speculation import Speculation, check_speculation
 from dbrx_jax.engine.stats import EngineStats
+from dbrx_jax.engine.steps import Steps
 from dbrx_jax.engine.warm_up import compile_programs, measure_budgets, measure_verify_costs
-from dbrx_jax.errors import EngineClosedError, GenerationError, NotFiniteError, QueueFullError, RequestTimeoutError
-from dbrx_jax.generation.prompts import new_token_limit
+from dbrx_jax.errors import EngineClosedError, GenerationError, QueueFullError
 from dbrx_jax.memory import is_memory_error
 from dbrx_jax.model.cache import block_positions, prefill_chunk_lengths, prefill_chunks
 from dbrx_jax.model.causal_lm import CausalLM
-from dbrx_jax.model.inputs import check_ids
 from dbrx_jax.sharding.distributed import explain_loss
 from dbrx_jax.sharding.partition import BATCH_AXES
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 STEPS = 8  # most decode steps of one program
 LOSS_SECONDS = 2.0  # that a step may go on when a process was lost: it may wait for it for ever
-BURST_SECONDS = 0.01  # that several decode steps in one program may take: a request that arrives waits for them
 logger = logging.getLogger(__name__)
 
 
@@ -89,7 +86,6 @@ class Engine:
             raise GenerationError(
                 "mesh: the engine runs on the axes expert and tensor; start one for each group of rows"
             )
-        self._model, self._tokenizer = model, tokenizer
         lengths = prefill_chunk_lengths(partition)
         self.limits = Limits(
             max_rows=_whole("max_rows", max_rows),
@@ -117,32 +113,24 @@ class Engine:
             batch_invariant=batch_invariant,
             top_logprobs=top_logprobs,
         )
-        self._top_logprobs = top_logprobs
         self._compilations = count_compilations()
         # For numbers of rows, how many times as long as decoding them it takes to verify proposals, as measured.
         self.verify_costs: dict[int, float] = {}
         if warm_up:
-            with announce("Compiling the engine's programs, once"):
-                compile_programs(model, programs, self.limits)
-                completion_keys(0, 1, True)
-                if prefill_budget is None and not batch_invariant and shapes is None:
-                    budgets = measure_budgets(model, programs, self.limits)
-                    self.limits = dataclasses.replace(self.limits, budgets=budgets)
-                if speculation:
-                    self.verify_costs = measure_verify_costs(model, programs, self.limits)
+            self._warm_up(model, programs, prefill_budget is None and not batch_invariant and shapes is None)
         self._speculation = Speculation(speculation, self.verify_costs)
+        self._wakes = Wakes()
         longest = self.limits.longest_chunk
-        self._scheduler = Scheduler(self.limits, num_blocks, lambda tokens: prefill_chunks(tokens, partition, longest))
-        self._device = Device(programs, self.limits)
+        plan = partial(prefill_chunks, partition=partition, longest=longest)
+        self._steps = Steps(programs, self.limits, num_blocks, plan, self._speculation, self._wakes.send)
+        sizes = self.limits, self._steps.scheduler.pool.num_blocks, top_logprobs
+        self._admission = Admission(model.config, partition, tokenizer, *sizes, self._speculation)
         self._compilations_before = self._compilations()
         self._condition = threading.Condition()
         self._incoming: list[Job] = []
         self._cancelled: list[Job] = []
         self._is_closing = self._is_aborting = False
         self.error: BaseException | None = None
-        self._prompt_tokens = self._generation_tokens = 0
-        self._step_seconds = BURST_SECONDS
-        self._in_flight: list[Results | PromptScores] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._programs = programs
         if not isinstance(self._channel, Follower):
@@ -150,6 +138,16 @@ class Engine:
         if isinstance(self._channel, Leader):
             programs.send = self._channel.send
             self._channel.watch(self._lose)
+
+    def _warm_up(self, model: CausalLM, programs: Programs, measures_budgets: bool) -> None:
+        """Compiles the programs, and times those that the scheduler must know the times of."""
+        with announce("Compiling the engine's programs, once"):
+            compile_programs(model, programs, self.limits)
+            completion_keys(0, 1, True)
+            if measures_budgets:
+                self.limits = dataclasses.replace(self.limits, budgets=measure_budgets(model, programs, self.limits))
+            if self.limits.speculation:
+                self.verify_costs = measure_verify_costs(model, programs, self.limits)
 
     # Requests.
 
@@ -163,55 +161,18 @@ class Engine:
         """
         if isinstance(self._channel, Follower):
             raise EngineClosedError("requests go to process 0; the engines of the others follow it")
-        generation = Generation(len(request.prompt))
-        job = self._make_job(request, generation)
+        generation = Generation(len(request.prompt), self._wakes)
+        job = self._admission.make_job(request, generation.put)
         generation.attach(job, self._cancel)
         with self._condition:
             if self._is_closing or self.error is not None:
                 raise EngineClosedError("the engine takes no more requests")
-            waiting = len(self._incoming) + len(self._scheduler.waiting)
+            waiting = len(self._incoming) + len(self._steps.scheduler.waiting)
             if waiting >= self.limits.max_waiting:
                 raise QueueFullError(f"{waiting} requests wait already; try again later")
             self._incoming.append(job)
             self._condition.notify()
         return generation
-
-    def _make_job(self, request: Request, generation: Generation) -> Job:
-        """Checks a request, and makes the rows of its completions."""
-        config, vocab_size = request.config, self._model.config.vocab_size
-        prompt = np.asarray(check_ids([request.prompt], vocab_size), np.int32)[0]
-        length, positions = len(prompt), self.limits.positions
-        limit = new_token_limit(config, {"max_new_tokens": 1, "max_length": 1}, length, length, positions)
-        copies = config.num_return_sequences or 1
-        if copies > self.limits.max_rows:
-            raise GenerationError(f"num_return_sequences: expected at most {self.limits.max_rows}, got {copies}")
-        blocks = -(-(length + limit) // self.limits.block) * copies
-        if blocks > self._scheduler.pool.num_blocks:
-            available = self._scheduler.pool.num_blocks // copies * self.limits.block
-            raise GenerationError(
-                f"max_new_tokens: {limit} with a prompt of {length} tokens is beyond the cache of {available} "
-                f"positions for each completion; ask for at most {max(0, available - length)} new tokens"
-            )
-        for name in ("top_logprobs", "prompt_logprobs"):
-            if (getattr(request, name) or 0) > self._top_logprobs:
-                message = f"expected at most {self._top_logprobs}, got {getattr(request, name)}"
-                raise GenerationError(f"{name}: {message}")
-        if config.stop_strings and self._tokenizer is None:
-            raise GenerationError("stop_strings: needs a tokenizer, to know the text of the tokens")
-        keys = completion_keys(request.seed, copies, config.do_sample)
-        job = Job(request, prompt, limit, generation.put)
-        wants_top = bool(request.top_logprobs)
-        for index in range(copies):
-            is_constrained = request.constraint is not None
-            arguments = (vocab_size, length, limit, keys[index], wants_top, is_constrained, self._model.partition)
-            settings = make_row(config, *arguments)
-            text = RowText(self._tokenizer, config.stop_strings, config.eos_token_id)
-            matcher = request.constraint.matcher() if is_constrained else None
-            if matcher is not None:
-                matcher.follow([])
-            drafter = self._speculation.drafter(prompt, limit, is_constrained)
-            job.rows.append(Row(job, index, settings, text, matcher, drafter, sequence=prompt))
-        return job
 
     def _cancel(self, job: Job) -> None:
         with self._condition:
@@ -220,15 +181,15 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Returns the engine's numbers."""
-        scheduler = self._scheduler
+        scheduler = self._steps.scheduler
         return EngineStats(
             running=scheduler.num_running,
             waiting=len(scheduler.waiting) + len(self._incoming),
             blocks=scheduler.pool.num_blocks,
             free_blocks=scheduler.pool.num_free,
             cached_blocks=scheduler.pool.num_cached,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            prompt_tokens=self._steps.prompt_tokens,
+            generation_tokens=self._steps.generation_tokens,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.num_preemptions,
@@ -293,7 +254,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._take_commands():
-                self._step()
+                self._steps.run()
         except BaseException as error:
             if explain_loss(error) is None and not is_memory_error(error):
                 logger.exception("the engine failed")
@@ -305,12 +266,13 @@ class Engine:
         """Ends all requests, and the engines that follow."""
         with self._condition:
             self._is_closing = True
-            jobs = [*self._scheduler.jobs(), *self._incoming]
+            jobs = [*self._steps.scheduler.jobs(), *self._incoming]
         reason = "the engine failed" if self.error is not None else "the engine was closed"
         for job in jobs:
             error = EngineClosedError(reason)
             error.__cause__ = self.error
             job.put(error)
+        self._wakes.send()
         if isinstance(self._channel, Leader):
             self._channel.close(is_complete=self.error is None)
 
@@ -320,7 +282,7 @@ class Engine:
         A request that has ended with all its rows leaves no trace.
         """
         with self._condition:
-            while not (self._incoming or self._cancelled or self._in_flight or not self._scheduler.is_idle):
+            while not (self._incoming or self._cancelled) and self._steps.is_idle:
                 if self._is_closing:
                     return False
                 self._condition.wait()
@@ -329,119 +291,12 @@ class Engine:
             incoming, self._incoming = self._incoming, []
             cancelled, self._cancelled = self._cancelled, []
             for job in incoming:
-                self._prompt_tokens += len(job.prompt)
-                self._scheduler.add(job)
+                self._steps.add(job)
         for job in cancelled:
-            self._end(job, None)
-        for job in self._scheduler.jobs():
-            if time.monotonic() > job.deadline:
-                self._end(job, RequestTimeoutError(f"the request took longer than its {job.request.timeout:g} seconds"))
+            self._steps.end(job, None)
+        self._steps.end_late_ones()
+        self._wakes.send()
         return True
-
-    def _end(self, job: Job, item: BaseException | None) -> None:
-        """Ends a request before its completions are done."""
-        if not job.is_over:
-            job.is_over = True
-            self._scheduler.remove(job)
-            job.put(item)
-
-    def _step(self) -> None:
-        """Starts a step on the devices, and then takes the tokens of the one before."""
-        burst = max(1, min(STEPS, int(BURST_SECONDS / self._step_seconds)))
-        proposals = self._speculation.propose(self._scheduler.running)
-        is_constrained = any(row.matcher is not None for row in self._scheduler.running)
-        if self._in_flight and (proposals or is_constrained):
-            self._collect([])  # what may come next depends on the token before
-            proposals = self._speculation.propose(self._scheduler.running)
-            burst = 1 if is_constrained else burst
-        is_busy = bool(self._in_flight)
-        try:
-            step = self._scheduler.next_step(burst, not self._in_flight, proposals)
-        except OutOfBlocksError:
-            self._collect([])
-            return
-        begin = time.perf_counter()
-        started = self._device.run(step)
-        step.note_start(time.monotonic())
-        self._collect(started)
-        if step.proposals:
-            self._collect([])  # the next step needs to know how many tokens each row got
-        elif step.decode and step.prefill is None and is_busy:
-            seconds = (time.perf_counter() - begin) / step.steps
-            self._step_seconds += 0.2 * (seconds - self._step_seconds)
-
-    def _collect(self, started: list[Results | PromptScores]) -> None:
-        """Takes the tokens of the steps before, while those just started run."""
-        finished, self._in_flight = self._in_flight, started
-        for results in finished:
-            if isinstance(results, PromptScores):
-                results.record()
-                continue
-            outputs, counts = results.fetch()
-            for i, row in enumerate(results.rows):
-                row.pending -= results.steps
-                if row.is_finished:
-                    continue
-                count = int(counts[i])
-                top = None if outputs.top_ids is None else (outputs.top_ids[i], outputs.top_logprobs[i])
-                self._take_tokens(row, outputs.tokens[i, :count].tolist(), outputs.logprobs[i, :count], top)
-                if row in results.proposals:
-                    self._speculation.take_result(row, len(results.proposals[row]), count - 1)
-
-    def _take_tokens(self, row: Row, tokens: list[int], logprobs: np.ndarray, top) -> None:
-        """Delivers a row's new tokens, and ends it if they do."""
-        job = row.job
-        tokens = tokens[: job.limit - row.generated]
-        known = min(len(row.tokens) - row.generated, len(tokens))  # computed again, and delivered before
-        row.generated += len(tokens)
-        is_complete = False
-        if row.matcher is not None and tokens:
-            try:
-                is_complete = row.matcher.follow(tokens)
-            except GenerationError as error:
-                self._end(job, error)
-                return
-        if known:
-            tokens, logprobs = tokens[known:], logprobs[known:]
-        end = row.text.end_of(tokens)
-        tokens = tokens[:end]
-        is_finite = np.isfinite(logprobs[: len(tokens)])
-        if not is_finite.all():
-            self._end_damaged(job, len(row.tokens) + int(is_finite.argmin()) + 1)
-            return
-        row.tokens += tokens
-        self._generation_tokens += len(tokens)
-        is_full = len(row.tokens) == job.limit or (bool(tokens) and job.is_out_of_time)
-        reason: FinishReason | None = "length" if is_full else None
-        if end is not None or is_complete:
-            reason = "stop"
-        wanted, values = job.request.top_logprobs, []
-        if wanted is not None:
-            for i, token in enumerate(tokens):
-                ids, tops = ([], []) if top is None else (top[0][known + i], top[1][known + i])
-                values.append(token_logprobs(token, logprobs[i], ids, tops, wanted))
-        self._scheduler.record_tokens(row)
-        if tokens:
-            job.put(make_chunk(row, tokens, values, reason))
-        if reason is not None:
-            self._scheduler.finish(row)
-            if all(r.is_finished for r in job.rows):
-                job.is_over = True
-                job.put(None)
-
-    def _end_damaged(self, job: Job, number: int) -> None:
-        """Ends a request whose logits of new token `number` are not finite, and clears its blocks for the next."""
-        blocks = [block for row in job.rows for block in row.blocks]
-        own = self._scheduler.pool.of_one_user(blocks)
-        self._scheduler.pool.forget(own)
-        self._end(
-            job,
-            NotFiniteError(
-                f"the logits of new token {number} are not finite; look for damaged weights with "
-                "dbrx-convert inspect --values, or for options that ban every token"
-            ),
-        )
-        self._device.copy([(0, block) for block in own])
 
 
 def _whole(name: str, value: int) -> int:

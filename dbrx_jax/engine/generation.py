@@ -10,6 +10,32 @@ from dbrx_jax.engine.request import Chunk, TokenLogprobs
 from dbrx_jax.engine.rows import Job
 
 
+class Wakes:
+    """Wakes what waits in event loops for new chunks: each loop once for the chunks of all requests of a step."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+
+    def add(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+        """Adds an event, which :meth:`send` sets."""
+        with self._lock:
+            self._events.setdefault(loop, []).append(event)
+
+    def send(self) -> None:
+        """Sets the events that were added."""
+        with self._lock:
+            events, self._events = self._events, {}
+        for loop, of_loop in events.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_set_all, of_loop)
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
 class Generation:
     """Iterator, plain or asynchronous, over the chunks of a request's completions as they are generated.
 
@@ -17,8 +43,9 @@ class Generation:
     EngineClosedError. A request that was cancelled just ends.
     """
 
-    def __init__(self, prompt_tokens: int):
+    def __init__(self, prompt_tokens: int, wakes: Wakes):
         self.prompt_tokens = prompt_tokens
+        self._wakes = wakes
         self._items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._lock = threading.Lock()
@@ -48,16 +75,14 @@ class Generation:
             self._cancel(self._job)
 
     def put(self, item: Chunk | BaseException | None) -> None:
-        """Adds a chunk, or what ends the iteration: an exception, or None. Called by the engine."""
+        """Adds a chunk, or what ends the iteration: an exception, or None. An event loop sees it once woken."""
         with self._lock:
             self._items.put(item)
             self._is_complete = not isinstance(item, Chunk)
             if self._is_complete and self._when_done is not None:
                 self._when_done()
             if self._waiter is not None:
-                loop, event = self._waiter
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(event.set)
+                self._wakes.add(*self._waiter)
 
     def call_when_done(self, function: Callable[[], None]) -> None:
         """Calls a function once iterating will not wait any more: now, or later in the engine's thread."""

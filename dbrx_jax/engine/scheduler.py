@@ -1,8 +1,8 @@
 """Scheduler: decides which rows the next step prefills and decodes, and which blocks they get.
 
-First come, first served. A row is admitted when a slot and the blocks of its prompt are free. Prompts are prefilled in
-turns, a chunk at a time, so that a long one does not hold up short ones. If a row needs a block and none is free, the
-row that was admitted last is put back and computed again later.
+First come, first served. A row is admitted when a slot and the blocks of its prompt are free. Prompts are prefilled a
+chunk at a time, mostly of the one with least left, so that a long one does not hold up short ones. If a row needs a
+block and none is free, the row that was admitted last is put back and computed again later.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from dbrx_jax.engine.blocks import SPARE, BlockPool, block_hashes
 from dbrx_jax.engine.rows import Job, Row
 
 MAX_SEGMENTS = 16  # prompts of one chunk, and rows whose first tokens one program samples
+PATIENCE = 4  # every so many chunks one is the oldest prompt's, however much is left of it
 
 
 class Shapes(NamedTuple):
@@ -92,7 +93,13 @@ class Limits:
         longest = self.longest_chunk
         lengths = [n for n in self.chunk_lengths if n <= longest]
         counts = (1,) if self.batch_invariant else (1, 4, MAX_SEGMENTS)
-        return tuple((count, n) for n in lengths for count in counts if count == 1 or count * n <= longest)
+        shapes, shared = [], 0
+        for n in lengths:
+            # A prompt joins those of a length that is at most 4 times its own.
+            several = counts if n >= 4 * shared else (1,)
+            shared = n if len(several) > 1 else shared
+            shapes += [(count, n) for count in several if count == 1 or count * n <= longest]
+        return tuple(shapes)
 
     def budget(self, num_rows: int) -> int:
         """Returns the most tokens of a step's chunks beside a number of rows."""
@@ -150,10 +157,10 @@ class Scheduler:
     def __init__(self, limits: Limits, num_blocks: int, plan_chunks: Callable[[int], list[tuple[int, int]]]):
         self.limits, self.pool, self._plan_chunks = limits, BlockPool(num_blocks), plan_chunks
         self.waiting: deque[Job | Row] = deque()  # requests, and rows that were put back
-        self.prefilling: deque[Row] = deque()  # the next first
+        self.prefilling: list[Row] = []  # in the order of their admission
         self.running: list[Row] = []
         self._slots = list(range(limits.max_rows - 1, -1, -1))  # free ones
-        self._num_admitted = self.num_preemptions = 0
+        self._num_admitted = self._num_chunks = self.num_preemptions = 0
         self.prefix_queries = self.prefix_hits = 0  # tokens
 
     @property
@@ -327,10 +334,11 @@ class Scheduler:
     def _next_prefill(self) -> Prefill:
         """Returns the next chunks: of the row whose turn it is, with others that the same program can serve."""
         budget = self.limits.budget(len(self.running))
-        first = self.prefilling[0]
+        first = self._next_row()
         length = self._chunk_length(first, budget)
         counts = [n for n, t in self.limits.chunk_shapes if t == length and (n == 1 or n * t <= budget)]
-        others = [] if first.job.is_scored else [r for r in list(self.prefilling)[1:] if self._fits(r, length)]
+        others = [row for row in self.prefilling if row is not first and self._fits(row, length)]
+        others = [] if first.job.is_scored else others
         rows = [first, *others][: max(counts, default=1)]
         num_rows = min((n for n in counts if n >= len(rows)), default=1)
         starts = [row.computed for row in rows]
@@ -338,13 +346,18 @@ class Scheduler:
         for row, number in zip(rows, num_tokens, strict=True):
             row.computed += number
             row.chunks = [(start, n) for start, n in row.chunks if start >= row.computed]
-            self.prefilling.remove(row)
             if row.is_prefilled:
-                continue
-            self.prefilling.append(row)
-            if not row.chunks or row.chunks[0][0] != row.computed:
+                self.prefilling.remove(row)
+            elif not row.chunks or row.chunks[0][0] != row.computed:
                 row.chunks = self._plan(row)
         return Prefill(rows, starts, num_tokens, (num_rows, length))
+
+    def _next_row(self) -> Row:
+        """Returns the row whose chunk is next: the one with least left, or in turn the oldest."""
+        self._num_chunks += 1
+        if self._num_chunks % PATIENCE == 0:
+            return self.prefilling[0]
+        return min(self.prefilling, key=lambda row: len(row.sequence) - row.computed)
 
     def _plan(self, row: Row) -> list[tuple[int, int]]:
         """Returns the chunks of what is left of a row."""
@@ -364,7 +377,7 @@ class Scheduler:
         """Returns whether a row's next chunk, or all that is left of its prompt, fits a chunk of this length."""
         if row.job.is_scored or not self._is_aligned(row, length):
             return False
-        return row.chunks[0][1] >= length or len(row.sequence) - row.computed <= length
+        return row.chunks[0][1] == length or len(row.sequence) - row.computed <= length
 
     def _start(self, step: Step) -> None:
         """Moves rows whose prompts are complete to those that run, with the other completions of their requests."""

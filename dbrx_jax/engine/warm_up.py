@@ -20,6 +20,8 @@ from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.model.causal_lm import CausalLM
 
 SLOWDOWN = 4  # a step with prompts may take this many times as long as one without
+# A chunk that takes at most so many times as long as the shortest is always allowed: both mostly read the weights.
+SHORT = 1.25
 TRIALS = 3
 
 
@@ -118,9 +120,9 @@ def _make_row(model: CausalLM, seed: int) -> SlotRow:
 def measure_budgets(model: CausalLM, programs: Programs, limits: Limits) -> tuple[int, ...]:
     """Returns the most prompt tokens of a step beside the rows of each bucket.
 
-    With them a step takes at most SLOWDOWN times as long as without; the shortest chunk is always allowed. Rows of
-    random tokens are timed, as equal ones would need the same experts. Leaves arbitrary contents in block 1 and in the
-    slots.
+    With them a step takes at most SLOWDOWN times as long as without, or a chunk at most SHORT times as long as the
+    shortest. Rows of random tokens are timed, as equal ones would need the same experts. Leaves arbitrary contents in
+    block 1 and in the slots.
     """
     rng = np.random.default_rng(0)
     lengths = [n for count, n in limits.chunk_shapes if count == 1]
@@ -142,8 +144,8 @@ def measure_budgets(model: CausalLM, programs: Programs, limits: Limits) -> tupl
         def decode(slots=slots, table=table) -> None:
             jax.block_until_ready(programs.decode(slots, table, 1))
 
-        most = (SLOWDOWN - 1) * _seconds(decode)
-        budgets.append(max(n for n in lengths if n == lengths[0] or chunk_seconds[n] <= most))
+        most = max((SLOWDOWN - 1) * _seconds(decode), SHORT * chunk_seconds[lengths[0]])
+        budgets.append(max(n for n in lengths if chunk_seconds[n] <= most))
     return tuple(budgets)
 
 

@@ -228,7 +228,7 @@ def test_draining_engine_finishes_what_runs(model):
 
 def test_failing_engine_ends_its_requests_and_keeps_the_error(model, monkeypatch, caplog):
     engine = make_engine(model)
-    monkeypatch.setattr(engine._device, "run", lambda step: 1 / 0)
+    monkeypatch.setattr(engine._steps._device, "run", lambda step: 1 / 0)
     with pytest.raises(EngineClosedError, match="the engine failed"):
         list(engine.submit(Request([1], GenerationConfig(max_new_tokens=2))))
     engine._thread.join(10)

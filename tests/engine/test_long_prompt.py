@@ -28,7 +28,7 @@ class Recorded(NamedTuple):
 
 def recorded_steps(engine) -> list[Recorded]:
     """Returns a list to which the steps of an engine are added as they are started."""
-    steps, run = [], engine._device.run
+    steps, run = [], engine._steps._device.run
 
     def record_and_run(step):
         rows, _, counts, shape = step.prefill or ([], [], [], (0, 0))
@@ -37,7 +37,7 @@ def recorded_steps(engine) -> list[Recorded]:
         steps.append(Recorded(names, list(counts), shape[0] * shape[1], decode, step.steps))
         return run(step)
 
-    engine._device.run = record_and_run
+    engine._steps._device.run = record_and_run
     return steps
 
 

@@ -9,11 +9,11 @@ from dbrx_jax.engine.request import Request
 from dbrx_jax.engine.rows import Job, Row
 from dbrx_jax.engine.scheduler import Limits, Scheduler
 from dbrx_jax.generation_config import GenerationConfig
-from dbrx_jax.model.cache import prefill_chunks
+from dbrx_jax.model.cache import CPU_CHUNKS, prefill_chunks
 from dbrx_jax.sharding.partition import Partition
 
 LIMITS = Limits(
-    max_rows=9, max_waiting=5, positions=1920, block=128, chunk_lengths=(16, 128, 512), prefill_budget=512, steps=8
+    max_rows=9, max_waiting=5, positions=1920, block=128, chunk_lengths=CPU_CHUNKS, prefill_budget=512, steps=8
 )
 
 
@@ -57,12 +57,16 @@ def test_chunks_beside_rows_keep_within_their_budget(num_running, length):
     scheduler.next_step(1, True)
     assert len(scheduler.running) == num_running
     add(scheduler, 300)
-    expected = [([start], [min(length, 300 - start)], (1, length)) for start in range(0, 300, length)]
-    assert chunks(scheduler) == expected
+    seen = chunks(scheduler)
+    assert [(starts, counts) for starts, counts, _ in seen] == [
+        ([start], [min(length, 300 - start)]) for start in range(0, 300, length)
+    ]
+    assert [shape for _, _, shape in seen[:-1]] == [(1, length)] * (len(seen) - 1)
+    assert seen[-1][2] == (1, min(length, 64))  # 44 tokens are left
 
 
 def test_long_chunk_begins_at_a_block_after_short_ones():
-    """A prompt is cut in 16s while one row runs; when none does, 128s begin at the next block."""
+    """A prompt is cut in 16s while one row runs; when none does, chunks get longer as they may."""
     scheduler = make_scheduler(budgets=(16, 512, 512))
     (running,) = add(scheduler, 9, limit=1000)
     scheduler.next_step(1, True)
@@ -71,7 +75,36 @@ def test_long_chunk_begins_at_a_block_after_short_ones():
     assert first == [[0], [16], [32]]
     scheduler.finish(running)
     lengths = [(starts[0], shape[1]) for starts, _, shape in chunks(scheduler)]
-    assert lengths == [*((n, 16) for n in range(48, 128, 16)), (128, 512)]
+    assert lengths == [(48, 16), (64, 64), (128, 512)]
+
+
+def test_prompt_with_least_left_is_next_and_each_fourth_chunk_is_the_oldest_ones():
+    scheduler = make_scheduler(prefill_budget=16)
+    (long,) = add(scheduler, 400)
+    middle, short = add(scheduler, 47)[0], add(scheduler, 31)[0]
+    taken = []
+    for _ in range(10):
+        rows = scheduler.next_step(1, True).prefill.rows
+        taken += [{long: "long", middle: "middle", short: "short"}[row] for row in rows]
+    assert taken == ["short", "short", "middle", "long", "middle", "middle", *["long"] * 4]
+
+
+def test_prompts_of_several_chunks_do_not_take_short_ones_to_join_others():
+    """They would begin their next chunks at a position where only short ones may begin."""
+    scheduler = make_scheduler(prefill_budget=128)
+    short, _, other = [add(scheduler, length)[0] for length in (14, 390, 13)]
+    step = scheduler.next_step(1, True)
+    assert (step.prefill.rows, step.prefill.shape) == ([other, short], (4, 16))
+    assert [scheduler.next_step(1, True).prefill.counts for _ in range(4)] == [[128], [128], [128], [6]]
+
+
+def test_shapes_of_several_prompts_are_few():
+    """A prompt can share a chunk of at most 4 times its length."""
+    assert make_scheduler().limits.chunk_shapes == (
+        (1, 16), (4, 16), (16, 16), (1, 32), (1, 64), (4, 64), (1, 128), (1, 512)
+    )  # fmt: skip
+    limits = dataclasses.replace(LIMITS, chunk_lengths=(32, 128, 512), prefill_budget=512)
+    assert limits.chunk_shapes == ((1, 32), (4, 32), (16, 32), (1, 128), (4, 128), (1, 512))
 
 
 def test_short_prompts_share_a_chunk_within_the_budget():
@@ -82,10 +115,10 @@ def test_short_prompts_share_a_chunk_within_the_budget():
         add(scheduler, length)
     assert scheduler.next_step(1, True).prefill.shape == (1, 16)
     scheduler.finish(running)
-    assert scheduler.next_step(1, True).prefill.counts == [14]  # beside the first of them, which runs now
+    assert scheduler.next_step(1, True).prefill.counts == [7]  # beside the first of them, which runs now
     scheduler.limits = dataclasses.replace(scheduler.limits, budgets=())
     step = scheduler.next_step(1, True)
-    assert (step.prefill.counts, step.prefill.shape) == ([15, 7], (4, 16))
+    assert (step.prefill.counts, step.prefill.shape) == ([14, 15], (4, 16))
 
 
 def test_batch_invariant_chunks_do_not_depend_on_what_runs():
@@ -93,17 +126,18 @@ def test_batch_invariant_chunks_do_not_depend_on_what_runs():
     add(scheduler, 9, limit=1000)
     scheduler.next_step(1, True)
     add(scheduler, 530)
-    assert chunks(scheduler) == [([0], [512], (1, 512)), ([512], [18], (1, 128))]
+    assert chunks(scheduler) == [([0], [512], (1, 512)), ([512], [18], (1, 32))]
 
 
-def test_row_that_was_admitted_last_is_put_back_though_another_has_computed_less():
-    """The first row needs a block when a long prompt has had its turn, and a row that came later has not."""
-    scheduler = make_scheduler(num_blocks=9, prefill_budget=128)
+def test_row_that_was_admitted_last_is_put_back_though_another_has_more_left():
+    """The first row needs a block while two prompts are computed, of which the later has less left."""
+    scheduler = make_scheduler(num_blocks=9, prefill_budget=16)
     (first,) = add(scheduler, 128, limit=1000)  # it has two blocks, and one is kept for it
+    while not scheduler.running:
+        scheduler.next_step(1, True)
+    (long,), (last,) = add(scheduler, 450), add(scheduler, 44, limit=1000)
     scheduler.next_step(1, True)
-    (long,), (last,) = add(scheduler, 450), add(scheduler, 14, limit=1000)
-    scheduler.next_step(1, True)
-    assert list(scheduler.prefilling) == [last, long]
+    assert (scheduler.prefilling, long.computed, last.computed) == ([long, last], 0, 16)
     assert scheduler.pool.num_free == 1
     first.generated, first.pending = 257, 0
     scheduler.next_step(1, True)

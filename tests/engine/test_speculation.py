@@ -59,17 +59,17 @@ def speculating(model):
 
 def counted(engine, run):
     """Runs something; returns the tokens, the steps of rows that made them, and what was proposed and accepted."""
-    steps, execute = [], engine._device.run
+    steps, execute = [], engine._steps._device.run
 
     def count(step):
         steps.append(len(step.decode) * step.steps)
         return execute(step)
 
-    before, engine._device.run = engine.stats(), count
+    before, engine._steps._device.run = engine.stats(), count
     try:
         run()
     finally:
-        engine._device.run = execute
+        engine._steps._device.run = execute
     after = engine.stats()
     names = ("generation_tokens", "proposed_tokens", "accepted_tokens")
     return sum(steps), *(getattr(after, name) - getattr(before, name) for name in names)

@@ -42,12 +42,15 @@ def test_greedy_tokens_do_not_depend_on_padding(model, prompts):
 
 def test_chunks_are_the_cheapest_that_hold_a_prompt():
     assert prefill_chunks(7, ONE_DEVICE) == [(0, 16)]
-    assert prefill_chunks(17, ONE_DEVICE) == [(0, 128)]  # two of 16 tokens take as long
+    assert prefill_chunks(17, ONE_DEVICE) == [(0, 32)]
+    assert prefill_chunks(33, ONE_DEVICE) == [(0, 64)]
+    assert prefill_chunks(65, ONE_DEVICE) == [(0, 128)]  # 64 tokens and 16 take as long
     assert prefill_chunks(144, ONE_DEVICE) == [(0, 128), (128, 16)]
-    assert prefill_chunks(145, ONE_DEVICE) == [(0, 128), (128, 128)]
-    assert prefill_chunks(400, ONE_DEVICE) == [(0, 128), (128, 128), (256, 128), (384, 16)]
-    assert prefill_chunks(401, ONE_DEVICE) == [(0, 512)]
-    assert prefill_chunks(1300, ONE_DEVICE) == [(0, 512), (512, 512), (1024, 128), (1152, 128), (1280, 128)]
+    assert prefill_chunks(145, ONE_DEVICE) == [(0, 128), (128, 32)]
+    assert prefill_chunks(200, ONE_DEVICE) == [(0, 128), (128, 128)]
+    assert prefill_chunks(448, ONE_DEVICE) == [(0, 128), (128, 128), (256, 128), (384, 64)]
+    assert prefill_chunks(449, ONE_DEVICE) == [(0, 512)]
+    assert prefill_chunks(1300, ONE_DEVICE) == [(0, 512), (512, 512), (1024, 128), (1152, 128), (1280, 32)]
     for tokens in range(1, 1200):
         chunks = prefill_chunks(tokens, ONE_DEVICE)
         ends = [start + length for start, length in chunks]

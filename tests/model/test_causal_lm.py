@@ -19,7 +19,7 @@ from dbrx_jax.model.moe import MoE
 from dbrx_jax.ops.experts import reference_experts
 from dbrx_jax.sharding.partition import ONE_DEVICE
 
-CHUNK = prefill_chunk_lengths(ONE_DEVICE)[1]
+CHUNK = prefill_chunk_lengths(ONE_DEVICE)[-2]
 TINY = DbrxConfig(
     d_model=48,
     n_heads=6,
