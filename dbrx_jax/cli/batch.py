@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from dbrx_jax.cli.file_engine import follow_first_process
 from dbrx_jax.cli.file_run import FileRun, start_run
 from dbrx_jax.cli.fixed_batches import complete_in_batches
 from dbrx_jax.cli.in_flight import complete_on_engine
@@ -24,6 +25,8 @@ def complete_file(command: GenerateOptions, first: bool) -> bool:
     Raises:
       DbrxError: the options or the checkpoint cannot be used; a row that cannot be used gets an error in its result.
     """
+    from dbrx_jax.generation.processes import same_on_all_processes
+
     assert command.file is not None
     options = command.given_options()
     if first:
@@ -38,16 +41,20 @@ def complete_file(command: GenerateOptions, first: bool) -> bool:
         with contextlib.closing(open_output(command.output if first else None, identity)) as output:
             run = start_run(command, checkpoint, survey, output)
             try:
-                _complete(run, prompts.items(checkpoint, options, run.start), output)
+                if first or run.uses_batches:
+                    _complete(run, prompts.items(checkpoint, options, run.start), output)
+                else:
+                    follow_first_process(run)
             except BaseException:
                 if line := output.explain(survey.num_items):
                     print_status(line)
                 raise
             output.finish()
     print_status(run.rates.summary())
-    if output.num_errors:
-        print_status(f"{output.num_errors} of {survey.num_items} rows have an error")
-    return not output.num_errors
+    num_errors = same_on_all_processes(run.model.partition, output.num_errors)  # the first process alone may know
+    if num_errors:
+        print_status(f"{num_errors} of {survey.num_items} rows have an error")
+    return not num_errors
 
 
 def _complete(run: FileRun, items: Iterator[Item], output: Output) -> None:

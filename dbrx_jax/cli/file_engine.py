@@ -38,16 +38,28 @@ def open_engine(run: FileRun) -> Iterator["Engine"]:
         shapes=_shapes(run),
         **run.command.cache_arguments(),
     )
-    seconds = None
+    seconds, is_complete = None, False
     try:
         _check_cache(run, engine)
         run.rates.start()
         yield engine
+        is_complete = True
     except KeyboardInterrupt:
         seconds = STEP_SECONDS
         raise
     finally:
-        engine.close(step_seconds=seconds)
+        engine.close(step_seconds=seconds, is_complete=is_complete)
+
+
+def follow_first_process(run: FileRun) -> None:
+    """Runs the steps of the engine of the first process, until that has all results.
+
+    Raises:
+      LostProcessError: the first process ended before.
+      MemoryLimitError: as :func:`open_engine`.
+    """
+    with report_memory(run), open_engine(run) as engine:
+        engine.follow(passes_signals=False)
 
 
 def _check_cache(run: FileRun, engine: "Engine") -> None:
@@ -71,16 +83,23 @@ def _positions(run: FileRun) -> int:
 
 
 def _cache_gb(run: FileRun) -> float | None:
-    """Returns the size of a cache for all rows with the longest prompt, in GB; None if it does not fit the memory."""
+    """Returns the size of a cache for all rows with the longest prompt, in GB; None if it does not fit the memory.
+
+    Of several processes, none has one that does not fit all of them.
+    """
     import numpy as np
 
     from dbrx_jax.engine.memory import block_bytes
+    from dbrx_jax.generation.processes import least_on_all_processes
     from dbrx_jax.model.cache import block_positions
     from dbrx_jax.planning.memory_check import check_memory
 
+    fits = True
     try:
         check_memory(_request(run), weights_loaded=True)
     except MemoryLimitError:
+        fits = False
+    if not least_on_all_processes(run.model.partition, fits):
         return None
     width = -(-_positions(run) // block_positions(run.model.partition))
     blocks = run.rows * width + 1

@@ -84,7 +84,7 @@ def _uses_batches(command: GenerateOptions, survey: Survey, rows: int) -> bool:
 
     axes = {} if command.mesh is None else find_axes(command.mesh)
     is_one_batch = survey.num_items <= min(rows, ONE_BATCH) and survey.has_same_options
-    return is_one_batch or command.distributed or any(axes.get(axis, 1) > 1 for axis in BATCH_AXES)
+    return is_one_batch or any(axes.get(axis, 1) > 1 for axis in BATCH_AXES)
 
 
 def error_result(item: Item, error: GenerationError | str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Completes prompts in fixed batches: files of one batch, and meshes and processes on which the engine does not run."""
+"""Completes prompts in fixed batches: files of one small batch, and meshes with axes for rows."""
 
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any

@@ -1,5 +1,6 @@
 """Engine: continuous batching of requests over one paged cache, in a thread of its own."""
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -129,7 +130,7 @@ class Engine:
         self._condition = threading.Condition()
         self._incoming: list[Job] = []
         self._cancelled: list[Job] = []
-        self._is_closing = self._is_aborting = False
+        self._is_closing = self._is_aborting = self._is_incomplete = False
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._programs = programs
@@ -198,16 +199,17 @@ class Engine:
             accepted_tokens=self._speculation.accepted,
         )
 
-    def close(self, drain_seconds: float = 0.0, step_seconds: float | None = None) -> None:
+    def close(self, drain_seconds: float = 0.0, step_seconds: float | None = None, is_complete: bool = True) -> None:
         """Takes no more requests, lets those that are here finish for some seconds, and ends the others.
 
-        It waits for the step that runs, at most `step_seconds`.
+        It waits for the step that runs, at most `step_seconds`. Engines that follow raise LostProcessError unless all
+        `is_complete`.
         """
         if isinstance(self._channel, Follower):
             self._channel.close()
             return
         with self._condition:
-            self._is_closing = True
+            self._is_closing, self._is_incomplete = True, not is_complete
             self._condition.notify()
         self._thread.join(drain_seconds)
         with self._condition:
@@ -223,13 +225,16 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self.close(is_complete=error[0] is None)
 
     # Several processes.
 
-    def follow(self) -> None:
-        """Runs the steps of process 0 until it closes its engine. A first SIGTERM or Ctrl-C goes there, as SIGTERM.
+    def follow(self, passes_signals: bool = True) -> None:
+        """Runs the steps of process 0 until it closes its engine.
+
+        Args:
+          passes_signals: a first SIGTERM or Ctrl-C goes to process 0, as SIGTERM, and does not end this process.
 
         Raises:
           GenerationError: this is process 0, or the only one.
@@ -237,7 +242,7 @@ class Engine:
         """
         if not isinstance(self._channel, Follower):
             raise GenerationError("follow: this is the process that takes requests")
-        with self._channel.passing_signals():
+        with self._channel.passing_signals() if passes_signals else contextlib.nullcontext():
             self._programs.follow(self._channel.messages())
 
     def _lose(self, error: BaseException) -> None:
@@ -274,7 +279,7 @@ class Engine:
             job.put(error)
         self._wakes.send()
         if isinstance(self._channel, Leader):
-            self._channel.close(is_complete=self.error is None)
+            self._channel.close(is_complete=self.error is None and not self._is_incomplete)
 
     def _take_commands(self) -> bool:
         """Takes new requests and cancellations, and waits for them if there is nothing to do; returns False at the end.
