@@ -21,7 +21,7 @@ def most_probable(
     logprobs = log_softmax(logits, partition)
     values, ids = lax.top_k(logprobs, min(number, logits.shape[1]))
     ids = ids + partition.axis_index(*VOCAB_AXES) * logits.shape[1]
-    if partition.size(*VOCAB_AXES) > 1:
+    if number and partition.size(*VOCAB_AXES) > 1:
         values, ids = (partition.all_gather(a, 1, *VOCAB_AXES) for a in (values, ids))
         values, index = lax.top_k(values, min(number, values.shape[1]))
         ids = jnp.take_along_axis(ids, index, axis=1)
