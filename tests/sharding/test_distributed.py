@@ -21,6 +21,7 @@ from dbrx_jax.cli.output import ResumableOutput
 from dbrx_jax.errors import DistributedError
 from dbrx_jax.sharding.distributed import _check, is_connection_error, start
 from dbrx_jax.sharding.native_log import ENDING, FATAL, MARK, NOISE, explain
+from tests.commands import in_process
 from tests.conftest import GOLDEN, write_byte_vocabulary
 from tests.processes import Processes, free_address, run_flags
 
@@ -85,9 +86,9 @@ def test_two_processes_match_one_from_orbax(orbax, completions, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_on_behind_the_rows_of_an_earlier_run(folder, completions, tmp_path):
-    """Process 0 alone has them, and tells the other where to begin."""
+    """Process 0 alone has them, and submits the rest to the engine."""
     prompts, out = folder.with_name("prompts.jsonl"), tmp_path / "{i}.jsonl"
-    options = ("--file", str(prompts), "--max-new-tokens", "12")
+    options = ("--file", str(prompts), "--max-new-tokens", "12", "--batch-size", "2")
     identity = {"prompts": hashlib.sha256(prompts.read_bytes()).hexdigest()}
     earlier = ResumableOutput(
         tmp_path / "0.jsonl", identity | PROGRAM.parse(["generate", str(folder), *options]).result_options()
@@ -98,6 +99,34 @@ def test_two_processes_go_on_behind_the_rows_of_an_earlier_run(folder, completio
     with Processes(tmp_path, 2, 1, *command) as run:
         assert run.statuses() == [0, 0], run.stderr(0)
     assert read_completions((tmp_path / "0.jsonl").read_text()) == ["kept", *completions()[1:]]
+
+
+@pytest.mark.slow
+def test_rows_with_any_options_get_the_results_of_one_process(folder, tmp_path):
+    """On the engine, with more rows than run at once and two that cannot be used."""
+    rows = [
+        {"prompt": "abc"},
+        {"prompt": "hello you " * 14, "temperature": 0.8, "seed": 5},
+        {"prompt": ""},
+        {"prompt": "x", "temperature": 1.0, "num_return_sequences": 3},
+        {"prompt": "zz", "max_new_tokens": 0},
+        {"prompt": "say", "repetition_penalty": 1.3, "stop": ["e", "t"]},
+        *({"prompt": "word " * i, "max_new_tokens": 3 + i} for i in range(1, 9)),
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--file", prompts, "--max-new-tokens", 12, "--batch-size", 3, "--seed", 7, "--token-ids")
+    one = in_process("dbrx-jax", "generate", folder, *options, "--output", tmp_path / "one.jsonl")
+    assert one.returncode == 1, one.stderr
+    command = (*GENERATE, folder, *options, "--output", tmp_path / "{i}.jsonl", "--mesh", "expert=2", *run_flags(2))
+    with Processes(tmp_path, 2, 1, *command) as run:
+        assert run.statuses() == [1, 1], run.stderr(0) + run.stderr(1)
+        assert run.stderr(0).splitlines()[-1] == "2 of 16 rows have an error"
+        assert run.stdout(0) + run.stdout(1) + run.stderr(1) == ""
+    got, want = (path.read_text().splitlines() for path in (tmp_path / "0.jsonl", tmp_path / "one.jsonl"))
+    assert len(want) == 16
+    assert got == want
+    assert not (tmp_path / "1.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -148,22 +177,36 @@ def assert_one_line(text, program, *fragments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("killed", "count"), [(1, 2), (0, 2), (2, 4)])
-def test_killed_process_ends_the_others_during_generation(killed, count, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("ended", "count", "number", "status"),
+    [(1, 2, signal.SIGTERM, -signal.SIGTERM), (0, 2, signal.SIGINT, 130), (2, 4, signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_end_of_a_process_ends_the_others_during_generation(ended, count, number, status, folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('"abc"\n' * 4000)
     options = ("--file", prompts, "--mesh", f"expert={count}", "--max-new-tokens", 50, "--batch-size", 4)
     with Processes(tmp_path, count, 1, *GENERATE, folder, *options, *run_flags(count)) as run:
         run.wait_for_output("completion")
-        run.processes[killed].send_signal(signal.SIGKILL)
+        run.processes[ended].send_signal(number)
         begin = time.monotonic()
         statuses = run.statuses(65)
-        assert time.monotonic() - begin < 62
-        assert statuses[killed] == -signal.SIGKILL
-        for i in set(range(count)) - {killed}:
-            assert statuses[i] != 0
+        assert time.monotonic() - begin < 20
+        assert statuses[ended] == status
+        for i in set(range(count)) - {ended}:
+            assert statuses[i] in (os.EX_TEMPFAIL, -signal.SIGABRT)  # JAX may notice first
             assert_one_line(run.stderr(i).splitlines()[-1], "dbrx-jax", "start all again")
-            assert len(run.stderr(i).splitlines()) < 3 or i == 0
+            assert len(run.stderr(i).splitlines()) == 1 or i == 0
+
+
+@pytest.mark.slow
+def test_results_that_cannot_be_written_end_all(folder, tmp_path):
+    prompts, out = folder.with_name("prompts.jsonl"), "/dev/full"
+    options = ("--file", prompts, "--output", out, "--max-new-tokens", 12, "--batch-size", 2, "--mesh", "expert=2")
+    with Processes(tmp_path, 2, 1, *GENERATE, folder, *options, *run_flags(2)) as run:
+        assert run.statuses() == [2, os.EX_TEMPFAIL]
+        line = "dbrx-jax: /dev/full: cannot be written (No space left on device)"
+        assert run.stderr(0).splitlines()[-1] == line
+        assert_one_line(run.stderr(1), "dbrx-jax", "process 0 was lost, or ended before this one; see its errors")
 
 
 @pytest.mark.slow
