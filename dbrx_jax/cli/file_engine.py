@@ -85,7 +85,7 @@ def _positions(run: FileRun) -> int:
 def _cache_gb(run: FileRun) -> float | None:
     """Returns the size of a cache for all rows with the longest prompt, in GB; None if it does not fit the memory.
 
-    Of several processes, none has one that does not fit all of them.
+    Of several processes, all must have the memory.
     """
     import numpy as np
 
