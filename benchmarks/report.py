@@ -61,8 +61,8 @@ How it is measured:
 - The demo's weights (at most 10 MB) fit a CPU's cache, so its share of the roofline says little.
 - "Load before" is the load average of the minute before, per CPU. If it is not near 0, the machine was busy, which
   slows the peers more, because their threads wait for each other.
-- The roofline assumes that rows route uniformly. Random weights do so from prompt to prompt, but not within one: four of
-  the 16 experts of `bench` get 72 % of a prompt of 512 tokens, averaged over its layers.
+- The roofline assumes that rows route uniformly. Random weights do so from prompt to prompt, but not within one: four
+  of the 16 experts of `bench` get 72 % of a prompt of 512 tokens, averaged over its layers.
 """
 
 ELSEWHERE = Path(__file__).resolve().parent / "elsewhere.md"  # written by hand, from results of other scripts
