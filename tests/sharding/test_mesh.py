@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM
 from dbrx_jax.checkpoint.parameters import parameter_specs, parameters_from_state, parameters_of
 from dbrx_jax.errors import MeshError, NotFiniteError
 from dbrx_jax.model.graph import parameter_partition_specs
-from dbrx_jax.sharding.partition import AXES, Partition, make_mesh, parse_axes
+from dbrx_jax.sharding.partition import Partition, make_mesh, parse_axes
 from dbrx_jax.sharding.recipes import find_axes, find_mesh, find_recipe, recipe_names
 from dbrx_jax.training.step import Losses, losses
 from tests.conftest import GOLDEN
@@ -101,7 +99,7 @@ def golden_gradients():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("axes", [axes for axes in MESHES if "," in axes] + ["expert=8"])
 def test_mesh_gradients_match_one_device(axes):
     config, parameters, tokens, want = golden_gradients()
     assert_same_gradients(gradients(config, parameters, mesh_of(axes), tokens), want)
@@ -138,41 +136,29 @@ def test_all_to_all_matches_one_device(axes, skew):
     assert_same_gradients(gradients(SMALL, parameters, mesh, tokens, True), gradients(SMALL, parameters, None, tokens))
 
 
-@st.composite
-def mesh_axes(draw):
-    sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
-    for _ in range(3):
-        sizes[draw(st.sampled_from(AXES))] *= 2
-    if sizes["tensor"] == 8:  # more than the key-value heads
-        sizes |= {"data": 2, "tensor": 4}
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
-
-
 @pytest.mark.slow
-@settings(max_examples=4, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(mesh_axes(), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0, 3]), st.integers(0, 99))
-def test_random_mesh_batch_and_routing_match_one_device(axes, num_rows, length, skew, seed):
+@pytest.mark.parametrize(
+    ("axes", "num_rows", "length", "skew"), [("fsdp=2,expert=2,tensor=2", 5, 27, 0), ("data=2,expert=4", 3, 7, 3)]
+)
+def test_ragged_batch_matches_one_device(axes, num_rows, length, skew):
+    """Rows and tokens that the mesh does not divide, and routing to few experts."""
     parameters = small_parameters(skew)
     one = DbrxForCausalLM.from_parameters(SMALL, parameters)
     many = DbrxForCausalLM.from_parameters(SMALL, parameters, mesh_of(axes))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(num_rows)
     ids = rng.integers(0, SMALL.vocab_size, (num_rows, length))
     mask = np.arange(length) >= rng.integers(0, length, (num_rows, 1))
     valid = mask.astype(bool)
     np.testing.assert_allclose(np.asarray(many(ids, mask))[valid], np.asarray(one(ids, mask))[valid], rtol=0, atol=1e-4)
-    options = {"max_new_tokens": 4, "do_sample": True, "seed": seed, "top_p": 0.95}
+    options = {"max_new_tokens": 4, "do_sample": True, "seed": 2, "top_p": 0.95}
     np.testing.assert_array_equal(many.generate(ids, mask, **options), one.generate(ids, mask, **options))
 
 
 @pytest.mark.slow
-@settings(max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(mesh_axes(), st.integers(8, 60), st.sampled_from([0, 3]), st.integers(0, 99))
-def test_gradients_on_random_mesh_match_one_device(axes, length, skew, seed):
-    tokens = np.random.default_rng(seed).integers(0, SMALL.vocab_size, (8, length + 1))
-    parameters = small_parameters(skew)
-    assert_same_gradients(
-        gradients(SMALL, parameters, mesh_of(axes), tokens), gradients(SMALL, parameters, None, tokens)
-    )
+def test_gradients_of_odd_lengths_with_skewed_routing_match_one_device():
+    tokens = np.random.default_rng(74).integers(0, SMALL.vocab_size, (8, 52))
+    parameters, mesh = small_parameters(3), mesh_of("data=2,fsdp=2,expert=2")
+    assert_same_gradients(gradients(SMALL, parameters, mesh, tokens), gradients(SMALL, parameters, None, tokens))
 
 
 @pytest.mark.slow
