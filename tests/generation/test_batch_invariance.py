@@ -35,11 +35,8 @@ CASES = [
     *(
         pytest.param(*kind, 64, marks=SLOW)
         for kind in [
-            ("float32", None, False),
             ("float32", None, True),
-            ("bfloat16", None, False),
             ("bfloat16", None, True),
-            ("bfloat16", "int8", False),
             ("bfloat16", "int8", True),
             ("float32", "int4-32", True),
         ]
