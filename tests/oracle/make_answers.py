@@ -68,7 +68,7 @@ def write_answers(folder: Path, out: Path, seed: int) -> None:
 
 
 def main(out: Path, checkpoints: list[Path]) -> None:
-    for seed, size in enumerate(CONFIGS):
+    for seed, size in enumerate(CONFIGS if not (out / "random0").exists() else []):
         write_random_model(out / f"random{seed}", seed, size)
         write_answers(out / f"random{seed}", out / f"random{seed}" / "answers.npz", seed)
     for checkpoint in checkpoints:
