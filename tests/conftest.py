@@ -31,6 +31,12 @@ hypothesis.settings.register_profile("dbrx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("dbrx")
 
 
+def pytest_configure(config):
+    """Compiles for the quick tests with few optimisations, which takes a third less time; slow tests have all."""
+    if config.option.markexpr == "not slow":  # the default, see pyproject.toml
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
 def write_byte_vocabulary(folder):
     """Writes a tokenizer to a folder, with a vocabulary of single bytes and DBRX's special tokens."""
     from dbrx_jax.text.vocabulary import _byte_characters
