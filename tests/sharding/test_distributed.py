@@ -130,9 +130,7 @@ def test_rows_with_any_options_get_the_results_of_one_process(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "devices", "mesh"), [(2, 4, "data=2,expert=4"), (4, 2, "data=2,expert=2,tensor=2")]
-)
+@pytest.mark.parametrize(("processes", "devices", "mesh"), [(4, 2, "data=2,expert=2,tensor=2")])
 def test_processes_match_one_from_hugging_face(processes, devices, mesh, folder, completions, tmp_path):
     """The command samples and the example decodes greedily, from a Hugging Face folder."""
     options = ("--max-new-tokens", 12, "--mesh", mesh)
