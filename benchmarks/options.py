@@ -123,4 +123,6 @@ def file_name(result: dict[str, Any]) -> str:
     parts = [result["benchmark"], result["model"], result["dtype"]]
     if "batch" in result:
         parts.append(f"b{result['batch']}")
+    if result.get("prefill_budget"):
+        parts.append(f"budget{result['prefill_budget']}")
     return "-".join([*parts, result["against"] or "alone"])

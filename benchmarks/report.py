@@ -266,6 +266,8 @@ def _serve(results: Sequence[dict[str, Any]], runs: _Runs) -> str:
     for r in results:
         summary = r["summary"]
         load = f"{r['users']} users, {r['batch']} rows, {r['prompt']} + {r['tokens']}"
+        if r.get("prefill_budget"):
+            load += f", prefill budget {r['prefill_budget']}"
         for figure in summary[OURS]:
             cells = [quantity(figure, summary[OURS][figure]["median"])]
             for peer in ("llama-server", "static batches"):

@@ -48,6 +48,8 @@ class Serve(Options):
     """Users a second, in multiples of the scaled announcement's."""
     turn: int = 2000
     """Tokens of the first turn of a conversation."""
+    prefill_budget: int | None = None
+    """Prompt tokens that dbrx-jax serve computes in a step; by default what it measures at its start."""
     llama_server: Path | None = None
     """llama.cpp's server; by default what DBRX_LLAMA_SERVER names."""
     rounds: int = 2
@@ -76,7 +78,7 @@ class Serve(Options):
         with contextlib.ExitStack() as stack:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder = (self.folder or cache_folder()) / f"{source.name}-served"
-            mine = stack.enter_context(serve(source, folder, self.dtype, *size, logs / "ours"))
+            mine = stack.enter_context(serve(source, folder, self.dtype, *size, self.prefill_budget, logs / "ours"))
             measured: list[Server | Engine] = [mine]
             if self.against == "llama.cpp":
                 program = find_llama_server(self.llama_server)

@@ -33,19 +33,24 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serve(source: Path, folder: Path, dtype: str, rows: int, positions: int, log: Path) -> Iterator[Server]:
+def serve(
+    source: Path, folder: Path, dtype: str, rows: int, positions: int, prefill_budget: int | None, log: Path
+) -> Iterator[Server]:
     """Runs dbrx-jax serve.
 
     Args:
       source: of the checkpoint.
       folder: for the same files, with a vocabulary.
       positions: of a row.
+      prefill_budget: of --prefill-budget; None leaves it out.
       log: gets what it prints.
     """
     config = DbrxConfig.from_file(source)
     port = free_port()
     arguments = [str(with_vocabulary(source, folder, config.vocab_size)), "--port", str(port), "--max-rows", str(rows)]
     arguments += ["--cache-gb", f"{cache_gb(config, dtype, rows * positions):.6f}"]
+    if prefill_budget is not None:
+        arguments += ["--prefill-budget", str(prefill_budget)]
     kind = ["--quantization", dtype] if dtype in ("int8", "int4") else ["--dtype", dtype]
     program = Path(sys.executable).parent / "dbrx-jax"
     with _running(OURS, [str(program), "serve", *arguments, *kind], port, log) as server:
