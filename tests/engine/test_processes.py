@@ -9,6 +9,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from dbrx_jax import DbrxTokenizer
@@ -20,6 +22,7 @@ from tests.processes import Processes, free_address, run_flags
 pytestmark = pytest.mark.slow
 WORKER = (sys.executable, Path(__file__).with_name("engine_worker.py"))
 SERVE = (Path(sys.executable).parent / "dbrx-jax", "serve")
+PROPOSED = "vllm:spec_decode_num_draft_tokens_total"
 OPTIONS = [
     {},
     {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
@@ -93,8 +96,8 @@ def folder(tmp_path_factory):
     return path
 
 
-def serve(folder, tmp_path):
-    options = ("--port", 0, "--mesh", "expert=2,tensor=2", "--max-rows", 2, "--cache-gb", 0.02, "--no-warmup")
+def serve(folder, tmp_path, *more):
+    options = ("--port", 0, "--mesh", "expert=2,tensor=2", "--max-rows", 2, "--cache-gb", 0.02, "--no-warmup", *more)
     return Processes(tmp_path, 2, 2, *SERVE, folder, *options, *run_flags(2))
 
 
@@ -116,14 +119,31 @@ def ask(url, **body):
         return json.load(response)
 
 
+def greedy(model, tokenizer, text, count):
+    ids = tokenizer.encode(text)
+    out = model.generate([ids], max_new_tokens=count, eos_token_id=[260, 262])
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+
 def test_process_0_answers_and_sigterm_of_the_other_ends_both_in_order(folder, model, tmp_path):
-    tokenizer = DbrxTokenizer.from_pretrained(folder)
+    """Greedy texts, with proposals that are verified, a constraint, and scores of a prompt."""
+    tokenizer, repeated = DbrxTokenizer.from_pretrained(folder), "one two three " * 6
     ids = tokenizer.encode("hello you")
-    out = model.generate([ids], max_new_tokens=8, eos_token_id=[260, 262])
-    with serve(folder, tmp_path) as run:
+    with serve(folder, tmp_path, "--speculation", 3) as run:
         url = url_of(run)
-        answer = ask(url, prompt="hello you", max_tokens=8, temperature=0)
-        assert answer["choices"][0]["text"] == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        for text, count in (("hello you", 8), (repeated, 40)):
+            answer = ask(url, prompt=text, max_tokens=count, temperature=0)
+            assert answer["choices"][0]["text"] == greedy(model, tokenizer, text, count)
+        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=30) as response:
+            metrics = response.read().decode()
+        proposed = next(line for line in metrics.splitlines() if line.startswith(PROPOSED))
+        assert float(proposed.split()[-1]) > 0
+        chosen = ask(url, prompt="hello you", guided_choice=["yes", "quite so"], max_tokens=9, temperature=0)
+        assert chosen["choices"][0]["text"] in ("yes", "quite so")
+        scored = ask(url, prompt="hello you", max_tokens=0, echo=True, logprobs=0)["choices"][0]["logprobs"]
+        logits = np.asarray(model([ids]))[0]
+        want = [float(jax.nn.log_softmax(row)[token]) for row, token in zip(logits[:-1], ids[1:], strict=True)]
+        np.testing.assert_allclose(scored["token_logprobs"][1:], want, rtol=0, atol=1e-4)
         run.processes[1].terminate()
         assert run.statuses(60) == [0, 0], run.stderr(0) + run.stderr(1)
         assert "mesh expert=2,tensor=2" in run.stderr(0)
