@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 
 from dbrx_jax.console import announce
-from dbrx_jax.engine.admission import Admission
 from dbrx_jax.engine.channel import Follower, Leader, connect
 from dbrx_jax.engine.compilations import count_compilations
 from dbrx_jax.engine.generation import Generation, Wakes
+from dbrx_jax.engine.job_factory import JobFactory
 from dbrx_jax.engine.memory import blocks_for
 from dbrx_jax.engine.programs import Programs
 from dbrx_jax.engine.request import Request
@@ -125,7 +125,7 @@ class Engine:
         plan = partial(prefill_chunks, partition=partition, longest=longest)
         self._steps = Steps(programs, self.limits, num_blocks, plan, self._speculation, self._wakes.send)
         sizes = self.limits, self._steps.scheduler.pool.num_blocks, top_logprobs
-        self._admission = Admission(model.config, partition, tokenizer, *sizes, self._speculation)
+        self._jobs = JobFactory(model.config, partition, tokenizer, *sizes, self._speculation)
         self._compilations_before = self._compilations()
         self._condition = threading.Condition()
         self._incoming: list[Job] = []
@@ -163,7 +163,7 @@ class Engine:
         if isinstance(self._channel, Follower):
             raise EngineClosedError("requests go to process 0; the engines of the others follow it")
         generation = Generation(len(request.prompt), self._wakes)
-        job = self._admission.make_job(request, generation.put)
+        job = self._jobs.make_job(request, generation.put)
         generation.attach(job, self._cancel)
         with self._condition:
             if self._is_closing or self.error is not None:

@@ -18,7 +18,7 @@ from dbrx_jax.sharding.partition import Partition
 from dbrx_jax.text.tokenizer import DbrxTokenizer
 
 
-class Admission:
+class JobFactory:
     """Makes jobs of requests.
 
     Args:
