@@ -44,7 +44,7 @@ def open_engine(run: FileRun) -> Iterator["Engine"]:
         run.rates.start()
         yield engine
         is_complete = True
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GeneratorExit):  # the latter if Ctrl-C came while results were written
         seconds = STEP_SECONDS
         raise
     finally:

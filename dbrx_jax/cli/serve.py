@@ -100,13 +100,11 @@ class Serve(DistributedOptions):
         from dbrx_jax.sharding.distributed import explain_loss
 
         checkpoint, engine = self._load()
-        settings = self._settings(checkpoint, engine, bound, keys)
-        app = create_app(engine, checkpoint.tokenizer, settings, _constraint_maker(checkpoint), _write_log)
-        print_status(self._summary(settings, engine, url_of(bound)))
-        try:
+        with engine:
+            settings = self._settings(checkpoint, engine, bound, keys)
+            app = create_app(engine, checkpoint.tokenizer, settings, _constraint_maker(checkpoint), _write_log)
+            print_status(self._summary(settings, engine, url_of(bound)))
             status = run_server(app, bound, self.drain_seconds)
-        finally:
-            engine.close()
         if engine.error is not None and explain_loss(engine.error):
             raise engine.error
         return status

@@ -51,7 +51,7 @@ class PromptScores(NamedTuple):
 
 
 class ChunkEnd(NamedTuple):
-    """The end of a chunk after which nothing else runs, so that no more than the next one starts before it."""
+    """The end of a chunk with no tokens to wait for; awaited, so that the host is at most one chunk ahead."""
 
     last: Any
 

@@ -52,7 +52,8 @@ class Engine:
       max_waiting: requests that wait.
       max_length: most tokens of prompt and completion; None is the model's limit.
       prefill_budget: most prompt tokens that one step computes. By default the longest chunk if no row runs, else the
-        most with which a step takes at most 4 times as long as without, as measured during warm-up.
+        most with which a step takes at most 4 times as long as without, as measured during warm-up, or a chunk that
+        takes about as long as the shortest.
       top_logprobs: most probable tokens that a request may ask for with each new one.
       batch_invariant: a request's tokens are bit for bit those that it gets alone.
       speculation: most tokens that one step tries to add to a row beyond one; 0 is off.
@@ -252,7 +253,8 @@ class Engine:
             self._is_closing = self._is_aborting = True
             self._condition.notify()
         self._thread.join(LOSS_SECONDS)
-        self._end_all()
+        if self._thread.is_alive():  # it waits for a step that never ends
+            self._end_all()
 
     # The thread.
 

@@ -11,7 +11,7 @@ from dbrx_jax.engine.rows import Job
 
 
 class Wakes:
-    """Wakes what waits in event loops for new chunks: each loop once for the chunks of all requests of a step."""
+    """Wakes what waits in event loops for new chunks: each loop once for the rows of a program."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

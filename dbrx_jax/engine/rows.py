@@ -67,6 +67,7 @@ class Row:
       tokens: new tokens that the host knows.
       sequence: tokens that prefill computes: the prompt, and new ones if the row was put back.
       computed: number of these that are in the cache, or in a program that was started.
+      last_chunk: number of the engine's chunk that was the row's last, or when the row was admitted.
       pending: decode steps that were started and whose tokens the host does not know yet.
       generated: number of new tokens since the row was admitted last; tokens up to len(tokens) are known from before.
     """
@@ -85,6 +86,7 @@ class Row:
     slot: int = -1
     admission: int = -1
     computed: int = 0
+    last_chunk: int = 0
     pending: int = 0
     generated: int = 0
     num_recorded: int = 0  # first blocks that are in the prefix cache

@@ -16,7 +16,7 @@ from dbrx_jax.engine.blocks import SPARE, BlockPool, block_hashes
 from dbrx_jax.engine.rows import Job, Row
 
 MAX_SEGMENTS = 16  # prompts of one chunk, and rows whose first tokens one program samples
-PATIENCE = 4  # every so many chunks one is the oldest prompt's, however much is left of it
+PATIENCE = 4  # every so many chunks one is of the prompt that waits longest for one, however much is left of it
 
 
 class Shapes(NamedTuple):
@@ -93,13 +93,7 @@ class Limits:
         longest = self.longest_chunk
         lengths = [n for n in self.chunk_lengths if n <= longest]
         counts = (1,) if self.batch_invariant else (1, 4, MAX_SEGMENTS)
-        shapes, shared = [], 0
-        for n in lengths:
-            # A prompt joins those of a length that is at most 4 times its own.
-            several = counts if n >= 4 * shared else (1,)
-            shared = n if len(several) > 1 else shared
-            shapes += [(count, n) for count in several if count == 1 or count * n <= longest]
-        return tuple(shapes)
+        return tuple((count, n) for n in lengths for count in counts if count == 1 or count * n <= longest)
 
     def budget(self, num_rows: int) -> int:
         """Returns the most tokens of a step's chunks beside a number of rows."""
@@ -224,6 +218,7 @@ class Scheduler:
                 row.slot = self._slots.pop()
                 row.admission = self._num_admitted
                 self._num_admitted += 1
+            rows[0].last_chunk = self._num_chunks
             self.prefilling.append(rows[0])
 
     def _allocate_prompt(self, rows: list[Row]) -> bool:
@@ -344,6 +339,7 @@ class Scheduler:
         starts = [row.computed for row in rows]
         num_tokens = [min(length, len(row.sequence) - row.computed) for row in rows]
         for row, number in zip(rows, num_tokens, strict=True):
+            row.last_chunk = self._num_chunks
             row.computed += number
             row.chunks = [(start, n) for start, n in row.chunks if start >= row.computed]
             if row.is_prefilled:
@@ -353,10 +349,10 @@ class Scheduler:
         return Prefill(rows, starts, num_tokens, (num_rows, length))
 
     def _next_row(self) -> Row:
-        """Returns the row whose chunk is next: the one with least left, or in turn the oldest."""
+        """Returns the row whose chunk is next: the one with least left, or the one that waits longest for a chunk."""
         self._num_chunks += 1
         if self._num_chunks % PATIENCE == 0:
-            return self.prefilling[0]
+            return min(self.prefilling, key=lambda row: row.last_chunk)
         return min(self.prefilling, key=lambda row: len(row.sequence) - row.computed)
 
     def _plan(self, row: Row) -> list[tuple[int, int]]:

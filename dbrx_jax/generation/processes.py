@@ -16,7 +16,7 @@ def replicate(partition, arrays):
 
 
 def same_on_all_processes(partition: Partition, number: int) -> int:
-    """Returns one process' number (32 bits) on all processes of the mesh."""
+    """Returns process 0's number (32 bits) on all processes of the mesh."""
     return int(broadcast(partition, np.array(number)))
 
 
@@ -30,10 +30,12 @@ def least_on_all_processes(partition: Partition, number: int) -> int:
 
 
 def broadcast(partition: Partition, numbers: np.ndarray) -> np.ndarray:
-    """Returns one process' array of numbers (32 bits) on all processes of the mesh."""
+    """Returns process 0's array of numbers (32 bits) on all processes of the mesh."""
     if partition.mesh is None or not partition.mesh.is_multi_process:
         return numbers
     sharding = jax.sharding.NamedSharding(partition.mesh, jax.sharding.PartitionSpec(partition.mesh.axis_names))
     shape = (partition.mesh.size, *numbers.shape)
     copies = jax.make_array_from_callback(shape, sharding, lambda _: numbers.astype(np.uint32)[None])
-    return np.asarray(replicate(partition, copies))[0]
+    # A mesh on a TPU may begin with another process' device.
+    first = next(i for i, device in enumerate(partition.mesh.devices.flat) if device.process_index == 0)
+    return np.asarray(replicate(partition, copies))[first]

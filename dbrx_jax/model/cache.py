@@ -32,9 +32,9 @@ MIN_CHUNK = 16  # tokens of the shortest chunk; fewer tokens of a row may be at 
 # Lengths of a prefill chunk on CPUs and on accelerators, each a multiple of the one before.
 CPU_CHUNKS = (16, 32, 64, 128, 512)
 ACCELERATOR_CHUNKS = (32, 128, 512, 2048)
-# A chunk of fewer tokens takes as long as one of so many: it reads the same weights. On a CPU this is measured, with
-# the demo and with a model of 0.5 GB. On accelerators it lies between the 140 tokens that an H100 takes to read int4
-# weights (measured) and the 400 to 2000 of bfloat16 rooflines.
+# A chunk of fewer tokens is counted as one of so many: it reads the same weights. On a CPU this is roughly what was
+# measured, with the demo and with a model of 1.6 GB (docs/cpu.md). On accelerators it lies between the 140 tokens that
+# an H100 takes to read int4 weights (measured) and the 400 to 2000 of bfloat16 rooflines.
 CPU_LEAST_COST = 64
 ACCELERATOR_LEAST_COST = 256
 

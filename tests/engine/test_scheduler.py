@@ -78,7 +78,7 @@ def test_long_chunk_begins_at_a_block_after_short_ones():
     assert lengths == [(48, 16), (64, 64), (128, 512)]
 
 
-def test_prompt_with_least_left_is_next_and_each_fourth_chunk_is_the_oldest_ones():
+def test_prompt_with_least_left_is_next_and_each_fourth_chunk_is_of_the_one_that_waits_longest():
     scheduler = make_scheduler(prefill_budget=16)
     (long,) = add(scheduler, 400)
     middle, short = add(scheduler, 47)[0], add(scheduler, 31)[0]
@@ -98,13 +98,25 @@ def test_prompts_of_several_chunks_do_not_take_short_ones_to_join_others():
     assert [scheduler.next_step(1, True).prefill.counts for _ in range(4)] == [[128], [128], [128], [6]]
 
 
-def test_shapes_of_several_prompts_are_few():
-    """A prompt can share a chunk of at most 4 times its length."""
+def test_prompts_share_chunks_of_their_own_length():
     assert make_scheduler().limits.chunk_shapes == (
-        (1, 16), (4, 16), (16, 16), (1, 32), (1, 64), (4, 64), (1, 128), (1, 512)
+        (1, 16), (4, 16), (16, 16), (1, 32), (4, 32), (16, 32), (1, 64), (4, 64), (1, 128), (4, 128), (1, 512)
     )  # fmt: skip
-    limits = dataclasses.replace(LIMITS, chunk_lengths=(32, 128, 512), prefill_budget=512)
-    assert limits.chunk_shapes == ((1, 32), (4, 32), (16, 32), (1, 128), (4, 128), (1, 512))
+    scheduler = make_scheduler()
+    for _ in range(8):
+        add(scheduler, 20)
+    assert chunks(scheduler) == [([0] * 8, [20] * 8, (16, 32))]
+
+
+def test_two_long_prompts_both_go_on_while_shorter_ones_come():
+    scheduler = make_scheduler(prefill_budget=16)
+    longs = [add(scheduler, length)[0] for length in (700, 800)]
+    for _ in range(30):
+        add(scheduler, 14)
+        scheduler.next_step(1, True)
+        for row in scheduler.running:
+            scheduler.finish(row)
+    assert [row.computed >= 32 for row in longs] == [True, True]
 
 
 def test_short_prompts_share_a_chunk_within_the_budget():
