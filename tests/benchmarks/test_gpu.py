@@ -12,7 +12,6 @@ from benchmarks.gpu.check import MAX_ERROR, MODEL_ERROR, WrongResult
 from benchmarks.gpu.serve import SHARES
 from benchmarks.gpu.sizes import TOY
 
-
 # Its many programs run once, so most of the time is for compiling.
 ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
