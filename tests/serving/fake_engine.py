@@ -185,6 +185,12 @@ class FakeEngine:
                 prompt_tokens=self._prompt_tokens, generation_tokens=self._generation_tokens,
             )  # fmt: skip
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def close(self, drain_seconds=0.0):
         with self.lock:
             self._closed = True
