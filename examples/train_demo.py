@@ -179,7 +179,7 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """tokenizer.json, tokenizer_config.json and generation_config.json, as transformers reads them."""
     data = json.loads(tokenizer.to_str())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    # The library numbers added tokens without gaps, whatever their ids say, unless they are entries too.
+    # The library numbers added tokens without gaps, whatever ids they have, unless they are entries too.
     unused = range(RANKS, min(SPECIAL.values()))
     data["model"]["vocab"] |= {UNUSED_TOKEN.format(i - RANKS): i for i in unused} | SPECIAL
     data["added_tokens"] = [{"id": i, "content": text, **flags} for text, i in SPECIAL.items()]

@@ -84,7 +84,7 @@ class TestDamagedCache:
 
     @pytest.fixture
     def compile(self, cache, monkeypatch):
-        """A function that compiles a program as a new process would, and returns what was said so far."""
+        """A function that compiles a program as a new process would, and returns what was printed so far."""
         lines = []
         monkeypatch.setattr(warnings, "showwarning", lambda message, *_: lines.append(f"warning: {message}"))
         enable_compilation_cache(lines.append)

@@ -46,7 +46,7 @@ class Steps:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is here, and no step runs."""
+        """True if no request is here and no step runs."""
         return self.scheduler.is_idle and not self._in_flight
 
     def add(self, job: Job) -> None:

@@ -19,7 +19,7 @@ def tokenizer_json(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> di
     """Returns tokenizer.json, from which the tokenizers library makes the same ids.
 
     Special tokens are entries of the vocabulary too, and unused ones fill the gaps, as in the published copies of
-    DBRX: the library numbers added tokens without gaps, whatever their ids say.
+    DBRX: the library numbers added tokens without gaps, whatever ids they have.
 
     Raises:
       TokenizerError: a special token has the text of another entry.
@@ -146,7 +146,7 @@ def write_files(folder: str | Path, files: Mapping[str, str], ranks: Mapping[byt
 
 
 def _check_others(folder: Path, files: Mapping[str, str], ranks: Mapping[bytes, int]) -> None:
-    """Raises TokenizerError for files in the folder that would be read beside these, and say something else."""
+    """Raises TokenizerError for files in the folder that would be read beside these, and contradict them."""
     for other in sorted(folder.glob("*.tiktoken")):
         try:
             same = load_ranks(folder, other, {}) == ranks
