@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
+from dbrx_jax.kernels.gpu import integer_experts
 from dbrx_jax.kernels.gpu.accumulate import Block, accumulate_tile
 from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, fits, pack, split_activations
 from dbrx_jax.kernels.tile_table import name_of, table
@@ -56,6 +57,8 @@ def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False
     if not 1 <= x.shape[0] <= MAX_TOKENS or not (x.dtype == jnp.bfloat16 or interpret):
         return False
     weights = ((w1, 1), (v1, 1), (w2, 0))
+    if x.dtype == jnp.bfloat16 and integer_experts.supports(x, w1, v1, w2):
+        return True
     if not all(fits(w, contracted) and w.dtype == x.dtype for w, contracted in weights):
         return False
     gate, up, down = (jax.eval_shape(partial(pack, contracted=contracted), w) for w, contracted in weights)
@@ -89,10 +92,15 @@ def decode_experts(
       tiles: of the matmuls with w1 and v1, and with w2; :func:`default_tiles` by default.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
+    is_active = jnp.arange(active.shape[0]) < num_active
+    is_used = is_active[:, None] & (combine_weights != 0)
+    if integer_experts.supports(x, w1, v1, w2):
+        return integer_experts.integer_experts(
+            x, active, num_active, is_used, combine_weights, w1, v1, w2, activation, tiles, interpret
+        )
+    active = jnp.where(is_active, active, 0)
     num_rows = x.shape[0]
     padded = jnp.pad(x, ((0, -num_rows % MIN_TOKENS), (0, 0)))
-    is_active = jnp.arange(active.shape[0]) < num_active
-    active = jnp.where(is_active, active, 0)
     gate_and_up, down = (pack(w1, 1), pack(v1, 1)), (pack(w2, 0),)
     if tiles is None:
         sizes = padded.shape[0], active.shape[0]
@@ -102,7 +110,6 @@ def decode_experts(
     inner = (ACTIVATIONS[activation](gate) * up).astype(x.dtype)  # (C, N, F)
     (y,) = _multiply(split_activations(inner, down[0]), down, active, num_active, tiles[1], interpret)
     # Selected, not multiplied by 0: outputs past num_active are uninitialised, and others may be infinite.
-    is_used = is_active[:, None] & (combine_weights != 0)
     return jnp.sum(jnp.where(is_used[:, :, None], y[:, :num_rows] * combine_weights[:, :, None], 0), axis=0)
 
 

@@ -82,11 +82,11 @@ def pack(weight: Weight, contracted: int) -> PackedWeights:
     """Views a stacked weight (E, M, C), contracted 1, or (E, C, M), contracted 0, as packed, without copying it."""
     if not isinstance(weight, QuantizedArray):
         return PackedWeights(weight, "plain", contracted)
-    bits = _pairs(weight.values, jnp.int16)
+    bits = pairs(weight.values, jnp.int16)
     if weight.group is None:
         return PackedWeights(bits, weight.kind, contracted, weight.scale)
     group_depth = weight.group // _int4_per_element(contracted)
-    return PackedWeights(bits, weight.kind, contracted, None, _pairs(weight.scale, jnp.uint32), group_depth)
+    return PackedWeights(bits, weight.kind, contracted, None, pairs(weight.scale, jnp.uint32), group_depth)
 
 
 def fits(weight: Weight, contracted: int) -> bool:
@@ -130,7 +130,7 @@ def split_scales(pairs: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def _pairs(array: Array, dtype: jnp.dtype) -> Array:
+def pairs(array: Array, dtype: jnp.dtype) -> Array:
     """Views pairs of neighbours in the last dimension as one element of twice the size."""
     return lax.bitcast_convert_type(array.reshape(*array.shape[:-1], -1, 2), dtype)
 

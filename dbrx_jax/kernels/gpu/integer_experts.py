@@ -1,0 +1,171 @@
+"""Experts with int8 or int4 weights for small batches on Hopper GPUs: integer products of fixed-point activations.
+
+Up to ALL_ROWS rows go through each active expert together. Of more rows each expert gets its own, in items of equal
+size (integer_products.py): with 64 rows and 4 of 16 experts a row, an expert has 16 on average.
+"""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from dbrx_jax.kernels.gpu.fixed_point import DIGITS, FixedPoint, to_fixed_point
+from dbrx_jax.kernels.gpu.integer_products import IntegerTiles, multiply
+from dbrx_jax.kernels.gpu.integer_weights import CHANNELS, IntegerWeights, fits, pack, split_activations
+from dbrx_jax.kernels.tile_table import name_of, table
+from dbrx_jax.ops.experts import ACTIVATIONS
+from dbrx_jax.ops.linear import Weight
+
+ALL_ROWS = 8
+_MIN_ROWS = 4  # their digits are the 8 columns of a wgmma
+MULTIPROCESSORS = 132  # of the SXM cards
+_MIN_BLOCKS = 3  # thread blocks per multiprocessor
+_SHARED_BYTES = 56 * 1024  # shared memory of a thread block's steps, so that three or four fit a multiprocessor
+
+
+class Items(NamedTuple):
+    """Experts and their rows, in entries of equal size; entries from `count` on are empty.
+
+    Attributes:
+      expert: (I,), indices of the list of active experts.
+      rows: row numbers (I, T), N where an entry has fewer rows.
+      first, slot: for each active expert and row, (C, N), the entry and the place in it.
+    """
+
+    expert: Int[Array, "I"]
+    rows: Int[Array, "I T"]
+    count: Int[Array, ""]
+    entry: Int[Array, "C N"]
+    slot: Int[Array, "C N"]
+
+
+def group_rows(is_used: Bool[Array, "C N"], size: int) -> Items:
+    """Lists each active expert's rows in entries of `size` rows.
+
+    Args:
+      is_used: the rows of each active expert.
+    """
+    C, N = is_used.shape
+    counts = jnp.sum(is_used, axis=1)
+    entries = -(-counts // size)
+    ends = jnp.cumsum(entries)
+    number = jnp.arange(C * -(-N // size))
+    expert = jnp.minimum(jnp.sum(number[:, None] >= ends, axis=1), C - 1)
+    first = ends - entries
+    rank = jnp.cumsum(is_used, axis=1) - 1
+    entry, slot = first[:, None] + rank // size, rank % size
+    here = is_used[expert] & (entry[expert] == number[:, None])  # (I, N)
+    places = here[:, None] & (slot[expert][:, None] == jnp.arange(size)[:, None])  # (I, T, N)
+    rows = jnp.min(jnp.where(places, jnp.arange(N), N), axis=2)
+    return Items(expert, rows, ends[-1], entry, slot)
+
+
+def item_rows(num_rows: int) -> int:
+    """Returns the rows of an entry."""
+    return num_rows + -num_rows % _MIN_ROWS if num_rows <= ALL_ROWS else max(8, num_rows // 2 + -(num_rows // 2) % 4)
+
+
+def supports(x: Any, w1: Weight, v1: Weight, w2: Weight) -> bool:
+    """Returns whether :func:`integer_experts` supports these shapes and dtypes (arrays or shapes)."""
+    if not all(fits(w, contracted) for w, contracted in ((w1, 1), (v1, 1), (w2, 0))):
+        return False
+    gate, up = packed_shapes(w1, v1, w2)[:2]
+    return (gate.int4, gate.group, gate.bits.shape) == (up.int4, up.group, up.bits.shape)
+
+
+def packed_shapes(*weights: Weight) -> list[IntegerWeights]:
+    """Returns gate, up and down as :func:`pack` views them, as shapes."""
+    return [jax.eval_shape(partial(pack, contracted=c), w) for w, c in zip(weights, (1, 1, 0), strict=True)]
+
+
+def integer_experts(
+    x: Float[Array, "N D"],
+    active: Int[Array, "C"],
+    num_active: Int[Array, ""],
+    is_used: Bool[Array, "C N"],
+    combine_weights: Float[Array, "C N"],
+    w1: Weight,
+    v1: Weight,
+    w2: Weight,
+    activation: str,
+    tiles: tuple[IntegerTiles, IntegerTiles] | None = None,
+    interpret: Any = None,
+) -> Float[Array, "N D"]:
+    """Computes the float32 sum over c of combine_weights[c] times expert active[c]'s outputs where `is_used`."""
+    C, N = is_used.shape
+    gate, up, down = pack(w1, 1), pack(v1, 1), pack(w2, 0)
+    size = item_rows(N)
+    if tiles is None:
+        tiles = default_tiles((gate, up), size, C), default_tiles((down,), size, C)
+    if N <= ALL_ROWS:
+        num_items, experts, entry, slot = num_active, active, jnp.arange(C)[:, None], jnp.arange(N)
+        rows = to_fixed_point(jnp.pad(x, ((0, size - N), (0, 0)))[None])
+    else:
+        items = group_rows(is_used, size)
+        num_items, experts, entry, slot = items.count, active[items.expert], items.entry, items.slot
+        rows = _gather(to_fixed_point(x), items.rows)
+    multiply_items = partial(multiply, experts=experts, num_items=num_items, interpret=interpret)
+    act = ACTIVATIONS[activation]
+    (inner,) = multiply_items(_split(rows, gate), [(gate, up)], tiles=tiles[0], activation=act)
+    (y,) = multiply_items(_split(to_fixed_point(inner[:, 0]), down), [(down,)], tiles=tiles[1])  # (I, splits, T, D)
+    y = jnp.sum(y[jnp.where(is_used, entry, 0), :, jnp.where(is_used, slot, 0)], axis=2)  # (C, N, D)
+    # Selected, not multiplied by 0: other entries may be uninitialised, infinite or NaN.
+    return jnp.sum(jnp.where(is_used[..., None], y * combine_weights[..., None], 0), axis=0)
+
+
+def _gather(x: FixedPoint, rows: Int[Array, "I T"]) -> FixedPoint:
+    """Returns the rows of each entry; row N is zeros."""
+    columns = (DIGITS * rows[..., None] + jnp.arange(DIGITS)).reshape(rows.shape[0], -1)
+    digits = x.digits.at[columns].get(mode="fill", fill_value=0)
+    return FixedPoint(digits, x.largest.at[rows].get(mode="fill", fill_value=0))
+
+
+def _split(x: FixedPoint, weight: IntegerWeights) -> FixedPoint:
+    return FixedPoint(split_activations(x.digits, weight), x.largest)
+
+
+def default_tiles(weights: tuple[IntegerWeights, ...], rows: int, experts: int) -> IntegerTiles:
+    """Returns the table's tile sizes if they are valid, else the first candidate; for weights of one shape."""
+    candidates = candidate_tiles(weights, rows, experts)
+    tuned = table().get(tiles_name(weights, rows, experts))
+    return next((t for t in candidates if list(t) == tuned), candidates[0])
+
+
+def tiles_name(weights: tuple[IntegerWeights, ...], rows: int, experts: int) -> str:
+    """Returns the key of these products in the table of tile sizes."""
+    w, kind = weights[0], "int4" if weights[0].int4 else "int8"
+    sizes = (w.num_outputs * w.channels, w.num_inputs * w.depth)
+    return name_of(f"experts_gpu {len(weights)} of {experts}", kind, w.group, sizes, rows)
+
+
+def candidate_tiles(weights: tuple[IntegerWeights, ...], rows: int, experts: int) -> list[IntegerTiles]:
+    """Returns tile sizes worth timing, the default first. Gate and up are not split."""
+    return list(_candidates(weights, rows, experts))
+
+
+def _candidates(weights: tuple[IntegerWeights, ...], rows: int, experts: int) -> Iterator[IntegerTiles]:
+    weight = weights[0]
+    parts = weight.num_inputs * weight.groups_per_block
+    for depth in _depths(weight, rows):
+        if weight.depth % depth:
+            continue
+        step_bytes = depth * (len(weights) * CHANNELS * weight.num_outputs + parts * DIGITS * rows)
+        most = min(max(2, _SHARED_BYTES // step_bytes), 8)
+        blocks, num_steps = experts * (weight.channels // CHANNELS), weight.depth // depth
+        splits = [s for s in range(1, num_steps + 1) if num_steps % s == 0 and (s == 1 or num_steps // s >= 3)]
+        enough = [s for s in splits if blocks * s >= _MIN_BLOCKS * MULTIPROCESSORS] or splits[-1:]
+        for split, steps in itertools.product([1] if len(weights) == 2 else enough[:2], (most, most // 2)):
+            if steps >= 2:
+                yield IntegerTiles(depth, steps, split)
+
+
+def _depths(weight: IntegerWeights, rows: int) -> tuple[int, ...]:
+    """Returns depths worth timing; those of many rows leave registers for accumulators."""
+    if weight.contracted == 1:
+        return (256, 128, 64) if DIGITS * rows <= 16 else (128, 64)
+    return (64, 128) if weight.int4 else (128, 256, 64)
