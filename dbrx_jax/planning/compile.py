@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from dbrx_jax.errors import MemoryLimitError
 from dbrx_jax.generation.lowering import lower
@@ -52,26 +52,37 @@ def compile_programs(setting: Setting) -> list[Compiled]:
       PlanError: the compiler is not installed.
       MemoryLimitError: a program does not fit.
     """
-    chips = setting.devices // setting.target.devices_per_chip
-    mesh = make_mesh(setting.axes, targets.devices(setting.target.name, chips))
-    lowered = _lower(setting, mesh)
+    lowered = dict(_lower(setting))
     prefill = next(program for name, program in lowered.items() if name.startswith("prefill"))
     return [_compile(setting, "decode", lowered["decode"]), _compile(setting, "prefill", prefill)]
 
 
-def _lower(setting: Setting, mesh: Mesh) -> dict[str, Any]:
+def compile_decode(setting: Setting) -> Any:
+    """Compiles a decode step of the whole batch; returns JAX's compiled program."""
+    _, lowered = next(_lower(setting))
+    return lowered.compile(_compiler_options(setting))
+
+
+def _compiler_options(setting: Setting) -> dict[str, Any] | None:
+    return CUDA_OPTIONS if setting.target.platform == "cuda" else None
+
+
+def _lower(setting: Setting) -> Iterator[tuple[str, Any]]:
+    """Lowers the programs of a generation for the setting's devices: first "decode", then "prefill" and others."""
+    chips = setting.devices // setting.target.devices_per_chip
+    mesh = make_mesh(setting.axes, targets.devices(setting.target.name, chips))
     model_state = split_model(
         CausalLM(setting.config, rngs=None, dtype=setting.dtype, mesh=mesh, quantization=setting.quantization)
     )
     rows = setting.rows * setting.partition.size("data", "fsdp")
     cache_dtype = jnp.dtype(setting.cache_dtype or setting.dtype)
-    return dict(lower(model_state, Settings(padded_ids(())[None]), Options(), rows, setting.positions, cache_dtype))
+    return lower(model_state, Settings(padded_ids(())[None]), Options(), rows, setting.positions, cache_dtype)
 
 
 def _compile(setting: Setting, name: str, lowered: Any) -> Compiled:
     begin = time.perf_counter()
     try:
-        program = lowered.compile(CUDA_OPTIONS if setting.target.platform == "cuda" else None)
+        program = lowered.compile(_compiler_options(setting))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
