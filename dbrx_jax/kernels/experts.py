@@ -50,6 +50,34 @@ def apply_experts(
     return _apply(x, weights, experts, expert_weights, activation, dispatch)
 
 
+def apply_token_experts(
+    x: Float[Array, "1 D"],
+    logits: Float[Array, "P E"],
+    valid: Bool[Array, ""],
+    first_expert: Int[Array, ""] | int,
+    expert_weights: ExpertWeights,
+    top_k: int,
+    norm: float | None,
+    activation: str,
+    platform: str,
+) -> Float[Array, "1 D"] | None:
+    """Routes one token by the first row of the router's logits and applies its experts on this device.
+
+    As :func:`dbrx_jax.ops.routing.route` and :func:`apply_experts` do, without gradients, in fewer kernels.
+
+    Returns:
+      The weighted sum, or None where there are no kernels for it.
+    """
+    kernels = expert_kernels(platform) if expert_weights.stacked else None
+    if kernels is None or kernels.route is None or not kernels.supports_decode(x, *expert_weights):
+        return None
+    if not kernels.route.supports(logits.shape[1], norm):
+        return None
+    arguments = logits, valid, first_expert, expert_weights.num_experts, top_k, norm, kernels.interpret
+    active = kernels.route.route_token(*arguments)
+    return stacked_experts.apply_active_experts(x, active, expert_weights, activation, kernels)
+
+
 class ExpertDispatch(NamedTuple):
     """Selected implementation of the experts."""
 

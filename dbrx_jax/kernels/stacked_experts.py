@@ -4,7 +4,7 @@ Arguments are those of :func:`dbrx_jax.kernels.experts.apply_experts`; dy (N, D)
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,41 @@ from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, group
 from dbrx_jax.quantization import QuantizedArray
 
 
+class ActiveExperts(NamedTuple):
+    """Experts that a small batch of N tokens is routed to."""
+
+    active: Int[Array, "C"]  # distinct; entries from num_active on are inactive experts, or repeat others
+    num_active: Int[Array, ""]
+    combine_weights: Float[Array, "C N"]  # float32, of each for each token; 0 if the token is not routed to it
+
+
 def decode_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:
     """Applies each active expert to all rows of a small batch; ignores expert indices from E on."""
-    active, num_active, combine_weights = active_experts(weights, experts, expert_weights.num_experts)
+    active = active_experts(weights, experts, expert_weights.num_experts)
+    return apply_active_experts(x, active, expert_weights, activation, kernels)
+
+
+def apply_active_experts(
+    x: Float[Array, "N D"],
+    active: ActiveExperts,
+    expert_weights: ExpertWeights,
+    activation: str,
+    kernels: ExpertKernels,
+) -> Float[Array, "N D"]:
+    """Returns each token's weighted sum of its active experts' outputs."""
     with jax.named_scope("decode_experts"):
         out = kernels.decode.decode_experts(
-            x, active, num_active, combine_weights, *expert_weights, activation=activation, interpret=kernels.interpret
+            x, *active, *expert_weights, activation=activation, interpret=kernels.interpret
         )
     return out.astype(x.dtype)
 
 
-def active_experts(
-    weights: Float[Array, "N K"], experts: Int[Array, "N K"], num_experts: int
-) -> tuple[Int[Array, "C"], Int[Array, ""], Float[Array, "C N"]]:
-    """Returns the active experts, their number, and the combine weight of each for each token.
-
-    Entries after the active experts are inactive experts, with weights of 0.
-    """
+def active_experts(weights: Float[Array, "N K"], experts: Int[Array, "N K"], num_experts: int) -> ActiveExperts:
+    """Returns the active experts of experts 0 … E - 1; larger indices are ignored."""
     is_active = jnp.any(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0)
     active = jnp.argsort(~is_active, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
     combine_weights = jnp.where(experts == active[:, None, None], weights, 0).astype(jnp.float32).sum(axis=-1)
-    return active, is_active.sum(dtype=jnp.int32), combine_weights
+    return ActiveExperts(active, is_active.sum(dtype=jnp.int32), combine_weights)
 
 
 def grouped_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:

@@ -14,6 +14,7 @@ from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.attention import merge_partial_attention
 from dbrx_jax.ops.linear import linear, matrix
 from dbrx_jax.ops.rope import rotate
+from dbrx_jax.ops.row_tiles import pad_rows
 from dbrx_jax.sharding.partition import CONTEXT_AXIS, Partition
 
 
@@ -43,7 +44,7 @@ class Attention(nnx.Module):
           x: (B, T, D), or on a mesh this device's tokens of it, as is the result.
           mask: of all tokens; False for padding.
         """
-        q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
+        q, k, v = self._rotated(self._project_in(partition.gather_tokens(x), partition), positions)
         q = partition.local_tokens(q)
         first = partition.axis_index("expert") * q.shape[1] if partition.tokens_split else 0
         implementation = select_implementation(partition.attention, partition.platform)
@@ -52,20 +53,22 @@ class Attention(nnx.Module):
 
     def forward_with_cache(
         self,
-        x: Float[Array, "R T D"],
+        x: Float[Array, "P T D"],
         valid: Bool[Array, "R T"],
         positions: Int[Array, "R T"],
         cache: LayerCache,
         table: Int[Array, "R W"],
         partition: Partition,
-    ) -> tuple[Float[Array, "R T D"], LayerCache]:
+    ) -> tuple[Float[Array, "P T D"], LayerCache]:
         """Returns the attention of new tokens to themselves and the cache, and the updated cache.
 
         Args:
+          x: R rows, then rows of padding, which get finite but arbitrary results.
           valid: False for padding.
           table: the blocks of each row.
         """
-        q, k, v = self._project_in(partition.gather_tokens(x), positions, partition)
+        projected = self._project_in(partition.gather_tokens(x), partition)
+        q, k, v = self._rotated([y[: len(positions)] for y in projected], positions)
         platform = partition.platform
         context_shard = partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)
         cache = write_cache(swap_layout(cache, platform), k, v, valid, positions, table, context_shard, platform)
@@ -74,10 +77,10 @@ class Attention(nnx.Module):
             q, cache.key, cache.value, positions, table, context_shard, platform, cache.scales, implementation
         )
         y = merge_partial_attention(partial, x.dtype, partition)
-        return self._project_out(y, partition), swap_layout(cache, platform)
+        return self._project_out(pad_rows(y, len(x)), partition), swap_layout(cache, platform)
 
-    def _project_in(self, x: Array, positions: Array, partition: Partition) -> tuple[Array, Array, Array]:
-        """Returns clipped query, key and value (B, T, heads, K) of all tokens; query and key are rotated too (RoPE)."""
+    def _project_in(self, x: Array, partition: Partition) -> list[Array]:
+        """Returns query, key and value (B, T, heads, K) of all tokens."""
         x = partition.local_shard(x, 2, "expert")
         weights = [partition.gather_fsdp(w) for w in (self.query, self.key, self.value)]
         rows = x.reshape(-1, x.shape[-1])
@@ -85,7 +88,11 @@ class Attention(nnx.Module):
         if partition.size("expert") > 1:
             H, G, _ = (w.shape[0] for w in weights)
             reduced = partition.psum(jnp.concatenate(qkv, axis=2), "expert")
-            qkv = jnp.split(reduced, [H, H + G], axis=2)
+            return jnp.split(reduced, [H, H + G], axis=2)
+        return qkv
+
+    def _rotated(self, qkv: list[Array], positions: Array) -> tuple[Array, Array, Array]:
+        """Returns clipped query, key and value; query and key are rotated too (RoPE)."""
         q, k, v = qkv
         if self.clip is not None:
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))

@@ -55,16 +55,22 @@ class Block(nnx.Module):
     def forward_with_cache(
         self,
         partition: Partition,
-        x: Float[Array, "R T D"],
+        x: Float[Array, "P T D"],
         valid: Bool[Array, "R T"],
         positions: Int[Array, "R T"],
         cache: LayerCache,
         table: Int[Array, "R W"],
-    ) -> tuple[Float[Array, "R T D"], LayerCache]:
-        """Runs the block on new tokens; returns their hidden states and the updated cache."""
+    ) -> tuple[Float[Array, "P T D"], LayerCache]:
+        """Runs the block on new tokens of R rows; returns their hidden states and the updated cache.
+
+        Args:
+          x: R rows, then rows of padding.
+        """
         normed = self.norm_1(x)
         y, cache = self.attention.forward_with_cache(normed, valid, positions, cache, table, partition)
         x = x + y
+        if x.shape[1] == 1:
+            return x + self.moe.decode(self.norm_2(x), partition, valid), cache
         y, _ = self.moe(self.norm_2(x), partition, valid)
         return x + y, cache
 

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from dbrx_jax.backend import GPU_PLATFORMS
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.kernels.attention import select_implementation
@@ -19,9 +20,13 @@ from dbrx_jax.model.cache import Cache
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.linear import Weight, dequantized, linear
 from dbrx_jax.ops.routing import Routing
-from dbrx_jax.ops.row_tiles import map_row_tiles, num_row_tiles
+from dbrx_jax.ops.row_tiles import map_row_tiles, num_row_tiles, pad_rows
 from dbrx_jax.quantization import Quantization
 from dbrx_jax.sharding.partition import VOCAB_AXES, Partition, check_all_to_all, check_mesh
+
+# Rows of hidden states of a decode step on GPUs at least. For one row XLA makes several kernels of a layer norm, of the
+# projections to query, key and value, and of the router, for four of each one: matrix units take eight at once anyway.
+GPU_ROWS = 4
 
 
 class CausalLM(nnx.Module):
@@ -119,12 +124,13 @@ class CausalLM(nnx.Module):
           valid: False for padding, which changes nothing that is used later.
         """
         partition = self.partition.with_tokens_split(input_ids.shape[1])
-        x, layers = self.embed(input_ids, partition), []
+        rows, layers = self.embed(input_ids, partition), []
+        x = pad_rows(rows, GPU_ROWS) if partition.platform in GPU_PLATFORMS and rows.shape[1] == 1 else rows
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
             with jax.named_scope(f"block_{i}"):
                 x, layer = call_block(Block.forward_with_cache, block, partition, x, valid, positions, layer, table)
             layers.append(layer)
-        return partition.gather_tokens(x), layers
+        return partition.gather_tokens(x[: len(rows)]), layers
 
     def decode_in_row_tiles(
         self,

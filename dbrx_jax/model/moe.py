@@ -7,11 +7,12 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.kernels.experts import apply_experts
+from dbrx_jax.kernels.experts import apply_experts, apply_token_experts
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.experts import ExpertWeights, expert_mlp
 from dbrx_jax.ops.linear import Weight, linear
 from dbrx_jax.ops.routing import Routing, route
+from dbrx_jax.ops.row_tiles import pad_rows
 from dbrx_jax.sharding.partition import BATCH_AXES, Partition
 
 
@@ -66,6 +67,29 @@ class MoE(nnx.Module):
         routing = self.route(x, partition, jitter_key)
         return self.combine(x, routing, partition, valid), routing
 
+    def decode(
+        self, x: Float[Array, "P 1 D"], partition: Partition, valid: Bool[Array, "R 1"]
+    ) -> Float[Array, "P 1 D"]:
+        """Returns the layer's output for one new token of each row, without their routing.
+
+        Args:
+          x: R rows, then rows of padding, which get 0.
+        """
+        rows, logits = len(valid), self._logits(x, partition)
+        y = self._token(x[0], logits, partition, valid) if rows == 1 and not self.dense else None
+        if y is None:
+            y = self.combine(x[:rows], self._route(logits[:rows]), partition, valid)
+        return pad_rows(y, len(x))
+
+    def _token(
+        self, x: Float[Array, "1 D"], logits: Float[Array, "P E"], partition: Partition, valid: Bool[Array, "1 1"]
+    ) -> Float[Array, "1 1 D"] | None:
+        """Returns the output of a single row's token where there are kernels for it, else None."""
+        weights, first = self._local_weights(partition), self._first_expert(partition)
+        options = self.top_k, self.norm, self.activation, partition.platform
+        y = apply_token_experts(x, logits, valid[0, 0], first, weights, *options)
+        return None if y is None else partition.reduce_tokens(y[None])
+
     def combine(
         self,
         x: Float[Array, "B T D"],
@@ -83,8 +107,7 @@ class MoE(nnx.Module):
         if self.dense:  # softmax over one expert gives the weight 1
             y = expert_mlp(rows, *weights.expert(0), self.activation, partition.platform)
         else:
-            first_expert = partition.axis_index("expert") * (self.num_experts // partition.size("expert"))
-            experts = routing.experts - first_expert
+            experts = routing.experts - self._first_expert(partition)
             valid = None if valid is None else valid.reshape(-1)
             platform = partition.platform
             y = apply_experts(rows, routing.weights, experts, weights, self.activation, valid, platform, row_tile)
@@ -127,7 +150,18 @@ class MoE(nnx.Module):
                 jitter_key = jax.random.fold_in(jitter_key, partition.axis_index(*token_axes))
             noise = jax.random.uniform(jitter_key, inputs.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
             inputs = inputs * noise.astype(inputs.dtype)
-        return route(linear(inputs, self.router[...], 1, partition.platform), self.top_k, self.norm)
+        return self._route(self._logits(inputs, partition))
+
+    def _logits(self, x: Float[Array, "*N D"], partition: Partition) -> Float[Array, "N E"]:
+        """Returns the router's logits."""
+        return linear(x.reshape(-1, x.shape[-1]), self.router[...], 1, partition.platform).astype(jnp.float32)
+
+    def _route(self, logits: Float[Array, "N E"]) -> Routing:
+        return route(logits, self.top_k, self.norm)
+
+    def _first_expert(self, partition: Partition) -> Array | int:
+        """Returns the number of this device's first expert."""
+        return partition.axis_index("expert") * (self.num_experts // partition.size("expert"))
 
     def _local_weights(self, partition: Partition) -> ExpertWeights:
         """Returns the weights of this device's experts, gathered over `fsdp`."""

@@ -6,9 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 ROW_TILE = 8  # rows
+
+
+def pad_rows(x: Float[Array, "R *rest"], rows: int) -> Float[Array, "P *rest"]:
+    """Appends zeros up to a number of rows, if there are fewer."""
+    return jnp.pad(x, ((0, max(0, rows - x.shape[0])), *[(0, 0)] * (x.ndim - 1)))
 
 
 def map_row_tiles(
