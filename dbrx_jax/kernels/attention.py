@@ -109,3 +109,30 @@ def cached_attention(
         part = kernels.cache.cache_attention(single, key, value, positions.reshape(-1), tables, context_shard, scales)
         return PartialAttention(*(x.reshape(R, T, *x.shape[2:]) for x in part))
     return xla_cache.cache_attention(query, key, value, positions, table, context_shard, platform, scales)
+
+
+def write_and_attend(
+    query: Float[Array, "R T H K"],
+    new_key: Float[Array, "R T G K"],
+    new_value: Float[Array, "R T G K"],
+    key: Float[Array, "N G P K"],
+    value: Float[Array, "N G P K"],
+    positions: Int[Array, "R T"],
+    valid: Bool[Array, "R T"],
+    table: Int[Array, "R W"],
+    platform: str,
+    implementation: str,
+) -> tuple[PartialAttention, Array, Array] | None:
+    """Writes new keys and values to a cache of floats that is not sharded, and attends as :func:`cached_attention`.
+
+    Returns:
+      The attention and the updated pools, or None where no kernel does both.
+    """
+    kernels = attention_kernels(platform) if implementation == "flash" else None
+    if kernels is None or not hasattr(kernels.cache, "write_and_attend"):
+        return None
+    if not (query.shape[1] == 1 and key.dtype == jnp.bfloat16 and kernels.cache.supports(query, key, value)):
+        return None
+    arguments = query, new_key, new_value, key, value, positions[:, 0], valid[:, 0], table
+    part, key, value = kernels.cache.write_and_attend(*arguments)
+    return PartialAttention(*part), key, value

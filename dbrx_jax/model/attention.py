@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention
+from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention, write_and_attend
 from dbrx_jax.model.cache import LayerCache, swap_layout, write_cache
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.attention import merge_partial_attention
@@ -70,12 +70,20 @@ class Attention(nnx.Module):
         projected = self._project_in(partition.gather_tokens(x), partition)
         q, k, v = self._rotated([y[: len(positions)] for y in projected], positions)
         platform = partition.platform
-        context_shard = partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)
-        cache = write_cache(swap_layout(cache, platform), k, v, valid, positions, table, context_shard, platform)
         implementation = select_implementation(partition.attention, platform)
-        partial = cached_attention(
-            q, cache.key, cache.value, positions, table, context_shard, platform, cache.scales, implementation
-        )
+        context_shard = partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)
+        cache, fused = swap_layout(cache, platform), None
+        if context_shard[1] == 1:
+            pools = cache.key, cache.value
+            fused = write_and_attend(q, k, v, *pools, positions, valid, table, platform, implementation)
+        if fused is not None:
+            partial, *pools = fused
+            cache = LayerCache(*pools)
+        else:
+            cache = write_cache(cache, k, v, valid, positions, table, context_shard, platform)
+            partial = cached_attention(
+                q, cache.key, cache.value, positions, table, context_shard, platform, cache.scales, implementation
+            )
         y = merge_partial_attention(partial, x.dtype, partition)
         return self._project_out(pad_rows(y, len(x)), partition), swap_layout(cache, platform)
 

@@ -4,7 +4,7 @@ A warp group computes a tile of up to 64 queries that share a key and value head
 prefill, query heads of one position in decoding. It streams blocks of 64 live positions through a ring of buffers in
 shared memory, with an online softmax. A block is a part of a cache block; the table of the row's cache blocks is read
 ahead of the copies. In decoding a row's live blocks are split among several warp groups, whose partial results XLA
-merges.
+merges. The warp group that has the last block may also write the row's new key and value into the cache.
 """
 
 import functools
@@ -17,13 +17,15 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 MASKED = -1e30
 ROWS = 64  # queries of a wgmma; with fewer, the rest are unused
 BLOCK = 64  # positions
 BUFFERS = {2: 3, 1: 5}  # blocks of keys, and of values, in shared memory, by bytes of an element
-WARP_GROUPS = 264  # in decoding at least, two for each multiprocessor
+WARP_GROUPS = 264  # in decoding at least, two for each multiprocessor; of rows of different lengths some end early
+WARP_GROUPS_FOR_ONE_ROW = 132  # at most: shared memory is enough for one on a multiprocessor at a time
+MAX_UNROLLED_SPLITS = 16  # XLA merges so many in one kernel
 SWIZZLE = 128  # bytes
 _load: Any = plgpu.load  # its signature requires an index before jax 0.11, which does not run this kernel
 
@@ -50,6 +52,7 @@ class Shape(NamedTuple):
       scaled: the cache is int8 with scales.
       buffers: blocks in the ring.
       prefill: a tile's queries are at successive positions, instead of all at one.
+      new: the tile's row with the new key, before that of the new value; None if the cache has them already.
     """
 
     rows: int
@@ -62,16 +65,19 @@ class Shape(NamedTuple):
     scaled: bool
     buffers: int
     prefill: bool
+    new: int | None
 
 
-def _shape(query: Any, key: Any, stride: int) -> Shape:
+def _shape(query: Any, key: Any, stride: int, writes: bool = False) -> Shape:
     R, T, H, K = query.shape
     G, itemsize, prefill = key.shape[1], jnp.dtype(key.dtype).itemsize, T > 1
     if prefill:
         rows, tiles, units, splits = ROWS, T // ROWS, H, 1
     else:
-        rows, tiles, units, splits = -(-H // G // 8) * 8, 1, G, -(-WARP_GROUPS // (R * G))
-    return Shape(rows, tiles, units, G, K, splits, stride, itemsize == 1, BUFFERS[itemsize], prefill)
+        rows, tiles, units = -(-(H // G + 2 * writes) // 8) * 8, 1, G
+        splits = max(1, WARP_GROUPS_FOR_ONE_ROW // G) if R == 1 else -(-WARP_GROUPS // (R * G))
+    new = H // G if writes else None
+    return Shape(rows, tiles, units, G, K, splits, stride, itemsize == 1, BUFFERS[itemsize], prefill, new)
 
 
 def cache_attention(
@@ -96,24 +102,62 @@ def cache_attention(
       The maximum score and the sum of exp(score - maximum), (R, T, H), and the values' sum with these weights,
       (R, T, H, K), in float32.
     """
-    R, T, H, K = query.shape
+    R, T, _, K = query.shape
     shape = _shape(query, key, context_shard[1])
-    group_size = H // shape.kv_heads
     q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
-    if T > 1:
-        q = q.swapaxes(1, 2)
-    else:
-        padding = shape.rows - group_size
-        q = jnp.pad(q.reshape(R, shape.kv_heads, group_size, K), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    q = q.swapaxes(1, 2) if T > 1 else _tile_rows(shape, q)
     scalars = jnp.concatenate([jnp.int32(context_shard[0])[None], starts.astype(jnp.int32)])
     with jax.named_scope("cache_attention"):  # planning.hlo knows it by this name
         out, stats = _build_kernel(shape, R, interpret)(
             scalars, table.astype(jnp.int32), q, key, value, *(scales or ())
         )
+    return _results(query, shape, out, stats)
+
+
+def write_and_attend(
+    query: Float[Array, "R 1 H K"],
+    new_key: Float[Array, "R 1 G K"],
+    new_value: Float[Array, "R 1 G K"],
+    key: Float[Array, "N G P K"],
+    value: Float[Array, "N G P K"],
+    positions: Int[Array, "R"],
+    valid: Bool[Array, "R"],
+    table: Int[Array, "R W"],
+    interpret: Any = None,
+) -> tuple[tuple[Array, Array, Array], Array, Array]:
+    """Writes each row's new key and value at its position of the cache, and computes :func:`cache_attention`.
+
+    Args:
+      valid: False for padding, which is not written, and gets finite but arbitrary results.
+
+    Returns:
+      The results of :func:`cache_attention`, and the pools, in place if the program may reuse their buffers.
+    """
+    R, K = query.shape[0], query.shape[3]
+    shape = _shape(query, key, 1, writes=True)
+    q = (query.astype(jnp.float32) / math.sqrt(K)).astype(query.dtype)
+    rows = _tile_rows(shape, q, new_key.astype(key.dtype), new_value.astype(key.dtype))
+    scalars = jnp.concatenate([jnp.zeros(1, jnp.int32), positions.astype(jnp.int32), valid.astype(jnp.int32)])
+    key_ref, value_ref = jax.new_ref(key), jax.new_ref(value)
+    with jax.named_scope("cache_attention"):
+        out, stats = _build_kernel(shape, R, interpret)(scalars, table.astype(jnp.int32), rows, key_ref, value_ref)
+    return _results(query, shape, out, stats), jax.freeze(key_ref), jax.freeze(value_ref)
+
+
+def _tile_rows(shape: Shape, *parts: Float[Array, "R 1 _ K"]) -> Float[Array, "R G rows K"]:
+    """Returns the parts of each key and value head one after another, as rows of its tile."""
+    R, K, G = parts[0].shape[0], shape.head_dim, shape.kv_heads
+    rows = jnp.concatenate([x.reshape(R, G, -1, K) for x in parts], axis=2)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, shape.rows - rows.shape[2]), (0, 0)))
+
+
+def _results(query: Any, shape: Shape, out: Array, stats: Array) -> tuple[Array, Array, Array]:
+    """Merges the splits of the kernel's results; returns them as :func:`cache_attention` does."""
+    R, T, H, K = query.shape
     maximum, total, out = _merge_splits(stats[..., 0, :], stats[..., 1, :], out)
     if T > 1:
         return maximum.swapaxes(1, 2), total.swapaxes(1, 2), out.swapaxes(1, 2)
-    maximum, total, out = (x[:, :, :group_size] for x in (maximum, total, out))
+    maximum, total, out = (x[:, :, : H // shape.kv_heads] for x in (maximum, total, out))
     return maximum.reshape(R, 1, H), total.reshape(R, 1, H), out.reshape(R, 1, H, K)
 
 
@@ -134,15 +178,22 @@ def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int
 
 def _merge_splits(maximum: Array, total: Array, out: Array) -> tuple[Array, Array, Array]:
     """Merges partial softmax results (R, units, splits, tiles, rows) to (R, units, tiles * rows)."""
-    merged_maximum = maximum.max(axis=2)
-    scale = jnp.exp(maximum - merged_maximum[:, :, None])
-    total, out = (total * scale).sum(axis=2), (out * scale[..., None]).sum(axis=2)
+    splits = maximum.shape[2]
+    if splits > MAX_UNROLLED_SPLITS:
+        merged_maximum = maximum.max(axis=2)
+        scale = jnp.exp(maximum - merged_maximum[:, :, None])
+        total, out = (total * scale).sum(axis=2), (out * scale[..., None]).sum(axis=2)
+    else:
+        merged_maximum = functools.reduce(jnp.maximum, [maximum[:, :, s] for s in range(splits)])
+        scales = [jnp.exp(maximum[:, :, s] - merged_maximum) for s in range(splits)]
+        total = sum(total[:, :, s] * scale for s, scale in enumerate(scales))
+        out = sum(out[:, :, s] * scale[..., None] for s, scale in enumerate(scales))
     maximum, total, out = (x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in (merged_maximum, total, out))
     return maximum, total, out
 
 
 def _build_kernel(shape: Shape, rows: int, interpret: Any) -> Any:
-    """Builds the kernel, a function of (context shard, starts), table, queries, keys, values and scales."""
+    """Builds the kernel, a function of (context shard, starts, valid), table, queries, keys, values and scales."""
     swizzled = plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE)
     K, ring, block = shape.head_dim, shape.buffers, (BLOCK, shape.head_dim)
     scratch: dict[str, Any] = {
@@ -157,6 +208,8 @@ def _build_kernel(shape: Shape, rows: int, interpret: Any) -> Any:
         if shape.scaled:
             scratch[f"{name}_int8"] = plgpu.SMEM((ring, *block), jnp.int8)
             scratch[f"{name}_scale"] = plgpu.SMEM((ring, BLOCK), jnp.bfloat16)
+    if shape.new is not None:
+        scratch |= {"new": plgpu.SMEM((2, K), jnp.bfloat16), "new_barrier": plgpu.Barrier()}
     if interpret:
         scratch["probs"] = plgpu.SMEM((ROWS, BLOCK), jnp.bfloat16, transforms=swizzled)
     out_shape = rows, shape.units, shape.splits, shape.tiles
@@ -232,6 +285,30 @@ class _Copies(NamedTuple):
         scale = _load(self.scratch[f"{name}_scale"].at[slot], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         return self.scratch[name], scale.astype(jnp.float32)
 
+    def insert_new(self, name: str, i: Array, values: Any) -> None:
+        """Puts the new key or value into the last live block i in shared memory, and zeros behind it.
+
+        The block's earlier row may have left infinities or NaNs there. Times a probability of 0 they would be NaN.
+        """
+        last = self.num_live - i * BLOCK - 1
+
+        @pl.when(last < BLOCK)
+        def _():
+            new = _load(self.scratch["new"].at["kv".index(name)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            position = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+            block = _load(values, layout=plgpu.Layout.WGMMA, optimized=False)
+            block = jnp.where(position < last, block, 0)
+            values[...] = jnp.where(position == last, lax.broadcast_in_dim(new, values.shape, [1]), block)
+            plgpu.commit_smem()
+
+    def write_new(self) -> None:
+        """Copies the new key and value to the cache."""
+        last = self.num_live - 1
+        position = lax.rem(last, jnp.int32(self.sources["k"].shape[2]))
+        number = self.find(lax.div(last, jnp.int32(BLOCK)))
+        for n, name in enumerate("kv"):
+            plgpu.copy_smem_to_gmem(self.scratch["new"].at[n], self.sources[name].at[number, self.head, position])
+
     def wait_for_values(self, i: Array) -> tuple[Any, Array | None]:
         """Waits for block i of values; returns it as `wait` does, with zeros at positions that no query sees.
 
@@ -239,6 +316,9 @@ class _Copies(NamedTuple):
         """
         values, scale = self.wait("v", i)
         num_live = self.num_live - i * BLOCK
+        if "new" in self.scratch:
+            self.insert_new("v", i, values)
+            return values, None
         if scale is not None:  # integers are finite
             per_position = plgpu.Layout.WGMMA.reduce(0)
             is_live = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=per_position) < num_live
@@ -270,10 +350,15 @@ def _kernel(shape: Shape, scalars_ref, table_ref, q_ref, k_ref, v_ref, *refs):
 
     tile_rows, used = pl.ds(tile * shape.rows, shape.rows), pl.ds(0, shape.rows)
     plgpu.copy_gmem_to_smem(q_ref.at[row, unit, tile_rows], scratch["q"].at[used], scratch["q_barrier"])
+    if shape.new is not None:
+        new_rows = pl.ds(shape.new, 2)
+        plgpu.copy_gmem_to_smem(q_ref.at[row, unit, new_rows], scratch["new"], scratch["new_barrier"])
     numbers = [copies.find(begin + i) for i in range(shape.buffers)]
     for i, number in enumerate(numbers):
         copies.start(begin + i, number)
     plgpu.barrier_wait(scratch["q_barrier"])
+    if shape.new is not None:
+        plgpu.barrier_wait(scratch["new_barrier"])
 
     def add_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         number = copies.find(i + shape.buffers)  # before it is needed: the read takes long, and goes on meanwhile
@@ -292,6 +377,9 @@ def _kernel(shape: Shape, scalars_ref, table_ref, q_ref, k_ref, v_ref, *refs):
     plgpu.copy_smem_to_gmem(scratch["out"].at[used], out_ref.at[row, unit, split, tile])
     for n in range(2):
         plgpu.copy_smem_to_gmem(scratch["stats"].at[n, used], stats_ref.at[row, unit, split, tile, n])
+    if shape.new is not None:
+        is_valid = scalars_ref[1 + out_ref.shape[0] + row] > 0
+        pl.when(is_valid & (split == shape.splits - 1))(copies.write_new)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -304,6 +392,8 @@ def _add_block(shape: Shape, copies: _Copies, first: Array, i: Array, carry: Any
     (maximum, total, out), scratch = carry, copies.scratch
     tile, layout = (ROWS, BLOCK), plgpu.Layout.WGMMA
     keys, key_scale = copies.wait("k", i)
+    if shape.new is not None:
+        copies.insert_new("k", i, keys)
     scores = _matmul(scratch["q"], keys.transpose((1, 0)), tile)
     if key_scale is not None:
         scores = scores * lax.broadcast_in_dim(key_scale, tile, [1])
