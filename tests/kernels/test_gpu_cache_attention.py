@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dbrx_jax.kernels.gpu import cache_attention as gpu_cache_attention
-from dbrx_jax.model.cache import CACHE_BLOCK, quantize_to_int8
+from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache, quantize_to_int8, write_cache
 from dbrx_jax.ops.attention import reference_attention, reference_cached_attention
 from tests.kernels.paged import paged
 
@@ -26,6 +26,7 @@ def random(seed, *shape):
 def few_warp_groups(monkeypatch):
     """Reduces the number of warp groups, because interpreting a full GPU takes long."""
     monkeypatch.setattr(gpu_cache_attention, "WARP_GROUPS", 6)
+    monkeypatch.setattr(gpu_cache_attention, "WARP_GROUPS_FOR_ONE_ROW", 6)
 
 
 def random_cache(seed, rows, positions, dtype):
@@ -129,6 +130,32 @@ def test_positions_that_no_query_sees_do_not_change_bits(cache_dtype, tokens, st
     pools, scales = ((key, value), tuple(dirty)) if scales else (dirty, None)
     for a, b in zip(clean, kernel(query, *pools, starts, table, shard, scales), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("starts", "is_valid", "heads"),
+    [([0], [1], H), ([127], [1], 5 * G), ([128, 63, 320], [1, 1, 1], 7 * G), ([383, 64, 200], [1, 0, 1], G)],
+)
+def test_new_keys_and_values_are_written_and_attended_to(starts, is_valid, heads):
+    """Positions behind the new one have NaNs, as have blocks of no row; padding changes nothing."""
+    R = len(starts)
+    query, new_key, new_value = (jnp.asarray(random(i, R, 1, n, K), jnp.bfloat16) for i, n in enumerate((heads, G, G)))
+    key, value, table, _ = random_cache(4, R, 384, "bfloat16")
+    key, value = np.array(key), np.array(value)
+    for row, start in enumerate(starts):
+        block, behind = divmod(start, CACHE_BLOCK)
+        for pool in (key, value):
+            pool[table[row, block], :, behind:] = np.nan
+            pool[table[row, block + 1 :]] = np.nan
+    pools, valid, positions = [jnp.asarray(p) for p in (key, value)], np.array(is_valid, bool), np.array(starts)
+    arguments = query, new_key, new_value, *pools, positions, valid, table
+    run = functools.partial(gpu_cache_attention.write_and_attend, interpret=plgpu.InterpretGPUParams())
+    part, *written = jax.jit(run)(*arguments)
+    want = write_cache(LayerCache(*pools), new_key, new_value, valid[:, None], positions[:, None], table)
+    for pool, true in zip(written, (want.key, want.value), strict=True):
+        np.testing.assert_array_equal(*(np.asarray(x).view(np.uint16) for x in (pool, true)))
+    true = reference_cached_attention(query, *map(jnp.nan_to_num, want[:2]), positions[:, None], table, (0, 1), None)
+    assert_same_parts([x[valid] for x in part], [x[valid] for x in true])
 
 
 def test_row_bits_do_not_depend_on_other_rows_or_the_table():
