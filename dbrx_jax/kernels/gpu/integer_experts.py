@@ -22,6 +22,8 @@ from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
 
 ALL_ROWS = 8
+# With fewer thread blocks for gate and up, each has blocks of its own, which are more and shorter.
+FUSED_BLOCKS = 8 * 132
 _MIN_ROWS = 4  # their digits are the 8 columns of a wgmma
 MULTIPROCESSORS = 132  # of the SXM cards
 _MIN_BLOCKS = 3  # thread blocks per multiprocessor
@@ -109,10 +111,16 @@ def integer_experts(
         items = group_rows(is_used, size)
         num_items, experts, entry, slot = items.count, active[items.expert], items.entry, items.slot
         rows = _gather(to_fixed_point(x), items.rows)
-    multiply_items = partial(multiply, experts=experts, num_items=num_items, interpret=interpret)
-    act = ACTIVATIONS[activation]
-    (inner,) = multiply_items(_split(rows, gate), [(gate, up)], tiles=tiles[0], activation=act)
-    (y,) = multiply_items(_split(to_fixed_point(inner[:, 0]), down), [(down,)], tiles=tiles[1])  # (I, splits, T, D)
+    run = partial(multiply, experts=experts, num_items=num_items, interpret=interpret)
+    act, x_in = ACTIVATIONS[activation], _split(rows, gate)
+    if C * gate.channels // CHANNELS < FUSED_BLOCKS:
+        pair = run(x_in, [(gate,), (up,)], tiles=tiles[0], name="experts_gate_and_up")
+        gate_sums, up_sums = (jnp.sum(sums, axis=1) for sums in pair)
+        inner = act(gate_sums) * up_sums
+    else:
+        (inner,) = run(x_in, [(gate, up)], tiles=tiles[0], activation=act, name="experts_inner")
+        inner = inner[:, 0]
+    (y,) = run(_split(to_fixed_point(inner), down), [(down,)], tiles=tiles[1], name="experts_down")
     y = jnp.sum(y[jnp.where(is_used, entry, 0), :, jnp.where(is_used, slot, 0)], axis=2)  # (C, N, D)
     # Selected, not multiplied by 0: other entries may be uninitialised, infinite or NaN.
     return jnp.sum(jnp.where(is_used[..., None], y * combine_weights[..., None], 0), axis=0)

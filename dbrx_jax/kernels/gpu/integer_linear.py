@@ -38,7 +38,9 @@ def integer_linear(x: Float[Array, "N C"], *weights: QuantizedArray, interpret: 
     rows = to_fixed_point(jnp.pad(x, ((0, -num_rows % 4), (0, 0)))[None])
     rows = FixedPoint(split_activations(rows.digits, packed[0]), rows.largest)
     one, item = jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32)
-    results = multiply(rows, [(w,) for w in packed], item, one, default_tiles(packed), interpret=interpret)
+    results = multiply(
+        rows, [(w,) for w in packed], item, one, default_tiles(packed), interpret=interpret, name="integer_linear"
+    )
     return [jnp.sum(y[0, :, :num_rows], axis=0).astype(x.dtype) for y in results]
 
 

@@ -47,6 +47,7 @@ def multiply(
     tiles: IntegerTiles,
     activation: Callable[[Array], Array] | None = None,
     interpret: Any = None,
+    name: str = "multiply",
 ) -> list[Array]:
     """Multiplies each item's rows by its expert's weights: for each product float32 (I, splits, N, M).
 
@@ -59,10 +60,12 @@ def multiply(
         activation(gate) * up. Weights of all products have one kind and depth, and may have different channels.
       experts: each item's expert (I,).
       activation: not with splits.
+      name: of the kernel in profiles.
     """
     assert all(len(weights) == (1 if activation is None else 2) for weights in products)
     assert activation is None or tiles.splits == 1
     shape = experts.shape[0], tiles.splits, x.digits.shape[2] // DIGITS
+    digits = x.digits.reshape(x.digits.shape[0], -1, x.digits.shape[3])  # parts after one another
     runs, arrays, first = [], [], 0
     for weights in products:
         runs.append(_Product(weights, x.digits.shape[2], tiles, activation, bool(interpret), first))
@@ -76,13 +79,13 @@ def multiply(
         def _():
             place = _Place(experts_ref[item], lax.axis_index(_GRID[1]), lax.axis_index(_GRID[2]))
             entry = item if digits_ref.shape[0] > 1 else 0
-            parts = [digits_ref.at[entry, i] for i in range(digits_ref.shape[1])]
             arrays, outs, scratch = refs[: -len(runs) - 1], refs[-len(runs) - 1 : -1], refs[-1]
             size = len(arrays) // len(runs)
             for number, (run, out) in enumerate(zip(runs, outs, strict=True)):
                 run_refs = arrays[number * size : (number + 1) * size]
-                run.body(place, parts, largest_ref.at[entry], run_refs, out.at[item], scratch)
+                run.body(place, digits_ref.at[entry], largest_ref.at[entry], run_refs, out.at[item], scratch)
 
+    body.__name__ = name
     return plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((*shape, w[0].num_outputs * w[0].channels), jnp.float32) for w in products],
@@ -91,7 +94,7 @@ def multiply(
         scratch_types=[runs[0].scratch()],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
-    )(jnp.reshape(num_items, 1).astype(jnp.int32), experts.astype(jnp.int32), x.digits, x.largest, *arrays)
+    )(jnp.reshape(num_items, 1).astype(jnp.int32), experts.astype(jnp.int32), digits, x.largest, *arrays)
 
 
 def _scales(weight: IntegerWeights) -> Array:
@@ -144,7 +147,7 @@ class _Product(NamedTuple):
             scratch["barrier"] = plgpu.Barrier(num_arrivals=len(self.weights))
         return scratch
 
-    def body(self, place: "_Place", parts: list, largest: Any, refs: list, out: Any, scratch: dict[str, Any]) -> None:
+    def body(self, place: "_Place", digits: Any, largest: Any, refs: list, out: Any, scratch: dict[str, Any]) -> None:
         """Computes one tile of channels of one item over one split, if the tile is one of this product's."""
         n, tile = len(self.weights), place.tile - self.first_tile
 
@@ -153,10 +156,10 @@ class _Product(NamedTuple):
             here = place._replace(tile=tile)
             bits, scales = ([ref.at[place.expert] for ref in some] for some in (refs[:n], refs[n:]))
             if self.weights[0].group is None:
-                totals = self._accumulate_channels(here, bits, parts)
+                totals = self._accumulate_channels(here, bits, digits)
             else:
                 self._start_scales(here, scales, scratch)
-                totals = self._accumulate_groups(here, bits, parts, scratch)
+                totals = self._accumulate_groups(here, bits, digits, scratch)
             outputs = self._finish(here, totals, scales, largest)
             store_rows(scratch["out"], outputs, self.interpret)
             plgpu.commit_smem()
@@ -164,8 +167,8 @@ class _Product(NamedTuple):
             plgpu.copy_smem_to_gmem(scratch["out"], out.at[place.split, :, pl.ds(tile * size, size)])
             plgpu.wait_smem_to_gmem(0)
 
-    def _pipeline(self, place: "_Place", step: Any, bits: list, parts: list, carry: Any = None) -> Any:
-        """Runs `step` on the tiles of each weight and each part of the activations, for each step of the split."""
+    def _pipeline(self, place: "_Place", step: Any, bits: list, digits: Any, carry: Any = None) -> Any:
+        """Runs `step` on the tiles of each weight and of the activations' parts, for each step of the split."""
         depth, weight = self.tiles.depth, self.weights[0]
         steps = self.split_depth // depth
         first = place.split * steps
@@ -173,15 +176,15 @@ class _Product(NamedTuple):
             weight_spec = plgpu.BlockSpec((CHANNELS, depth), lambda k: (place.tile, first + k))
         else:
             weight_spec = plgpu.BlockSpec((depth, CHANNELS), lambda k: (first + k, place.tile))
-        part_spec = plgpu.BlockSpec((self.columns, depth), lambda k: (0, first + k))
-        specs = [weight_spec] * len(bits) + [part_spec] * len(parts)
+        digits_spec = plgpu.BlockSpec((digits.shape[0], depth), lambda k: (0, first + k))
+        specs = [weight_spec] * len(bits) + [digits_spec]
         in_flight = self.tiles.steps
         pipeline = plgpu.emit_pipeline(
             step, grid=(steps,), in_specs=specs, max_concurrent_steps=in_flight, init_carry=carry
         )
-        return pipeline(*bits, *parts)
+        return pipeline(*bits, digits)
 
-    def _accumulate_channels(self, place: "_Place", bits: list, parts: list) -> list[Array]:
+    def _accumulate_channels(self, place: "_Place", bits: list, digits: Any) -> list[Array]:
         """Accumulates weights without groups: each output's sum stays in one accumulator over all steps."""
         n, outputs = len(bits), self.num_outputs
 
@@ -190,29 +193,33 @@ class _Product(NamedTuple):
                 for w in range(n):
                     for block, operands in enumerate(load_operands(refs[w], self.weights[w], self.interpret)):
                         for output, operand in enumerate(operands):
-                            rows = [_block(x, block, operand[0].shape[1]) for x in refs[n:]]
+                            rows = [_block(x, block, operand[0].shape[1]) for x in self._parts(refs[n])]
                             self._add_products(accs[w * outputs + output], operand, rows)
                 plgpu.wgmma_wait(0)
 
-            self._pipeline(place, step, bits, parts)
+            self._pipeline(place, step, bits, digits)
             return tuple(acc[...] for acc in accs)
 
         totals = pl.run_scoped(scope, *[self._accumulator] * (n * outputs))
         return [t.astype(jnp.float32) for t in totals]
 
-    def _accumulate_groups(self, place: "_Place", bits: list, parts: list, scratch: dict[str, Any]) -> list[Array]:
+    def _accumulate_groups(self, place: "_Place", bits: list, digits: Any, scratch: dict[str, Any]) -> list[Array]:
         """Accumulates weights with group scales: scales each group's exact sum and adds it to the loop carry."""
         n, outputs, depth = len(bits), self.num_outputs, self.tiles.depth
         at_once = max(outputs, _MAX_ACCUMULATORS // (self.columns // 2))
-        plgpu.barrier_wait(scratch["barrier"])
 
         def step(index, *refs):
-            *refs, totals = refs
+            *refs, x, totals = refs
             totals = list(totals)
+
+            @pl.when(index[0] == 0)
+            def _():
+                plgpu.barrier_wait(scratch["barrier"])
+
             for start in range(0, depth, _SLAB):
                 slab = pl.ds(start, min(depth, _SLAB))
-                weights = [r.at[:, slab] if self.weights[0].contracted == 1 else r.at[slab] for r in refs[:n]]
-                jobs = self._jobs(weights, [r.at[:, slab] for r in refs[n:]])
+                weights = [r.at[:, slab] if self.weights[0].contracted == 1 else r.at[slab] for r in refs]
+                jobs = self._jobs(weights, [part.at[:, slab] for part in self._parts(x)])
                 first_group = (index[0] * depth + start) // BLOCK * self.weights[0].groups_per_block
                 for first in range(0, len(jobs), at_once):
                     chunk = jobs[first : first + at_once]
@@ -222,7 +229,11 @@ class _Product(NamedTuple):
             return tuple(totals)
 
         zeros = plgpu.layout_cast(jnp.zeros((CHANNELS, self.columns), jnp.float32), WGMMA)
-        return list(self._pipeline(place, step, bits, parts, (zeros,) * (n * outputs)))
+        return list(self._pipeline(place, step, bits, digits, (zeros,) * (n * outputs)))
+
+    def _parts(self, digits: Any) -> list:
+        """Returns the parts (columns, depth) of a tile of activations."""
+        return [digits.at[pl.ds(start, self.columns)] for start in range(0, digits.shape[0], self.columns)]
 
     def _jobs(self, weights: list, parts: list) -> list["_Job"]:
         """Loads the operands of tiles of each weight, and lists their products with each group's activations."""
