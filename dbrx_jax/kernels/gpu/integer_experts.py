@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.kernels.gpu.fixed_point import DIGITS, FixedPoint, to_fixed_point
+from dbrx_jax.kernels.gpu.fixed_point_rows import fixed_point_rows
 from dbrx_jax.kernels.gpu.integer_products import IntegerTiles, multiply
 from dbrx_jax.kernels.gpu.integer_weights import CHANNELS, IntegerWeights, fits, pack, split_activations
 from dbrx_jax.kernels.tile_table import name_of, table
@@ -104,37 +105,34 @@ def integer_experts(
     size = item_rows(N)
     if tiles is None:
         tiles = default_tiles((gate, up), size, C), default_tiles((down,), size, C)
+    round_rows = partial(fixed_point_rows, size=size, interpret=interpret)
     if N <= ALL_ROWS:
         num_items, experts, entry, slot = num_active, active, jnp.arange(C)[:, None], jnp.arange(N)
-        rows = to_fixed_point(jnp.pad(x, ((0, size - N), (0, 0)))[None])
+        x_in = round_rows(lambda row: row, [x[None, None]], num_entries=jnp.int32(1), weight=gate)
     else:
         items = group_rows(is_used, size)
         num_items, experts, entry, slot = items.count, active[items.expert], items.entry, items.slot
-        rows = _gather(to_fixed_point(x), items.rows)
+        x_in = _gather(to_fixed_point(x), items.rows, gate)
     run = partial(multiply, experts=experts, num_items=num_items, interpret=interpret)
-    act, x_in = ACTIVATIONS[activation], _split(rows, gate)
+    act = ACTIVATIONS[activation]
+    round_inner = partial(round_rows, num_entries=num_items, weight=down)
     if C * gate.channels // CHANNELS < FUSED_BLOCKS:
-        pair = run(x_in, [(gate,), (up,)], tiles=tiles[0], name="experts_gate_and_up")
-        gate_sums, up_sums = (jnp.sum(sums, axis=1) for sums in pair)
-        inner = act(gate_sums) * up_sums
+        sums = run(x_in, [(gate,), (up,)], tiles=tiles[0], name="experts_gate_and_up")
+        inner = round_inner(lambda gate, up: act(gate) * up, sums)
     else:
-        (inner,) = run(x_in, [(gate, up)], tiles=tiles[0], activation=act, name="experts_inner")
-        inner = inner[:, 0]
-    (y,) = run(_split(to_fixed_point(inner), down), [(down,)], tiles=tiles[1], name="experts_down")
+        sums = run(x_in, [(gate, up)], tiles=tiles[0], activation=act, name="experts_inner")
+        inner = round_inner(lambda row: row, sums)
+    (y,) = run(inner, [(down,)], tiles=tiles[1], name="experts_down")
     y = jnp.sum(y[jnp.where(is_used, entry, 0), :, jnp.where(is_used, slot, 0)], axis=2)  # (C, N, D)
     # Selected, not multiplied by 0: other entries may be uninitialised, infinite or NaN.
     return jnp.sum(jnp.where(is_used[..., None], y * combine_weights[..., None], 0), axis=0)
 
 
-def _gather(x: FixedPoint, rows: Int[Array, "I T"]) -> FixedPoint:
-    """Returns the rows of each entry; row N is zeros."""
+def _gather(x: FixedPoint, rows: Int[Array, "I T"], weight: IntegerWeights) -> FixedPoint:
+    """Returns the rows of each entry, split as a weight's bytes are; row N is zeros."""
     columns = (DIGITS * rows[..., None] + jnp.arange(DIGITS)).reshape(rows.shape[0], -1)
     digits = x.digits.at[columns].get(mode="fill", fill_value=0)
-    return FixedPoint(digits, x.largest.at[rows].get(mode="fill", fill_value=0))
-
-
-def _split(x: FixedPoint, weight: IntegerWeights) -> FixedPoint:
-    return FixedPoint(split_activations(x.digits, weight), x.largest)
+    return FixedPoint(split_activations(digits, weight), x.largest.at[rows].get(mode="fill", fill_value=0))
 
 
 def default_tiles(weights: tuple[IntegerWeights, ...], rows: int, experts: int) -> IntegerTiles:

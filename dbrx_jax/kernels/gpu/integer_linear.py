@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from dbrx_jax.kernels.gpu.fixed_point import FixedPoint, to_fixed_point
+from dbrx_jax.kernels.gpu.fixed_point_rows import fixed_point_rows
 from dbrx_jax.kernels.gpu.integer_products import IntegerTiles, multiply
-from dbrx_jax.kernels.gpu.integer_weights import CHANNELS, IntegerWeights, fits, pack, split_activations
+from dbrx_jax.kernels.gpu.integer_weights import CHANNELS, IntegerWeights, fits, pack
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
@@ -35,9 +35,8 @@ def integer_linear(x: Float[Array, "N C"], *weights: QuantizedArray, interpret: 
     """
     packed = [pack(_stacked(w), 1) for w in weights]
     num_rows = x.shape[0]
-    rows = to_fixed_point(jnp.pad(x, ((0, -num_rows % 4), (0, 0)))[None])
-    rows = FixedPoint(split_activations(rows.digits, packed[0]), rows.largest)
-    one, item = jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32)
+    one, item, size = jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), num_rows + -num_rows % 4
+    rows = fixed_point_rows(lambda row: row, [x[None, None]], size, one, packed[0], interpret)
     results = multiply(
         rows, [(w,) for w in packed], item, one, default_tiles(packed), interpret=interpret, name="integer_linear"
     )
