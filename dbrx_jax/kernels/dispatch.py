@@ -81,6 +81,31 @@ def _import_expert_kernels(backend: str, interpret: bool) -> ExpertKernels:
     return ExpertKernels(gpu_decode, gpu_grouped, grouped_gradient, gradient_supports, route_token, interpreter)
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearKernels:
+    """The kernel of one backend for matmuls of few rows.
+
+    Args:
+      supports: returns whether integer_linear supports its arguments.
+      interpret: as in :class:`ExpertKernels`.
+    """
+
+    supports: Callable[..., bool]
+    integer_linear: Callable[..., list[Array]]
+    interpret: Any
+
+
+def linear_kernels(platform: str) -> LinearKernels | None:
+    """Returns the kernels for matmuls of few rows, or None for plain XLA."""
+    if kernel_backend(platform) != "gpu":
+        return None
+    from dbrx_jax.kernels.gpu.integer_linear import integer_linear, supports
+
+    kernels = expert_kernels(platform)
+    assert kernels is not None
+    return LinearKernels(supports, integer_linear, kernels.interpret)
+
+
 class AttentionKernels(NamedTuple):
     """The modules of one backend's attention kernels."""
 

@@ -28,7 +28,7 @@ def supports(x: Any, *weights: Weight) -> bool:
 
 
 def integer_linear(x: Float[Array, "N C"], *weights: QuantizedArray, interpret: Any = None) -> list[Array]:
-    """Multiplies rows by each weight, contracted last: arrays (N, M) in the rows' dtype, with one kernel.
+    """Multiplies rows by each weight, contracted last: float32 arrays (N, M), with one kernel.
 
     Args:
       weights: (..., C), or (M, ..., K) with C elements behind the first; of one kind.
@@ -40,7 +40,7 @@ def integer_linear(x: Float[Array, "N C"], *weights: QuantizedArray, interpret: 
     results = multiply(
         rows, [(w,) for w in packed], item, one, default_tiles(packed), interpret=interpret, name="integer_linear"
     )
-    return [jnp.sum(y[0, :, :num_rows], axis=0).astype(x.dtype) for y in results]
+    return [jnp.sum(y[0, :, :num_rows], axis=0) for y in results]
 
 
 def default_tiles(weights: list[IntegerWeights]) -> IntegerTiles:
