@@ -77,14 +77,18 @@ def _tpu_decode_case(rows: int, num_active: int, w1: Any, w2: Any) -> Case:
 
 def _gpu_decode_case(rows: int, num_active: int, w1: Any, w2: Any) -> Case:
     from dbrx_jax.kernels.gpu import decode_experts as module
-    from dbrx_jax.kernels.gpu.packed_weights import pack
+    from dbrx_jax.kernels.gpu import integer_experts
 
-    x, tokens = _rows(rows, w1.shape[2]), rows + -rows % module.MIN_TOKENS
-    up, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
+    x = _rows(rows, w1.shape[2])
+    products: Any = module
+    size = rows + -rows % module.MIN_TOKENS
+    if integer_experts.supports(w1, w1, w2):
+        products, size = integer_experts, integer_experts.item_rows(rows)
+    up, _, down = products.packed_shapes(w1, w1, w2)
     slots = []
     for weights in ((up, up), (down,)):
-        candidates = module.candidate_tiles(weights, tokens, num_active)
-        slots.append(Slot(module.tiles_name(weights, tokens, num_active), candidates, candidates[0]))
+        candidates = products.candidate_tiles(weights, size, num_active)
+        slots.append(Slot(products.tiles_name(weights, size, num_active), candidates, candidates[0]))
 
     def call(tiles: Mapping[str, Tiles], x, w1, v1, w2):
         gate_up_and_down = tuple(tiles[slot.name] for slot in slots)

@@ -4,7 +4,7 @@ Arguments are those of :func:`dbrx_jax.kernels.experts.apply_experts`; dy (N, D)
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.dispatch import ExpertKernels
-from dbrx_jax.ops.experts import ACTIVATIONS, ExpertWeights, group
+from dbrx_jax.ops.experts import ACTIVATIONS, ActiveExperts, ExpertWeights, group
 from dbrx_jax.quantization import QuantizedArray
-
-
-class ActiveExperts(NamedTuple):
-    """Experts that a small batch of N tokens is routed to."""
-
-    active: Int[Array, "C"]  # distinct; entries from num_active on are inactive experts, or repeat others
-    num_active: Int[Array, ""]
-    combine_weights: Float[Array, "C N"]  # float32, of each for each token; 0 if the token is not routed to it
 
 
 def decode_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:

@@ -46,6 +46,14 @@ class ExpertWeights(NamedTuple):
         return self.w1[e], self.v1[e], self.w2[e]
 
 
+class ActiveExperts(NamedTuple):
+    """Experts that a small batch of N tokens is routed to."""
+
+    active: Int[Array, "C"]  # distinct; entries from num_active on are inactive experts, or repeat others
+    num_active: Int[Array, ""]
+    combine_weights: Float[Array, "C N"]  # float32, of each for each token; 0 if the token is not routed to it
+
+
 def expert_mlp(
     x: Float[Array, "N D"], w1: Weight, v1: Weight, w2: Weight, activation: str, platform: str
 ) -> Float[Array, "N D"]:

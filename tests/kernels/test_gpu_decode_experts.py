@@ -8,12 +8,24 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dbrx_jax.kernels.gpu import decode_experts as gpu_decode_experts
-from dbrx_jax.kernels.gpu import packed_weights
+from dbrx_jax.kernels.gpu import integer_experts, packed_weights
+from dbrx_jax.kernels.gpu.integer_products import IntegerTiles
 from dbrx_jax.ops.experts import ACTIVATIONS
 from tests.kernels.gpu import INTERPRET, copied_bytes, fresh_interpreter, max_error  # noqa: F401
-from tests.kernels.weights import shape_of, stored_bytes, to_float32, weight_of
+from tests.kernels.weights import shape_of, to_float32, weight_of
 
-FORMATS = ("int8", "fp8", "int4", "int4-64", "int4-128")
+FORMATS = ("int8", "fp8", "int4", "int4-32", "int4-64", "int4-128")
+# Model widths: eight groups of scales are the least that TMA copies.
+WIDTHS = {"int4": 256, "int4-32": 256, "int4-64": 512, "int4-128": 1024}
+
+
+def sizes(fmt):
+    return (128, WIDTHS[fmt]) if fmt in WIDTHS else (192, 128)
+
+
+def limit(fmt, dtype=jnp.bfloat16):
+    """Returns the largest error allowed: activations of integer products are rounded to 15 bits, others to bfloat16."""
+    return 1e-5 if dtype == jnp.float32 else 1e-3 if fmt.startswith("int") else 1e-2
 
 
 def experts(fmt, E, F, D, dtype=jnp.bfloat16):
@@ -61,18 +73,19 @@ def random_combine(C, N):
         ("int8", jnp.bfloat16, "relu"),
         ("fp8", jnp.bfloat16, "silu"),
         ("int4", jnp.bfloat16, "silu"),
+        ("int4-32", jnp.bfloat16, "silu"),
         ("int4-64", jnp.bfloat16, "silu"),
         ("int4-128", jnp.bfloat16, "gelu"),
     ],
 )
 def test_decode_experts_match_reference(fmt, dtype, activation):
-    F, D = (128, 256) if fmt.startswith("int4") else (192, 128)
+    F, D = sizes(fmt)
     weights, x = experts(fmt, 3, F, D, dtype), random_rows(3, D, dtype)
     active, combine_weights = [2, 0, 99], random_combine(3, 3)
     y = run(x, active, 2, combine_weights, weights, activation)
     assert y.dtype == np.float32
-    limit = 1e-5 if dtype == jnp.float32 else 1e-2
-    assert max_error(y, reference(x, active, 2, combine_weights, weights, activation)) < limit
+    error = max_error(y, reference(x, active, 2, combine_weights, weights, activation))
+    assert error < limit(fmt, dtype)
 
 
 @pytest.mark.slow  # a run of the interpreter takes seconds
@@ -81,18 +94,30 @@ def test_decode_experts_match_reference(fmt, dtype, activation):
 @example("int8", 9, [3, 1, 2, 0], 4)
 @example("int8", 1, [3, 1, 2, 0], 0)
 def test_random_tokens_and_experts_match_reference(fmt, N, active, count):
-    F, D = (128, 256) if fmt.startswith("int4") else (64, 128)
+    F, D = sizes(fmt)
     weights, x, combine_weights = experts(fmt, 4, F, D), random_rows(N, D), random_combine(4, N)
     y = run(x, active, count, combine_weights, weights)
     if count == 0:
         np.testing.assert_array_equal(y, 0)
-    assert max_error(y, reference(x, active, count, combine_weights, weights)) < 1e-2
+    assert max_error(y, reference(x, active, count, combine_weights, weights)) < limit(fmt)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_more_rows_than_an_entry_match_reference(fused, monkeypatch):
+    """20 rows, of which one expert has all, are in entries of 10; the others have none or a few."""
+    monkeypatch.setattr(integer_experts, "FUSED_BLOCKS", 0 if fused else 10**6)
+    F, D = sizes("int4-64")
+    weights, x = experts("int4-64", 4, F, D), random_rows(20, D)
+    combine_weights = np.zeros((3, 20), np.float32)
+    combine_weights[0], combine_weights[2, 17:] = np.linspace(0.1, 1, 20), 0.5
+    y = run(x, [3, 1, 0], 3, combine_weights, weights)
+    assert max_error(y, reference(x, [3, 1, 0], 3, combine_weights, weights)) < 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize(("fmt", "bad"), [("int8", np.inf), ("int4-64", np.nan)])
 def test_non_finite_row_does_not_change_other_rows(fmt, bad):
-    D = 256
+    D = 512
     weights, combine_weights = experts(fmt, 2, 128, D), np.array([[1, 0, 0.5], [0.5, 0, 1]], np.float32)
     x = random_rows(3, D).at[1].set(bad)
     y = run(x, [0, 1], 2, combine_weights, weights)
@@ -100,13 +125,19 @@ def test_non_finite_row_does_not_change_other_rows(fmt, bad):
     assert max_error(y, reference(x, [0, 1], 2, combine_weights, weights)) < 1e-2
 
 
-@pytest.mark.parametrize("fmt", ["int8", "int4-64"])
-def test_split_and_tiled_decode_matches_reference(fmt):
-    D = 512 if fmt == "int4-64" else 256
-    weights, x, combine_weights = experts(fmt, 2, 128, D), random_rows(2, D), random_combine(2, 2)
+def test_split_and_tiled_decode_matches_reference():
+    weights, x, combine_weights = experts("fp8", 2, 128, 256), random_rows(2, 256), random_combine(2, 2)
     T = gpu_decode_experts.DecodeTiles
     y = run(x, [1, 0], 2, combine_weights, weights, tiles=(T(128, 32, 3, 2), T(64, 32, 2, 2)))
     assert max_error(y, reference(x, [1, 0], 2, combine_weights, weights)) < 1e-2
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4-64"])
+def test_split_integer_products_match_reference(fmt):
+    weights, x, combine_weights = experts(fmt, 2, 512, 512), random_rows(2, 512), random_combine(2, 2)
+    T = IntegerTiles
+    y = run(x, [1, 0], 2, combine_weights, weights, tiles=(T(64, 3, 1), T(64, 2, 2)))
+    assert max_error(y, reference(x, [1, 0], 2, combine_weights, weights)) < 1e-3
 
 
 def test_unpack_is_exact_for_every_byte():
@@ -126,38 +157,34 @@ def test_unpack_is_exact_for_every_byte():
         np.testing.assert_array_equal(np.asarray(unpacked, np.float32)[real], expected[real])
 
 
-@pytest.mark.parametrize(("fmt", "count"), [("plain", 2), ("int8", 0), ("int8", 2), ("int4-64", 1)])
-def test_decode_bytes_match_the_copies(fmt, count, copied_bytes):  # noqa: F811
-    D = 256 if fmt == "int4-64" else 128
-    weights, x = experts(fmt, 3, 64, D), random_rows(3, D)
+@pytest.mark.parametrize(("fmt", "count"), [("plain", 2), ("fp8", 1), ("int8", 0), ("int8", 2), ("int4-64", 1)])
+def test_only_active_experts_are_copied_and_once(fmt, count, copied_bytes):  # noqa: F811
+    F, D = sizes(fmt)
+    weights, x = experts(fmt, 3, F, D), random_rows(3, D)
     run(x, [2, 0, 1], count, random_combine(3, 3), weights)
-    expected = gpu_decode_experts.decode_bytes(x, np.zeros(3), count, *weights)
-    if fmt == "plain":
-        assert copied_bytes["in", "bfloat16"] == expected.weights + expected.activations
+    gate, up, down = (count * (w.nbytes if fmt == "plain" else w.values.nbytes) // 3 for w in weights)
+    if fmt.startswith("int"):
+        assert copied_bytes["in", "int16"] == down
+        weight_type = "uint8" if fmt.startswith("int4") else "int8"
+        digits = 2 * 4 * count * (F // 64 * 2 * D + D // 128 * F)  # of four rows, for each tile of channels
+        digits *= 2 if fmt == "int4-64" else 1  # once for each group of a block
+        assert copied_bytes["in", "int8"] == digits + (gate + up if weight_type == "int8" else 0)
+        assert copied_bytes["in", weight_type] >= gate + up
+    elif fmt == "fp8":
+        assert copied_bytes["in", "int16"] == gate + up + down
     else:
-        assert copied_bytes["in", "int16"] == expected.weights
-        assert copied_bytes["in", "bfloat16"] == expected.activations
-    assert copied_bytes["out"] == expected.written
-    assert expected.weights == count * sum(w.nbytes if fmt == "plain" else w.values.nbytes for w in weights) // 3
-
-
-@pytest.mark.parametrize("fmt", ["plain", "int8", "int4-128"])
-@pytest.mark.parametrize("E", [16, 2, 1])
-@pytest.mark.parametrize("N", [1, 8, 64])
-def test_all_active_experts_are_read_once_at_published_sizes(fmt, E, N):
-    """Uses the published sizes, as the byte counts of compiled programs do."""
-    weights, x = shapes(fmt, E, 10752, 6144), jax.ShapeDtypeStruct((N, 6144), jnp.bfloat16)
-    read = gpu_decode_experts.decode_bytes(x, np.zeros(E), E, *weights)
-    assert read.weights + read.scales == pytest.approx(sum(map(stored_bytes, weights)), rel=0.015)
+        rows = 8 * 2 * count * (F // 64 * D + D // 64 * F)
+        assert copied_bytes["in", "bfloat16"] == gate + up + down + rows
 
 
 def test_supports_rejects_unsupported_operands():
     weights, x = experts("int8", 2, 128, 256), random_rows(3, 256)
     assert gpu_decode_experts.supports(x, *weights)
+    assert gpu_decode_experts.supports(x, *experts("int4-32", 2, 128, 256))
     assert not gpu_decode_experts.supports(random_rows(65, 256), *weights)
     assert not gpu_decode_experts.supports(x.astype(jnp.float32), *weights)
     assert not gpu_decode_experts.supports(x, *experts("int8", 2, 100, 256))
-    assert not gpu_decode_experts.supports(x, *experts("int4-32", 2, 128, 256))
+    assert not gpu_decode_experts.supports(x, *experts("int4-64", 2, 128, 256))  # four scales are too few to copy
     assert not gpu_decode_experts.supports(x.astype(jnp.float32), *experts("plain", 2, 128, 256, jnp.float32))
 
 
@@ -167,8 +194,10 @@ def test_default_tiles_of_dbrx_fill_the_gpu(fmt, F):
     D, E = 6144, 16
     weights = shapes(fmt, E, F, D)
     assert gpu_decode_experts.supports(jax.ShapeDtypeStruct((1, D), jnp.bfloat16), *weights)
-    for w, c, n in zip(weights, (1, 1, 0), (2, 2, 1), strict=True):
-        packed = jax.eval_shape(lambda w, c=c: packed_weights.pack(w, c), w)
-        tiles = gpu_decode_experts.default_tiles((packed,) * n, 8, 4)
-        assert 4 * (packed.channels // tiles.channels) * tiles.splits >= 2 * gpu_decode_experts.MULTIPROCESSORS
-        assert packed.depth % (tiles.depth * tiles.splits) == 0
+    products = integer_experts if fmt.startswith("int") else gpu_decode_experts
+    gate, up, down = products.packed_shapes(*weights)
+    for group in ((gate, up), (down,)):
+        tiles, weight = products.default_tiles(group, 8, 4), group[0]
+        blocks = 4 * weight.channels // 64 * tiles.splits
+        assert blocks >= 2 * gpu_decode_experts.MULTIPROCESSORS
+        assert weight.depth % (tiles.depth * tiles.splits) == 0

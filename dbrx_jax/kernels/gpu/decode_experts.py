@@ -1,8 +1,9 @@
 """Experts for small batches on Hopper GPUs: reads each active expert's weights once, and no others.
 
-Output channels are the 64 rows of a wgmma and tokens its 8 or more columns, so few columns are padding. A thread block
+Experts with int8 or int4 weights are computed by integer products (integer_experts.py), the others here. Output
+channels are the 64 rows of a wgmma and tokens its 8 or more columns, so few columns are padding. A thread block
 computes one tile of channels of one expert over its split of the contraction (accumulate.py). Channel scales are
-applied outside, group scales to each group's partial sum.
+applied outside.
 
 Several thread blocks share a multiprocessor and hide each other's latency; the contraction is split if there would be
 too few of them. XLA sums the splits and computes the activation and its product with up, small beside the weights.
@@ -24,6 +25,7 @@ from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, fits, pack, split
 from dbrx_jax.kernels.tile_table import name_of, table
 from dbrx_jax.ops.experts import ACTIVATIONS
 from dbrx_jax.ops.linear import Weight
+from dbrx_jax.quantization import QuantizedArray
 
 MAX_TOKENS = 64
 MIN_TOKENS = 8  # columns of a wgmma
@@ -57,15 +59,20 @@ def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False
     if not 1 <= x.shape[0] <= MAX_TOKENS or not (x.dtype == jnp.bfloat16 or interpret):
         return False
     weights = ((w1, 1), (v1, 1), (w2, 0))
-    if x.dtype == jnp.bfloat16 and integer_experts.supports(x, w1, v1, w2):
-        return True
+    if any(isinstance(w, QuantizedArray) and w.kind != "fp8" for w, _ in weights):
+        return x.dtype == jnp.bfloat16 and integer_experts.supports(w1, v1, w2)
     if not all(fits(w, contracted) and w.dtype == x.dtype for w, contracted in weights):
         return False
-    gate, up, down = (jax.eval_shape(partial(pack, contracted=contracted), w) for w, contracted in weights)
+    gate, up, down = packed_shapes(w1, v1, w2)
     if (gate.kind, gate.group_depth, gate.bits.shape) != (up.kind, up.group_depth, up.bits.shape):
         return False
     tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
     return bool(candidate_tiles((gate, up), tokens, 1)) and bool(candidate_tiles((down,), tokens, 1))
+
+
+def packed_shapes(*weights: Weight) -> list[PackedWeights]:
+    """Returns gate, up and down as :func:`pack` views them, as shapes."""
+    return [jax.eval_shape(partial(pack, contracted=c), w) for w, c in zip(weights, (1, 1, 0), strict=True)]
 
 
 def decode_experts(
@@ -77,7 +84,7 @@ def decode_experts(
     v1: Weight,
     w2: Weight,
     activation: str,
-    tiles: tuple[DecodeTiles, DecodeTiles] | None = None,
+    tiles: tuple[Any, Any] | None = None,
     interpret: Any = None,
 ) -> Float[Array, "N D"]:
     """Computes active experts on all rows: the float32 sum over c of combine_weights[c] times expert active[c].
@@ -89,12 +96,13 @@ def decode_experts(
       active: distinct active experts; entries from `num_active` on are ignored, and their weights not read.
       w1, v1, w2: stacked weights (E, F, D).
       activation: a key of ops.experts.ACTIVATIONS.
-      tiles: of the matmuls with w1 and v1, and with w2; :func:`default_tiles` by default.
+      tiles: of the matmuls with w1 and v1, and with w2: DecodeTiles, or IntegerTiles of int8 and int4 weights; by
+        default those of the table or the rule.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
     is_active = jnp.arange(active.shape[0]) < num_active
     is_used = is_active[:, None] & (combine_weights != 0)
-    if integer_experts.supports(x, w1, v1, w2):
+    if integer_experts.supports(w1, v1, w2):
         return integer_experts.integer_experts(
             x, active, num_active, is_used, combine_weights, w1, v1, w2, activation, tiles, interpret
         )
@@ -198,44 +206,3 @@ def _partial_sums(x, weights, active, num_active, tiles, interpret) -> Array:
     num_active = jnp.reshape(num_active, 1).astype(jnp.int32)
     sums = run(num_active, active.astype(jnp.int32), x, *(w.bits for w in weights), *scales)
     return sums.reshape(*shape[:2], len(weights), weight.num_outputs, *shape[3:])
-
-
-class Traffic(NamedTuple):
-    """Bytes that a call's kernels copy.
-
-    Attributes:
-      weights: each active expert's, read once.
-      scales: group scales, read once; XLA reads channel scales.
-      activations: read by every thread block, mostly from the L2 cache.
-      written: float32 sums, which XLA reads.
-    """
-
-    weights: int
-    scales: int
-    activations: int
-    written: int
-
-
-def decode_bytes(
-    x: Any,
-    active: Any,
-    num_active: int,
-    w1: Weight,
-    v1: Weight,
-    w2: Weight,
-    tiles: tuple[DecodeTiles, DecodeTiles] | None = None,
-) -> Traffic:
-    """Returns the bytes that :func:`decode_experts` copies for `num_active` experts (arrays or shapes)."""
-    tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
-    gate, down = (jax.eval_shape(partial(pack, contracted=c), w) for w, c in ((w1, 1), (w2, 0)))
-    if tiles is None:
-        sizes = tokens, active.shape[0]
-        tiles = default_tiles((gate, gate), *sizes), default_tiles((down,), *sizes)
-    per_matmul = []
-    for weight, num_weights, t in ((gate, 2, tiles[0]), (down, 1, tiles[1])):
-        scales, row_bytes = weight.group_scales, weight.num_inputs * weight.depth * x.dtype.itemsize
-        weight_bytes = num_weights * weight.channels * weight.depth * weight.bits.dtype.itemsize
-        scale_bytes = 0 if scales is None else num_weights * scales.size // scales.shape[0] * 4
-        written = t.splits * num_weights * weight.num_outputs * weight.channels * tokens * 4
-        per_matmul.append((weight_bytes, scale_bytes, weight.channels // t.channels * tokens * row_bytes, written))
-    return Traffic(*(num_active * sum(sizes) for sizes in zip(*per_matmul, strict=True)))

@@ -26,7 +26,7 @@ def fixed_point_rows(
     compute: Callable[..., Array],
     inputs: Sequence[Array],
     size: int,
-    num_entries: Array,
+    num_entries: Array | None,
     weight: IntegerWeights,
     interpret: Any = None,
 ) -> FixedPoint:
@@ -36,7 +36,7 @@ def fixed_point_rows(
       compute: takes a row (K,) of each input, in float32, and returns a row.
       inputs: arrays (I, S, N, K); rows are summed over S.
       size: number of rows of an entry of the result, at least N; those from N on are zeros.
-      num_entries: entries from here on are undefined.
+      num_entries: entries from here on are undefined; None: none is.
 
     Returns:
       Digits (I, parts, 2 size, depth), and the largest value of each row (I, size). XLA computes rows whose length is
@@ -48,11 +48,13 @@ def fixed_point_rows(
         return FixedPoint(split_activations(x.digits, weight), x.largest)
     (entries, _, num_rows, length), parts = inputs[0].shape, weight.num_inputs * weight.groups_per_block
 
-    def body(num_entries_ref, *refs):
-        *input_refs, digits_ref, largest_ref = refs
+    counts = [] if num_entries is None else [jnp.reshape(num_entries, 1).astype(jnp.int32)]
+
+    def body(*refs):
+        input_refs, (digits_ref, largest_ref) = refs[len(counts) : -2], refs[-2:]
         entry, row = lax.axis_index("entry"), lax.axis_index("row")
 
-        @pl.when(entry < num_entries_ref[0])
+        @pl.when(entry < refs[0][0] if counts else True)
         def _():
             @pl.when(row < num_rows)
             def _():
@@ -80,7 +82,7 @@ def fixed_point_rows(
         grid_names=("entry", "row"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
-    )(jnp.reshape(num_entries, 1).astype(jnp.int32), *inputs)
+    )(*counts, *inputs)
     return FixedPoint(digits, largest)
 
 

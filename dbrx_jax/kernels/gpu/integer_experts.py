@@ -37,7 +37,7 @@ class Items(NamedTuple):
     Attributes:
       expert: (I,), indices of the list of active experts.
       rows: row numbers (I, T), N where an entry has fewer rows.
-      first, slot: for each active expert and row, (C, N), the entry and the place in it.
+      entry, slot: for each active expert and row, (C, N), the entry and the place in it.
     """
 
     expert: Int[Array, "I"]
@@ -73,8 +73,8 @@ def item_rows(num_rows: int) -> int:
     return num_rows + -num_rows % _MIN_ROWS if num_rows <= ALL_ROWS else max(8, num_rows // 2 + -(num_rows // 2) % 4)
 
 
-def supports(x: Any, w1: Weight, v1: Weight, w2: Weight) -> bool:
-    """Returns whether :func:`integer_experts` supports these shapes and dtypes (arrays or shapes)."""
+def supports(w1: Weight, v1: Weight, w2: Weight) -> bool:
+    """Returns whether :func:`integer_experts` supports these weights (arrays or shapes)."""
     if not all(fits(w, contracted) for w, contracted in ((w1, 1), (v1, 1), (w2, 0))):
         return False
     gate, up = packed_shapes(w1, v1, w2)[:2]
@@ -105,24 +105,24 @@ def integer_experts(
     size = item_rows(N)
     if tiles is None:
         tiles = default_tiles((gate, up), size, C), default_tiles((down,), size, C)
-    round_rows = partial(fixed_point_rows, size=size, interpret=interpret)
     if N <= ALL_ROWS:
         num_items, experts, entry, slot = num_active, active, jnp.arange(C)[:, None], jnp.arange(N)
-        x_in = round_rows(lambda row: row, [x[None, None]], num_entries=jnp.int32(1), weight=gate)
+        rows = fixed_point_rows(lambda row: row, [x[None, None]], size, None, gate, interpret)
     else:
         items = group_rows(is_used, size)
         num_items, experts, entry, slot = items.count, active[items.expert], items.entry, items.slot
-        x_in = _gather(to_fixed_point(x), items.rows, gate)
+        rows = _gather(to_fixed_point(x), items.rows, gate)
     run = partial(multiply, experts=experts, num_items=num_items, interpret=interpret)
-    act = ACTIVATIONS[activation]
-    round_inner = partial(round_rows, num_entries=num_items, weight=down)
     if C * gate.channels // CHANNELS < FUSED_BLOCKS:
-        sums = run(x_in, [(gate,), (up,)], tiles=tiles[0], name="experts_gate_and_up")
-        inner = round_inner(lambda gate, up: act(gate) * up, sums)
+        inner = run(rows, [(gate,), (up,)], tiles=tiles[0], name="experts_gate_and_up")
     else:
-        sums = run(x_in, [(gate, up)], tiles=tiles[0], activation=act, name="experts_inner")
-        inner = round_inner(lambda row: row, sums)
-    (y,) = run(inner, [(down,)], tiles=tiles[1], name="experts_down")
+        inner = run(rows, [(gate, up)], tiles=tiles[0], activation=ACTIVATIONS[activation], name="experts_inner")
+
+    def activate(inner: Array, *up: Array) -> Array:  # the kernel has activated them if it computed them together
+        return ACTIVATIONS[activation](inner) * up[0] if up else inner
+
+    inner_rows = fixed_point_rows(activate, inner, size, num_items, down, interpret)
+    (y,) = run(inner_rows, [(down,)], tiles=tiles[1], name="experts_down")
     y = jnp.sum(y[jnp.where(is_used, entry, 0), :, jnp.where(is_used, slot, 0)], axis=2)  # (C, N, D)
     # Selected, not multiplied by 0: other entries may be uninitialised, infinite or NaN.
     return jnp.sum(jnp.where(is_used[..., None], y * combine_weights[..., None], 0), axis=0)
@@ -174,4 +174,4 @@ def _depths(weight: IntegerWeights, rows: int) -> tuple[int, ...]:
     """Returns depths worth timing; those of many rows leave registers for accumulators."""
     if weight.contracted == 1:
         return (256, 128, 64) if DIGITS * rows <= 16 else (128, 64)
-    return (64, 128) if weight.int4 else (128, 256, 64)
+    return (64, 128) if weight.int4 and DIGITS * rows <= 32 else (128, 256, 64)

@@ -11,7 +11,7 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.kernels.stacked_experts import ActiveExperts
+from dbrx_jax.ops.experts import ActiveExperts
 
 MAX_EXPERTS = 32  # the kernel's code grows with their number
 
