@@ -25,7 +25,7 @@ class ExpertKernels:
       grouped: module with grouped_matmul and supports.
       gradient: gradient of grouped_matmul for its weight: (left (P, M), right (P, C), sizes (E,)) to (E, M, C).
       gradient_supported: returns whether `gradient` supports its first two arguments.
-      route: module with route_token and supports, or None.
+      norm_route: module with norm_route and supports, or None.
       interpret: argument of the kernels that makes Pallas interpret them on a CPU; false, or None for a GPU, elsewhere.
     """
 
@@ -33,7 +33,7 @@ class ExpertKernels:
     grouped: ModuleType
     gradient: Callable[..., Array]
     gradient_supported: Callable[..., bool]
-    route: ModuleType | None
+    norm_route: ModuleType | None
     interpret: Any
 
     def supports_decode(self, x: Array, w1: Any, v1: Any, w2: Any) -> bool:
@@ -73,12 +73,12 @@ def _import_expert_kernels(backend: str, interpret: bool) -> ExpertKernels:
 
     from dbrx_jax.kernels.gpu import decode_experts as gpu_decode
     from dbrx_jax.kernels.gpu import grouped_matmul as gpu_grouped
-    from dbrx_jax.kernels.gpu import route_token
+    from dbrx_jax.kernels.gpu import norm_route
     from dbrx_jax.kernels.gpu.grouped_gradient import gradient_supports, grouped_gradient
 
     mosaic: Any = mosaic_gpu  # older versions of JAX have no InterpretGPUParams
     interpreter = mosaic.InterpretGPUParams() if interpret else None
-    return ExpertKernels(gpu_decode, gpu_grouped, grouped_gradient, gradient_supports, route_token, interpreter)
+    return ExpertKernels(gpu_decode, gpu_grouped, grouped_gradient, gradient_supports, norm_route, interpreter)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ weights as one array (E, F, D). Plain XLA takes that, or E arrays (F, D) in buff
 """
 
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -50,32 +51,49 @@ def apply_experts(
     return _apply(x, weights, experts, expert_weights, activation, dispatch)
 
 
-def apply_token_experts(
+class TokenKernels(NamedTuple):
+    """Kernels of the steps from attention's output to the experts' for a single token."""
+
+    experts: ExpertKernels
+    norm_route: ModuleType
+
+
+def token_kernels(
     x: Float[Array, "1 D"],
-    logits: Float[Array, "P E"],
+    router: Float[Array, "E D"],
+    norm: float | None,
+    expert_weights: ExpertWeights,
+    platform: str,
+) -> TokenKernels | None:
+    """Returns the kernels for a token, a router and the p-norm of the experts' weights, or None for plain XLA."""
+    kernels = expert_kernels(platform) if expert_weights.stacked else None
+    if kernels is None or kernels.norm_route is None or not kernels.supports_decode(x, *expert_weights):
+        return None
+    supported = kernels.norm_route.supports(x, router, norm, interpret=bool(kernels.interpret))
+    return TokenKernels(kernels, kernels.norm_route) if supported else None
+
+
+def apply_token_experts(
+    kernels: TokenKernels,
+    x: Float[Array, "P D"],
+    y: Float[Array, "P D"],
+    y_scale: Float[Array, "D"] | None,
+    norm_scale: Float[Array, "D"],
+    router: Float[Array, "E D"],
     valid: Bool[Array, ""],
     first_expert: Int[Array, ""] | int,
     expert_weights: ExpertWeights,
     top_k: int,
     norm: float | None,
     activation: str,
-    platform: str,
-) -> Float[Array, "1 D"] | None:
-    """Routes one token by the first row of the router's logits and applies its experts on this device.
+) -> tuple[Float[Array, "1 D"], Float[Array, "1 D"]]:
+    """Returns z = x + y y_scale for the first row, and its layer norm's weighted sum of experts on this device.
 
-    As :func:`dbrx_jax.ops.routing.route` and :func:`apply_experts` do, without gradients, in fewer kernels.
-
-    Returns:
-      The weighted sum, or None where there are no kernels for it.
+    As :func:`dbrx_jax.ops.norm.layer_norm`, :func:`dbrx_jax.ops.routing.route` and :func:`apply_experts` together.
     """
-    kernels = expert_kernels(platform) if expert_weights.stacked else None
-    if kernels is None or kernels.route is None or not kernels.supports_decode(x, *expert_weights):
-        return None
-    if not kernels.route.supports(logits.shape[1], norm):
-        return None
-    arguments = logits, valid, first_expert, expert_weights.num_experts, top_k, norm, kernels.interpret
-    active = kernels.route.route_token(*arguments)
-    return stacked_experts.apply_active_experts(x, active, expert_weights, activation, kernels)
+    arguments = x, y, y_scale, norm_scale, router, valid, first_expert, expert_weights.num_experts, top_k, norm
+    total, normed, active = kernels.norm_route.norm_route(*arguments, interpret=kernels.experts.interpret)
+    return total, stacked_experts.apply_active_experts(normed, active, expert_weights, activation, kernels.experts)
 
 
 class ExpertDispatch(NamedTuple):

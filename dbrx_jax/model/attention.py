@@ -50,9 +50,9 @@ class Attention(nnx.Module):
         first = partition.axis_index("expert") * q.shape[1] if partition.tokens_split else 0
         implementation = select_implementation(partition.attention, partition.platform)
         y = sequence_attention(q, k, v, mask, first, implementation, partition.platform)
-        return self._project_out(partition.gather_tokens(y), partition)
+        return self.project_out(partition.gather_tokens(y), partition)
 
-    def forward_with_cache(
+    def attend(
         self,
         x: Float[Array, "P T D"],
         valid: Bool[Array, "R T"],
@@ -60,8 +60,10 @@ class Attention(nnx.Module):
         cache: LayerCache,
         table: Int[Array, "R W"],
         partition: Partition,
-    ) -> tuple[Float[Array, "P T D"], LayerCache]:
+    ) -> tuple[Float[Array, "P T H K"], LayerCache]:
         """Returns the attention of new tokens to themselves and the cache, and the updated cache.
+
+        :meth:`project_out` completes the layer.
 
         Args:
           x: R rows, then rows of padding, which get finite but arbitrary results.
@@ -86,7 +88,7 @@ class Attention(nnx.Module):
                 q, cache.key, cache.value, positions, table, context_shard, platform, cache.scales, implementation
             )
         y = merge_partial_attention(partial, x.dtype, partition)
-        return self._project_out(pad_rows(y, len(x)), partition), swap_layout(cache, platform)
+        return pad_rows(y, len(x)), swap_layout(cache, platform)
 
     def _project_in(self, x: Array, partition: Partition) -> list[Array]:
         """Returns query, key and value (B, T, heads, K) of all tokens."""
@@ -108,7 +110,8 @@ class Attention(nnx.Module):
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
         return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v
 
-    def _project_out(self, y: Array, partition: Partition) -> Array:
+    def project_out(self, y: Float[Array, "B T H K"], partition: Partition) -> Float[Array, "B T D"]:
+        """Applies the output projection to this device's heads."""
         weight, rows = partition.gather_fsdp(self.out), y.reshape(-1, math.prod(y.shape[2:]))
         (out,) = linears(rows, [matrix(weight, 1)], partition.platform)
         return partition.scatter_tokens(partition.psum(out.reshape(*y.shape[:2], -1), "tensor"))

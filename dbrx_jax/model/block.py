@@ -66,9 +66,12 @@ class Block(nnx.Module):
         Args:
           x: R rows, then rows of padding.
         """
-        normed = self.norm_1(x)
-        y, cache = self.attention.forward_with_cache(normed, valid, positions, cache, table, partition)
-        x = x + y
+        y, cache = self.attention.attend(self.norm_1(x), valid, positions, cache, table, partition)
+        kernels = self.moe.token_kernels(x, partition) if valid.size == 1 else None
+        if kernels is not None:
+            product, scale = self.attention.project_out_unscaled(y, partition)
+            return self.moe.decode_token(kernels, x, product, scale, self.norm_2.scale[...], partition, valid), cache
+        x = x + self.attention.project_out(y, partition)
         if x.shape[1] == 1:
             return x + self.moe.decode(self.norm_2(x), partition, valid), cache
         y, _ = self.moe(self.norm_2(x), partition, valid)
@@ -93,8 +96,8 @@ class Block(nnx.Module):
         def attend(_, tile, cache):
             x, valid, positions, table = tile
             inputs = self.norm_1(x), valid[:, None], positions[:, None], cache, table
-            y, cache = self.attention.forward_with_cache(*inputs, partition)
-            x = x + y
+            y, cache = self.attention.attend(*inputs, partition)
+            x = x + self.attention.project_out(y, partition)
             normed = self.norm_2(x)
             routing = self.moe.route(normed, partition)
             if self.moe.dense:

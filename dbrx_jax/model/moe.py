@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.kernels.experts import apply_experts, apply_token_experts
+from dbrx_jax.kernels.experts import TokenKernels, apply_experts, apply_token_experts, token_kernels
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.experts import ExpertWeights, expert_mlp
 from dbrx_jax.ops.linear import Weight, linear
@@ -75,20 +75,34 @@ class MoE(nnx.Module):
         Args:
           x: R rows, then rows of padding, which get 0.
         """
-        rows, logits = len(valid), self._logits(x, partition)
-        y = self._token(x[0], logits, partition, valid) if rows == 1 and not self.dense else None
-        if y is None:
-            y = self.combine(x[:rows], self._route(logits[:rows]), partition, valid)
-        return pad_rows(y, len(x))
+        rows = x[: len(valid)]
+        return pad_rows(self.combine(rows, self.route(rows, partition), partition, valid), len(x))
 
-    def _token(
-        self, x: Float[Array, "1 D"], logits: Float[Array, "P E"], partition: Partition, valid: Bool[Array, "1 1"]
-    ) -> Float[Array, "1 1 D"] | None:
-        """Returns the output of a single row's token where there are kernels for it, else None."""
+    def token_kernels(self, x: Float[Array, "P 1 D"], partition: Partition) -> TokenKernels | None:
+        """Returns the kernels of :meth:`decode_token`, or None."""
+        if self.dense:
+            return None
+        return token_kernels(x[0], self.router[...], self.norm, self._local_weights(partition), partition.platform)
+
+    def decode_token(
+        self,
+        kernels: TokenKernels,
+        x: Float[Array, "P 1 D"],
+        y: Float[Array, "P D"],
+        y_scale: Float[Array, "D"] | None,
+        norm_scale: Float[Array, "D"],
+        partition: Partition,
+        valid: Bool[Array, "1 1"],
+    ) -> Float[Array, "P 1 D"]:
+        """Returns x + y y_scale, plus the layer's output for the norm of this sum, for the token of the first row.
+
+        Args:
+          y_scale: None for 1.
+        """
         weights, first = self._local_weights(partition), self._first_expert(partition)
-        options = self.top_k, self.norm, self.activation, partition.platform
-        y = apply_token_experts(x, logits, valid[0, 0], first, weights, *options)
-        return None if y is None else partition.reduce_tokens(y[None])
+        arguments = x[:, 0], y, y_scale, norm_scale, self.router[...], valid[0, 0], first
+        total, out = apply_token_experts(kernels, *arguments, weights, self.top_k, self.norm, self.activation)
+        return pad_rows((total + partition.reduce_tokens(out[None])[0])[None], len(x))
 
     def combine(
         self,
@@ -150,14 +164,7 @@ class MoE(nnx.Module):
                 jitter_key = jax.random.fold_in(jitter_key, partition.axis_index(*token_axes))
             noise = jax.random.uniform(jitter_key, inputs.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
             inputs = inputs * noise.astype(inputs.dtype)
-        return self._route(self._logits(inputs, partition))
-
-    def _logits(self, x: Float[Array, "*N D"], partition: Partition) -> Float[Array, "N E"]:
-        """Returns the router's logits."""
-        return linear(x.reshape(-1, x.shape[-1]), self.router[...], 1, partition.platform).astype(jnp.float32)
-
-    def _route(self, logits: Float[Array, "N E"]) -> Routing:
-        return route(logits, self.top_k, self.norm)
+        return route(linear(inputs, self.router[...], 1, partition.platform), self.top_k, self.norm)
 
     def _first_expert(self, partition: Partition) -> Array | int:
         """Returns the number of this device's first expert."""
