@@ -77,7 +77,6 @@ def apply_token_experts(
     kernels: TokenKernels,
     x: Float[Array, "P D"],
     y: Float[Array, "P D"],
-    y_scale: Float[Array, "D"] | None,
     norm_scale: Float[Array, "D"],
     router: Float[Array, "E D"],
     valid: Bool[Array, ""],
@@ -87,11 +86,11 @@ def apply_token_experts(
     norm: float | None,
     activation: str,
 ) -> tuple[Float[Array, "1 D"], Float[Array, "1 D"]]:
-    """Returns z = x + y y_scale for the first row, and its layer norm's weighted sum of experts on this device.
+    """Returns z = x + y for the first row, and its layer norm's weighted sum of experts on this device.
 
     As :func:`dbrx_jax.ops.norm.layer_norm`, :func:`dbrx_jax.ops.routing.route` and :func:`apply_experts` together.
     """
-    arguments = x, y, y_scale, norm_scale, router, valid, first_expert, expert_weights.num_experts, top_k, norm
+    arguments = x, y, norm_scale, router, valid, first_expert, expert_weights.num_experts, top_k, norm
     total, normed, active = kernels.norm_route.norm_route(*arguments, interpret=kernels.experts.interpret)
     return total, stacked_experts.apply_active_experts(normed, active, expert_weights, activation, kernels.experts)
 

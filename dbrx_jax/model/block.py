@@ -69,8 +69,8 @@ class Block(nnx.Module):
         y, cache = self.attention.attend(self.norm_1(x), valid, positions, cache, table, partition)
         kernels = self.moe.token_kernels(x, partition) if valid.size == 1 else None
         if kernels is not None:
-            product, scale = self.attention.project_out_unscaled(y, partition)
-            return self.moe.decode_token(kernels, x, product, scale, self.norm_2.scale[...], partition, valid), cache
+            y = self.attention.project_out(y, partition)
+            return self.moe.decode_token(kernels, x, y, self.norm_2.scale[...], partition, valid), cache
         x = x + self.attention.project_out(y, partition)
         if x.shape[1] == 1:
             return x + self.moe.decode(self.norm_2(x), partition, valid), cache

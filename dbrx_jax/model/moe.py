@@ -88,19 +88,14 @@ class MoE(nnx.Module):
         self,
         kernels: TokenKernels,
         x: Float[Array, "P 1 D"],
-        y: Float[Array, "P D"],
-        y_scale: Float[Array, "D"] | None,
+        y: Float[Array, "P 1 D"],
         norm_scale: Float[Array, "D"],
         partition: Partition,
         valid: Bool[Array, "1 1"],
     ) -> Float[Array, "P 1 D"]:
-        """Returns x + y y_scale, plus the layer's output for the norm of this sum, for the token of the first row.
-
-        Args:
-          y_scale: None for 1.
-        """
+        """Returns x + y, plus the layer's output for the norm of this sum, for the token of the first row."""
         weights, first = self._local_weights(partition), self._first_expert(partition)
-        arguments = x[:, 0], y, y_scale, norm_scale, self.router[...], valid[0, 0], first
+        arguments = x[:, 0], y[:, 0], norm_scale, self.router[...], valid[0, 0], first
         total, out = apply_token_experts(kernels, *arguments, weights, self.top_k, self.norm, self.activation)
         return pad_rows((total + partition.reduce_tokens(out[None])[0])[None], len(x))
 

@@ -51,17 +51,6 @@ def linear(
     return y[:rows].astype(dtype)
 
 
-def linear_unscaled(x: Float[Array, "N C"], weight: Weight) -> tuple[Float[Array, "N M"], Float[Array, "M"] | None]:
-    """Computes x w^T as :func:`linear` does on accelerators, except that scales of channels are not applied.
-
-    Returns:
-      The product, and the scales of its columns or None. Unscaled products of quantised weights are float32.
-    """
-    if isinstance(weight, QuantizedArray) and weight.group is None:
-        return _dot(x, weight.integers().astype(x.dtype), 1), weight.scale.reshape(-1)
-    return _accelerator_linear(x, weight, 1, x.dtype), None
-
-
 def gated(
     x: Float[Array, "N C"], gate: Weight, up: Weight, activation: Callable[[Array], Array], platform: str
 ) -> Float[Array, "N M"]:

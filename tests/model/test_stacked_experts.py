@@ -1,10 +1,14 @@
 """Tests of models whose experts are stacked in one array for kernels: loading, sharding, quantisation, generation."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dbrx_jax import DbrxConfig, DbrxForCausalLM, backend
 from dbrx_jax.checkpoint.parameters import array_layouts, parameter_specs, parameters_of
@@ -13,8 +17,11 @@ from dbrx_jax.kernels.gpu import cache_attention as gpu_cache_attention
 from dbrx_jax.kernels.tpu import cache_attention as tpu_cache_attention
 from dbrx_jax.kernels.tpu import decode_experts as tpu_decode_experts
 from dbrx_jax.kernels.tpu import sequence_attention as tpu_sequence_attention
+from dbrx_jax.model.attention import Attention
+from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache
+from dbrx_jax.model.parameter import Init
 from dbrx_jax.quantization import Quantization
-from dbrx_jax.sharding.partition import make_mesh, parse_axes
+from dbrx_jax.sharding.partition import ONE_DEVICE, make_mesh, parse_axes
 from tests.conftest import GOLDEN
 
 # Sizes that the kernels support.
@@ -126,3 +133,50 @@ def test_kernels_match_plain_experts(use_kernels_of, kind, axes, quantization, m
     assert traced.count("grouped_matmul") == 2 * 3
     # One in the chunk and one in the step. The GPU kernel supports only bfloat16.
     assert traced.count("attention") == (2 if kind == "tpu" else 0)
+
+
+needs_gpu_kernels = pytest.mark.skipif(
+    jax.__version_info__ < backend.MIN_JAX_FOR_GPU_KERNELS, reason="this JAX cannot interpret GPU kernels"
+)
+
+
+@needs_gpu_kernels
+@pytest.mark.parametrize("quantization", [None, "attention=int8"])
+def test_one_row_decodes_with_the_kernel_of_norm_and_routing(use_kernels_of, quantization, monkeypatch):
+    q = Quantization.parse(quantization)
+    parameters = parameters_of(DbrxForCausalLM(SMALL, rngs=nnx.Rngs(1), dtype="float32", quantization=q))
+    ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 20))
+    plain = DbrxForCausalLM.from_parameters(SMALL, parameters, quantization=q)
+    tokens = plain.generate(ids, max_new_tokens=4, eos_token_id=None)
+    use_kernels_of("gpu")
+    module, calls = dispatch.expert_kernels("cpu").norm_route, []
+    function = module.norm_route
+    monkeypatch.setattr(module, "norm_route", lambda *a, **b: (calls.append(a), function(*a, **b))[1])
+    model = DbrxForCausalLM.from_parameters(SMALL, parameters, quantization=q)
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=4, eos_token_id=None), tokens)
+    assert len(calls) == 1  # traced once for both layers
+    assert len(model.generate(np.repeat(ids, 2, axis=0), max_new_tokens=2, eos_token_id=None)) == 2
+    assert len(calls) == 1  # two rows take other ways
+
+
+@needs_gpu_kernels
+def test_decode_attention_by_kernels_writes_the_same_cache(use_kernels_of, monkeypatch):
+    """Two rows and one of padding, in bfloat16; on a CPU such a cache has another dtype, so it is made here."""
+    attention = Attention(SMALL, Init(jax.random.key(0), jnp.bfloat16, ONE_DEVICE, None))
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(4, 1, SMALL.d_model)), jnp.bfloat16)  # the fourth row only fills up
+    shape = 6, SMALL.kv_n_heads, CACHE_BLOCK, SMALL.head_dim
+    cache = LayerCache(*(jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(2)))
+    table = np.array([[3, 1], [5, 2], [4, 0]])
+    arguments = x, np.array([[True], [True], [False]]), np.array([[130], [0], [50]]), cache, table, ONE_DEVICE
+    want, want_cache = attention.attend(*arguments)
+    use_kernels_of("gpu")
+    run = functools.partial(gpu_cache_attention.write_and_attend, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(gpu_cache_attention, "write_and_attend", run)
+    monkeypatch.setattr(gpu_cache_attention, "WARP_GROUPS", 6)
+    y, cache = attention.attend(*arguments)
+    assert y.shape == want.shape == (4, 1, SMALL.n_heads, SMALL.head_dim)
+    y, want = (np.asarray(a, np.float32)[:2] for a in (y, want))
+    assert np.abs(y - want).max() < 1e-2 * np.abs(want).max()
+    for pool, want_pool in zip(cache[:2], want_cache[:2], strict=True):
+        np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (pool, want_pool)))

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.kernels.stacked_experts import ActiveExperts
+from dbrx_jax.ops.experts import ActiveExperts
 from dbrx_jax.ops.norm import EPSILON
 
 MAX_EXPERTS = 32  # the kernel's code grows with their number
@@ -31,7 +31,6 @@ def supports(x: Any, router: Any, norm: float | None, interpret: bool = False) -
 def norm_route(
     x: Float[Array, "P D"],
     y: Float[Array, "P D"],
-    y_scale: Float[Array, "D"] | None,
     norm_scale: Float[Array, "D"],
     router: Float[Array, "E D"],
     valid: Bool[Array, ""],
@@ -47,7 +46,6 @@ def norm_route(
 
     Args:
       x, y: rows behind the first are ignored.
-      y_scale: scales of y's columns, which are not applied yet; None: it has none.
       valid: False for padding, which goes to no expert.
       first_expert, num_local: this device has so many experts, from `first_expert` on.
 
@@ -56,16 +54,13 @@ def norm_route(
     """
     (num_experts, D), dtype = router.shape, x.dtype
     shape, slots = (D // COLUMNS, COLUMNS), min(top_k, num_local)
-    vectors = [a.reshape(-1, *shape) for a in (x, y, norm_scale, router, *(() if y_scale is None else (y_scale,)))]
+    vectors = [a.reshape(-1, *shape) for a in (x, y, norm_scale, router)]
 
     def body(scalars_ref, x_ref, y_ref, norm_ref, router_ref, *refs):
-        scale_refs, (sum_ref, normed_ref, active_ref, num_ref, weights_ref, weights, barriers) = refs[:-7], refs[-7:]
+        sum_ref, normed_ref, active_ref, num_ref, weights_ref, weights, barriers = refs
         for e in range(num_experts):
             plgpu.copy_gmem_to_smem(router_ref.at[e], weights.at[e], barriers.at[e])
-        added = _row(y_ref)
-        for scale_ref in scale_refs:
-            added = added * _row(scale_ref)
-        total = (_row(x_ref) + added.astype(dtype).astype(jnp.float32)).astype(dtype)
+        total = (_row(x_ref) + _row(y_ref).astype(dtype).astype(jnp.float32)).astype(dtype)
         sum_ref[0] = total
         centred = total.astype(jnp.float32)
         centred = centred - jnp.sum(centred) / D
