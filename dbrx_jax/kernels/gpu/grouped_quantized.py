@@ -1,0 +1,350 @@
+"""Grouped matmul with quantised weights on Hopper GPUs: many rows sorted by group, each times its group's weight.
+
+A thread block computes a tile of rows times channels with three warpgroups. One copies tiles of packed weights and of
+activations to shared memory some steps ahead. Each of the other two has half of the channels: it loads its weights to
+registers, unpacks them to bfloat16 there and multiplies them with all rows of the tile by wgmma, so that a weight is
+unpacked once for all of these rows, while the matrix unit multiplies for the other warpgroup. Group scales are
+multiplied onto the unpacked weights, so that one accumulator sums the whole contraction.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dbrx_jax.kernels.gpu.grouped_unpack import split_activations, split_scales, unpack
+from dbrx_jax.kernels.gpu.packed_weights import PackedWeights
+
+
+class GroupedTiles(NamedTuple):
+    """Tile sizes of a grouped matmul with quantised weights.
+
+    Attributes:
+      rows: activation rows per thread block, a multiple of 8 and at most 256.
+      channels: packed elements of output channels per thread block: 64, or a multiple of 128.
+      depth: packed elements along the contraction in a tile: 64 (rows of 128 bytes, the widest of wgmma) or 32.
+      weight_slots: tiles of packed weights in shared memory.
+      row_slots: tiles of activations in shared memory; a tile of int4 weights is multiplied with several.
+      band: row tiles that pass over all channels together, so that weights are read from the L2 cache.
+    """
+
+    rows: int
+    channels: int
+    depth: int
+    weight_slots: int
+    row_slots: int
+    band: int = 8
+
+    @property
+    def computing(self) -> int:
+        """Number of warpgroups that multiply; one more copies."""
+        return min(2, self.channels // _M)
+
+
+_M = 64  # channels of a wgmma
+
+
+SHARED_BYTES = 226 * 1024  # per thread block: 227 KiB less some for barriers
+
+
+def is_valid(weight: PackedWeights, t: GroupedTiles) -> bool:
+    """Returns whether tiles divide a weight, and fit the shared memory and the registers."""
+    divides = weight.channels % t.channels == 0 and weight.depth % t.depth == 0 and t.depth % weight.period == 0
+    slots = t.weight_slots * t.channels + t.row_slots * t.rows
+    shared_bytes = 2 * t.depth * slots + 2 * weight.num_outputs * t.computing * _M * t.rows
+    sums = t.rows * t.channels * weight.num_outputs // t.computing
+    return divides and shared_bytes <= SHARED_BYTES and sums <= 64 * 256
+
+
+class RowTiles(NamedTuple):
+    """Row tiles, each within one group, arrays (L,); tiles that do not exist have no rows.
+
+    Attributes:
+      first: index of the first row, divided by 8.
+      start, end: range of the group's rows within the tile.
+    """
+
+    group: Array
+    first: Array
+    start: Array
+    end: Array
+
+
+def row_tiles(sizes: Array, num_rows: int, tile_rows: int) -> RowTiles:
+    """Lists the tiles of groups of these sizes, one after another. A group's tiles begin with its first row.
+
+    Rows are copied from multiples of 8 on, so that a tile may begin with up to 7 rows of other groups, and the last
+    ones with more, because all tiles end within the rows.
+    """
+    ends = jnp.cumsum(sizes)
+    first = (ends - sizes) // 8 * 8
+    num_tiles = jnp.where(sizes > 0, -((first - ends) // tile_rows), 0)
+    last = jnp.cumsum(num_tiles)
+    index = jnp.arange((num_rows + sizes.shape[0] * (tile_rows + 6)) // tile_rows)
+    group = jnp.minimum(jnp.searchsorted(last, index, side="right"), sizes.shape[0] - 1)
+    begin = first[group] + (index - (last - num_tiles)[group]) * tile_rows
+    base = jnp.minimum(begin, num_rows - tile_rows)
+    start = jnp.maximum(begin, (ends - sizes)[group]) - base
+    end = jnp.where(index < last[-1], jnp.minimum(ends[group], begin + tile_rows) - base, start)
+    return RowTiles(*(a.astype(jnp.int32) for a in (group, base // 8, start, end)))
+
+
+def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTiles, interpret: Any) -> Array:
+    """Multiplies bfloat16 rows (P, C) by quantised weights: (P', M) with P' >= P; undefined in no group."""
+    num_rows = max(rows.shape[0] + -rows.shape[0] % 8, tiles.rows)
+    x = split_activations(jnp.pad(rows, ((0, num_rows - rows.shape[0]), (0, 0))), weight)
+    listed = row_tiles(sizes, num_rows, tiles.rows)
+    grid = listed.group.shape[0], weight.channels // tiles.channels
+    scales = weight.group_scales if weight.scale is None else _channel_scales(weight)
+    out_dtype = jnp.bfloat16 if weight.num_outputs == 1 else jnp.uint32  # a uint32 packs two neighbouring channels
+
+    def body(group_ref, first_ref, start_ref, end_ref, x_ref, bits_ref, scale_ref, out, *scratch):
+        tile, channel_tile = plgpu.planar_snake(lax.axis_index("block"), grid, 1, tiles.band)
+        start, end = start_ref[tile], end_ref[tile]
+
+        @pl.when(start < end)
+        def _():
+            group, first_row = group_ref[tile], first_ref[tile] * 8
+            block = _Block(weight, tiles, channel_tile, first_row, *scratch)
+            warpgroup = lax.axis_index("warpgroup")
+
+            @pl.when(warpgroup == tiles.computing)
+            def _():
+                if tiles.computing == 2:
+                    plgpu.set_max_registers(40, action="decrease")
+                block.copy_tiles(x_ref, bits_ref.at[group])
+
+            @pl.when(warpgroup < tiles.computing)
+            def _():
+                if tiles.computing == 2:
+                    plgpu.set_max_registers(232, action="increase")
+                block.compute(warpgroup, scale_ref.at[group], out, start, end)
+
+    run = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((num_rows, weight.channels), out_dtype),
+        grid=(math.prod(grid),),
+        grid_names=("block",),
+        num_threads=tiles.computing + 1,
+        thread_name="warpgroup",
+        scratch_types=_scratch(weight, tiles, out_dtype, bool(interpret)),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+    )
+    out = run(*listed, x, weight.bits, scales)
+    return out if weight.num_outputs == 1 else lax.bitcast_convert_type(out, jnp.bfloat16).reshape(out.shape[0], -1)
+
+
+def _channel_scales(weight: PackedWeights) -> Array:
+    """Returns each channel's scale, or pairs of neighbours in a uint32: (E, weight.channels)."""
+    scales = weight.scale.reshape(weight.scale.shape[0], -1, weight.num_outputs)
+    return scales[:, :, 0] if weight.num_outputs == 1 else lax.bitcast_convert_type(scales, jnp.uint32)
+
+
+def _scratch(weight: PackedWeights, t: GroupedTiles, out_dtype: Any, interpret: bool) -> list[Any]:
+    """Returns a thread block's shared memory, in the order of :class:`_Block`'s last fields."""
+    tile = (t.channels, t.depth) if weight.contracted == 1 else (t.depth, t.channels)
+    return [
+        plgpu.SMEM((t.weight_slots, *tile), jnp.int16),
+        plgpu.SMEM((t.row_slots, t.rows, t.depth), jnp.bfloat16),
+        plgpu.SMEM((t.computing, t.rows, _M), out_dtype),
+        plgpu.Barrier(num_barriers=t.weight_slots),
+        plgpu.Barrier(num_barriers=t.row_slots),
+        plgpu.Barrier(num_arrivals=t.computing, num_barriers=t.weight_slots),
+        plgpu.Barrier(num_arrivals=t.computing, num_barriers=t.row_slots),
+        *([plgpu.SMEM((t.computing, _M, t.depth), jnp.bfloat16)] if interpret else []),
+    ]
+
+
+class _Block(NamedTuple):
+    """One thread block's work.
+
+    Attributes:
+      channel_tile: index of the output tile along the channels.
+      first_row: first row of the tile, a multiple of 8.
+      weights, rows: slots in shared memory, with a barrier each for filled slots and for those that may be filled.
+      out_tiles: where each computing warpgroup gathers 64 channels of the output.
+      interpreted_values: shared memory for unpacked weights, for the interpreter, whose wgmma takes no registers.
+    """
+
+    weight: PackedWeights
+    tiles: GroupedTiles
+    channel_tile: Array
+    first_row: Array
+    weights: Any
+    rows: Any
+    out_tiles: Any
+    weights_filled: Any
+    rows_filled: Any
+    weights_free: Any
+    rows_free: Any
+    interpreted_values: Any = None
+
+    @property
+    def num_steps(self) -> int:
+        return self.weight.depth // self.tiles.depth
+
+    def copy_tiles(self, x: Any, bits: Any) -> None:
+        """Copies the tiles of all steps to shared memory as slots become free.
+
+        Args:
+          x: activations (num_inputs, rows, depth) in global memory.
+          bits: packed weights of the group, in global memory.
+        """
+        t, num_inputs = self.tiles, self.weight.num_inputs
+        channels = pl.ds(self.channel_tile * t.channels, t.channels)
+
+        def fill(n: Array, source: Any, slots: Any, filled: Any, free: Any) -> None:
+            slot = lax.rem(n, slots.shape[0])
+            pl.when(n >= slots.shape[0])(lambda: plgpu.barrier_wait(free.at[slot]))
+            plgpu.copy_gmem_to_smem(source, slots.at[slot], filled.at[slot])
+
+        def step(k, _):
+            depth = pl.ds(k * t.depth, t.depth)
+            tile = bits.at[channels, depth] if self.weight.contracted == 1 else bits.at[depth, channels]
+            fill(k, tile, self.weights, self.weights_filled, self.weights_free)
+            for i in range(num_inputs):
+                source = x.at[i, pl.ds(self.first_row, t.rows), depth]
+                fill(k * num_inputs + i, source, self.rows, self.rows_filled, self.rows_free)
+
+        lax.fori_loop(0, self.num_steps, step, None)
+
+    def compute(self, warpgroup: Array, scales: Any, out: Any, start: Array, end: Array) -> None:
+        """Computes this warpgroup's channels and stores rows `start` to `end` of the tile.
+
+        Args:
+          scales: channel or group scales of the group, in global memory.
+          out: output, in global memory.
+        """
+        half = self.tiles.channels // self.tiles.computing
+        chunks = range(half // _M)
+        first_channel = self.channel_tile * self.tiles.channels + warpgroup * half
+        channels = [pl.ds(first_channel + m * _M, _M) for m in chunks]
+        num_outputs = self.weight.num_outputs
+        totals = pl.run_scoped(
+            lambda *accs: self._accumulate(accs, warpgroup, channels, scales),
+            *[plgpu.ACC((_M, self.tiles.rows))] * (len(chunks) * num_outputs),
+        )
+        shared = self.out_tiles.at[warpgroup]
+        for m in chunks:
+            sums = totals[m * num_outputs : (m + 1) * num_outputs]
+            if self.weight.group_depth is None:
+                sums = _scale_channels(sums, scales.at[channels[m]])
+            if m:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            _store_transposed(shared, plgpu.layout_cast(_to_bfloat16(sums), plgpu.Layout.WGMMA_TRANSPOSED))
+            plgpu.commit_smem()
+            _store_rows(shared, out, self.first_row, start, end, channels[m])
+        plgpu.wait_smem_to_gmem(0)
+
+    def _accumulate(self, accs: Any, warpgroup: Array, channels: list, scales: Any) -> tuple[Array, ...]:
+        """Sums over all steps; returns the sums (channels, rows) of each chunk of 64 channels and each output."""
+        weight, t = self.weight, self.tiles
+        num_inputs, num_outputs = weight.num_inputs, weight.num_outputs
+        offsets = [(warpgroup * len(channels) + m) * _M for m in range(len(channels))]
+
+        def step(k, step_scales):
+            slot = lax.rem(k, t.weight_slots)
+            plgpu.barrier_wait(self.weights_filled.at[slot])
+            packed = [self._load_weights(slot, offset) for offset in offsets]
+            plgpu.barrier_arrive(self.weights_free.at[slot])
+            next_scales = self._load_scales(scales, channels, jnp.minimum(k + 1, self.num_steps - 1))
+            for i in range(num_inputs):
+                n = k * num_inputs + i
+                row_slot = lax.rem(n, t.row_slots)
+                plgpu.barrier_wait(self.rows_filled.at[row_slot])
+                for j, acc in enumerate(accs):
+                    m, output = divmod(j, num_outputs)
+                    values = unpack(packed[m], weight.kind, output * num_inputs + i)
+                    if step_scales:
+                        values = values * self._expand_scales(step_scales[m], output)
+                    self._multiply(acc, values, self.rows.at[row_slot], warpgroup)
+                plgpu.wgmma_wait(len(accs))  # these products run while the next weights are unpacked
+                pl.when(n > 0)(lambda n=n: plgpu.barrier_arrive(self.rows_free.at[lax.rem(n - 1, t.row_slots)]))
+            return next_scales
+
+        lax.fori_loop(0, self.num_steps, step, self._load_scales(scales, channels, 0))
+        return tuple(acc[...] for acc in accs)
+
+    def _load_weights(self, slot: Array, offset: Array) -> Array:
+        """Loads 64 channels of a weight tile, packed (channels, depth)."""
+        if self.weight.contracted == 1:
+            return self.weights[slot, pl.ds(offset, _M)]
+        return self.weights.at[slot, :, pl.ds(offset, _M)].transpose((1, 0))[...]
+
+    def _multiply(self, acc: Any, values: Array, rows: Any, warpgroup: Array) -> None:
+        """Adds values (channels, depth) times the transpose of rows (N, depth) to acc (channels, N)."""
+        if self.interpreted_values is not None:
+            self.interpreted_values[warpgroup] = values
+            values = self.interpreted_values.at[warpgroup]
+        plgpu.wgmma(acc, values, rows.transpose((1, 0)))
+
+    def _load_scales(self, ref: Any, channels: list, step: Any) -> list[list[Array]]:
+        """Loads a step's pairs of group scales, for each chunk of channels; empty without groups."""
+        if self.weight.group_depth is None:
+            return []
+        num_pairs = self.tiles.depth // self.weight.period
+        pairs = [step * num_pairs + p for p in range(num_pairs)]
+        if self.weight.contracted == 1:
+            return [[_load_by_channel(ref.at[c, p]) for p in pairs] for c in channels]
+        return [[_load_by_channel(ref.at[p, c]) for p in pairs] for c in channels]
+
+    def _expand_scales(self, pairs: list[Array], output: int) -> Array:
+        """Returns the scale of each weight of a tile of 64 channels, (channels, depth), from its groups' pairs."""
+        halves = [split_scales(pair) for pair in pairs]
+        groups = [h for pair in halves for h in pair] if self.weight.contracted == 1 else [h[output] for h in halves]
+        shape = _M, self.weight.group_depth
+        parts = [lax.broadcast_in_dim(g, shape, (0,)) for g in groups]
+        return parts[0] if len(parts) == 1 else lax.concatenate(parts, 1)
+
+
+def _load_by_channel(ref: Any) -> Array:
+    """Loads one element per channel of a tile to the threads that accumulate that channel."""
+    load: Any = plgpu.load  # its signature requires an index before jax 0.11, which does not run these kernels
+    return load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def _scale_channels(totals: tuple[Array, ...], ref: Any) -> tuple[Array, ...]:
+    """Multiplies the sums of each output by their channels' scales."""
+    stored = _load_by_channel(ref)
+    scales = [stored] if len(totals) == 1 else split_scales(stored)
+    return tuple(
+        t * lax.broadcast_in_dim(s.astype(jnp.float32), t.shape, (0,)) for t, s in zip(totals, scales, strict=True)
+    )
+
+
+def _store_transposed(tile: Any, values: Array) -> None:
+    """Stores values (channels, rows) in a tile (rows, channels) of shared memory."""
+    store: Callable[..., None] | None = getattr(plgpu, "store", None)
+    if store is None:  # jax 0.11, which finds the layout itself
+        tile.transpose((1, 0))[...] = values
+    else:
+        store(tile.transpose((1, 0)), values, optimized=False)
+
+
+def _to_bfloat16(totals: tuple[Array, ...]) -> Array:
+    """Casts the sums of one output to bfloat16; packs those of two in a uint32."""
+    if len(totals) == 1:
+        return totals[0].astype(jnp.bfloat16)
+    # A bfloat16 is the upper half of the float32 with the same value.
+    low, high = (lax.bitcast_convert_type(t.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for t in totals)
+    return lax.shift_right_logical(low, jnp.uint32(16)) | high
+
+
+def _store_rows(shared: Any, out: Any, first_row: Array, start: Array, end: Array, channels: Any) -> None:
+    """Copies rows start to end of a tile to global memory, with one copy of static size per bit of their number."""
+    num_rows = end - start
+    for bit in reversed(range(shared.shape[0].bit_length())):
+        size = 1 << bit
+
+        @pl.when((num_rows & size) != 0)
+        def _(start=start, size=size):
+            rows = out.at[pl.ds(first_row + start, size), channels]
+            plgpu.copy_smem_to_gmem(shared.at[pl.ds(start, size)], rows)
+
+        start = start + (num_rows & size)
