@@ -252,7 +252,7 @@ class _Block(NamedTuple):
             slot = lax.rem(k, t.weight_slots)
             plgpu.barrier_wait(self.weights_filled.at[slot])
             packed = [self._load_weights(slot, offset) for offset in offsets]
-            plgpu.barrier_arrive(self.weights_free.at[slot])
+            pl.when(k + t.weight_slots < self.num_steps)(lambda: plgpu.barrier_arrive(self.weights_free.at[slot]))
             next_scales = self._load_scales(scales, channels, jnp.minimum(k + 1, self.num_steps - 1))
             for i in range(num_inputs):
                 n = k * num_inputs + i
@@ -265,7 +265,11 @@ class _Block(NamedTuple):
                         values = values * self._expand_scales(step_scales[m], output)
                     self._multiply(acc, values, self.rows.at[row_slot], warpgroup)
                 plgpu.wgmma_wait(len(accs))  # these products run while the next weights are unpacked
-                pl.when(n > 0)(lambda n=n: plgpu.barrier_arrive(self.rows_free.at[lax.rem(n - 1, t.row_slots)]))
+
+                @pl.when((n > 0) & (n - 1 + t.row_slots < self.num_steps * num_inputs))
+                def _(n=n):
+                    plgpu.barrier_arrive(self.rows_free.at[lax.rem(n - 1, t.row_slots)])
+
             return next_scales
 
         lax.fori_loop(0, self.num_steps, step, self._load_scales(scales, channels, 0))
