@@ -264,11 +264,12 @@ class _Block(NamedTuple):
                     if step_scales:
                         values = values * self._expand_scales(step_scales[m], output)
                     self._multiply(acc, values, self.rows.at[row_slot], warpgroup)
-                plgpu.wgmma_wait(len(accs))  # these products run while the next weights are unpacked
+                    plgpu.wgmma_wait(1)  # this product runs while the next weights are unpacked
+                    if j == 0:
 
-                @pl.when((n > 0) & (n - 1 + t.row_slots < self.num_steps * num_inputs))
-                def _(n=n):
-                    plgpu.barrier_arrive(self.rows_free.at[lax.rem(n - 1, t.row_slots)])
+                        @pl.when((n > 0) & (n - 1 + t.row_slots < self.num_steps * num_inputs))
+                        def _(n=n):
+                            plgpu.barrier_arrive(self.rows_free.at[lax.rem(n - 1, t.row_slots)])
 
             return next_scales
 
