@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dbrx_jax.kernels.gpu.grouped_unpack import split_activations, split_scales, unpack
+from dbrx_jax.kernels.gpu.grouped_unpack import split_activations, split_scales, unpack, unpack_registers
 from dbrx_jax.kernels.gpu.packed_weights import PackedWeights
 
 
@@ -260,7 +260,7 @@ class _Block(NamedTuple):
                 plgpu.barrier_wait(self.rows_filled.at[row_slot])
                 for j, acc in enumerate(accs):
                     m, output = divmod(j, num_outputs)
-                    values = unpack(packed[m], weight.kind, output * num_inputs + i)
+                    values = self._unpack(packed[m], weight.kind, output * num_inputs + i)
                     if step_scales:
                         values = values * self._expand_scales(step_scales[m], output)
                     self._multiply(acc, values, self.rows.at[row_slot], warpgroup)
@@ -275,6 +275,10 @@ class _Block(NamedTuple):
 
         lax.fori_loop(0, self.num_steps, step, self._load_scales(scales, channels, 0))
         return tuple(acc[...] for acc in accs)
+
+    @property
+    def _unpack(self) -> Callable[..., Array]:
+        return unpack_registers if self.interpreted_values is None else unpack
 
     def _load_weights(self, slot: Array, offset: Array) -> Array:
         """Loads 64 channels of a weight tile, packed (channels, depth)."""
@@ -304,7 +308,7 @@ class _Block(NamedTuple):
         halves = [split_scales(pair) for pair in pairs]
         groups = [h for pair in halves for h in pair] if self.weight.contracted == 1 else [h[output] for h in halves]
         shape = _M, self.weight.group_depth
-        parts = [lax.broadcast_in_dim(g, shape, (0,)) for g in groups]
+        parts = [lax.broadcast_in_dim(g.astype(jnp.bfloat16), shape, (0,)) for g in groups]
         return parts[0] if len(parts) == 1 else lax.concatenate(parts, 1)
 
 
