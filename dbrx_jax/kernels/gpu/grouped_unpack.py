@@ -14,13 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dbrx_jax.kernels.gpu.packed_weights import PackedWeights
 
-# Instructions that unpack the weight at each position of two int16 ($1) to two bfloat16 ($0). As in `_signed`, the
-# sign bit of an int8 doubles 128; as in `_nibble`, an int4 plus 8 is an offset from 128. The last operand of lop3
-# is its truth table: 0xea is (a & b) | c, 0x6a is (a & b) ^ c.
+# Instructions that unpack the weights at each position of two int16 ($1) to two bfloat16 ($0), as `_signed` and
+# `_nibble` do. The last operand of lop3 is its truth table: 0xea is (a & b) | c, 0x6a is (a & b) ^ c.
 _INT8 = """{{ .reg .b32 bits, magnitude, sign;
-  prmt.b32 bits, $1, 0x43, {bytes};
-  and.b32 magnitude, bits, 0xff7fff7f;
-  and.b32 sign, bits, 0xff80ff80;
+  shr.b32 bits, $1, {shift};
+  lop3.b32 magnitude, bits, 0x007f007f, 0x43004300, 0xea;
+  lop3.b32 sign, bits, 0x00800080, 0x43004300, 0xea;
   sub.bf16x2 $0, magnitude, sign; }}"""
 _INT4 = """{{ .reg .b32 bits, value, offset;
   shr.b32 bits, $1, {shift};
@@ -28,7 +27,7 @@ _INT4 = """{{ .reg .b32 bits, value, offset;
   mov.b32 offset, 0x43084308;
   sub.bf16x2 $0, value, offset; }}"""
 PTX = {
-    "int8": tuple(_INT8.format(bytes=f"0x4{2 + p}4{p}") for p in range(2)),
+    "int8": tuple(_INT8.format(shift=8 * p) for p in range(2)),
     "int4": tuple(_INT4.format(shift=4 * p) for p in range(4)),
 }
 
