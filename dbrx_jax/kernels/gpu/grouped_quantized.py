@@ -7,7 +7,6 @@ unpacked once for all of these rows, while the matrix unit multiplies for the ot
 multiplied onto the unpacked weights, so that one accumulator sums the whole contraction.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,17 +61,19 @@ def is_valid(weight: PackedWeights, t: GroupedTiles) -> bool:
 
 
 class RowTiles(NamedTuple):
-    """Row tiles, each within one group, arrays (L,); tiles that do not exist have no rows.
+    """Row tiles, each within one group, arrays (L,).
 
     Attributes:
       first: index of the first row, divided by 8.
       start, end: range of the group's rows within the tile.
+      count: number of tiles, (1,); the arrays may be longer.
     """
 
     group: Array
     first: Array
     start: Array
     end: Array
+    count: Array
 
 
 def row_tiles(sizes: Array, num_rows: int, tile_rows: int) -> RowTiles:
@@ -90,8 +91,8 @@ def row_tiles(sizes: Array, num_rows: int, tile_rows: int) -> RowTiles:
     begin = first[group] + (index - (last - num_tiles)[group]) * tile_rows
     base = jnp.minimum(begin, num_rows - tile_rows)
     start = jnp.maximum(begin, (ends - sizes)[group]) - base
-    end = jnp.where(index < last[-1], jnp.minimum(ends[group], begin + tile_rows) - base, start)
-    return RowTiles(*(a.astype(jnp.int32) for a in (group, base // 8, start, end)))
+    end = jnp.minimum(ends[group], begin + tile_rows) - base
+    return RowTiles(*(a.astype(jnp.int32) for a in (group, base // 8, start, end, last[-1:])))
 
 
 def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTiles, interpret: Any) -> Array:
@@ -99,36 +100,40 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
     num_rows = max(rows.shape[0] + -rows.shape[0] % 8, tiles.rows)
     x = split_activations(jnp.pad(rows, ((0, num_rows - rows.shape[0]), (0, 0))), weight)
     listed = row_tiles(sizes, num_rows, tiles.rows)
-    grid = listed.group.shape[0], weight.channels // tiles.channels
     scales = weight.group_scales if weight.scale is None else _channel_scales(weight)
     out_dtype = jnp.bfloat16 if weight.num_outputs == 1 else jnp.uint32  # a uint32 packs two neighbouring channels
+    num_blocks = _num_blocks(bool(interpret))
 
-    def body(group_ref, first_ref, start_ref, end_ref, x_ref, bits_ref, scale_ref, out, *scratch):
-        tile, channel_tile = plgpu.planar_snake(lax.axis_index("block"), grid, 1, tiles.band)
-        start, end = start_ref[tile], end_ref[tile]
+    def body(*refs):
+        listed_refs, (x_ref, bits_ref, scale_ref, out), scratch = refs[:5], refs[5:9], refs[9:]
+        index, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        num_tiles = RowTiles(*listed_refs).count[0] * (weight.channels // tiles.channels)
+        own_tiles = lax.div(num_tiles - index + num_blocks - 1, num_blocks)
+        block = _Block(weight, tiles, own_tiles, *scratch)
 
-        @pl.when(start < end)
+        def each_tile(compute):
+            def step(n, _):
+                compute(n, _tile(RowTiles(*listed_refs), index + n * num_blocks, weight, tiles))
+
+            lax.fori_loop(0, own_tiles, step, None)
+
+        @pl.when(warpgroup == tiles.computing)
         def _():
-            group, first_row = group_ref[tile], first_ref[tile] * 8
-            block = _Block(weight, tiles, channel_tile, first_row, *scratch)
-            warpgroup = lax.axis_index("warpgroup")
+            if tiles.computing == 2:
+                plgpu.set_max_registers(40, action="decrease")
+            each_tile(lambda n, tile: block.copy_tiles(n, tile, x_ref, bits_ref.at[tile.group]))
 
-            @pl.when(warpgroup == tiles.computing)
-            def _():
-                if tiles.computing == 2:
-                    plgpu.set_max_registers(40, action="decrease")
-                block.copy_tiles(x_ref, bits_ref.at[group])
-
-            @pl.when(warpgroup < tiles.computing)
-            def _():
-                if tiles.computing == 2:
-                    plgpu.set_max_registers(232, action="increase")
-                block.compute(warpgroup, scale_ref.at[group], out, start, end)
+        @pl.when(warpgroup < tiles.computing)
+        def _():
+            if tiles.computing == 2:
+                plgpu.set_max_registers(232, action="increase")
+            each_tile(lambda n, tile: block.compute(n, tile, warpgroup, scale_ref.at[tile.group], out))
+            plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((num_rows, weight.channels), out_dtype),
-        grid=(math.prod(grid),),
+        grid=(num_blocks,),
         grid_names=("block",),
         num_threads=tiles.computing + 1,
         thread_name="warpgroup",
@@ -138,6 +143,32 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
     )
     out = run(*listed, x, weight.bits, scales)
     return out if weight.num_outputs == 1 else lax.bitcast_convert_type(out, jnp.bfloat16).reshape(out.shape[0], -1)
+
+
+def _num_blocks(interpret: bool) -> int:
+    """Returns the number of thread blocks: one for each multiprocessor, or that of an H100 or H200."""
+    return 2 if interpret else getattr(jax.devices()[0], "core_count", 132)
+
+
+class _Tile(NamedTuple):
+    """An output tile: rows `start` to `end` of those from `first_row` on, a multiple of 8, times some channels."""
+
+    group: Array
+    first_row: Array
+    start: Array
+    end: Array
+    channel_tile: Array
+
+
+def _tile(listed: RowTiles, index: Array, weight: PackedWeights, t: GroupedTiles) -> _Tile:
+    """Returns an output tile by index. Bands of row tiles follow each other, and channel tiles within a band."""
+    channel_tiles = weight.channels // t.channels
+    band = lax.div(index, t.band * channel_tiles)
+    height = jnp.minimum(listed.count[0] - band * t.band, t.band)
+    index = index - band * t.band * channel_tiles
+    channel_tile = lax.div(index, height)
+    tile = band * t.band + index - channel_tile * height
+    return _Tile(listed.group[tile], listed.first[tile] * 8, listed.start[tile], listed.end[tile], channel_tile)
 
 
 def _channel_scales(weight: PackedWeights) -> Array:
@@ -162,11 +193,10 @@ def _scratch(weight: PackedWeights, t: GroupedTiles, out_dtype: Any, interpret: 
 
 
 class _Block(NamedTuple):
-    """One thread block's work.
+    """One thread block's work on its output tiles, one after another.
 
     Attributes:
-      channel_tile: index of the output tile along the channels.
-      first_row: first row of the tile, a multiple of 8.
+      num_tiles: number of output tiles.
       weights, rows: slots in shared memory, with a barrier each for filled slots and for those that may be filled.
       out_tiles: where each computing warpgroup gathers 64 channels of the output.
       interpreted_values: shared memory for unpacked weights, for the interpreter, whose wgmma takes no registers.
@@ -174,8 +204,7 @@ class _Block(NamedTuple):
 
     weight: PackedWeights
     tiles: GroupedTiles
-    channel_tile: Array
-    first_row: Array
+    num_tiles: Array
     weights: Any
     rows: Any
     out_tiles: Any
@@ -187,35 +216,36 @@ class _Block(NamedTuple):
 
     @property
     def num_steps(self) -> int:
+        """Number of steps along the contraction."""
         return self.weight.depth // self.tiles.depth
 
-    def copy_tiles(self, x: Any, bits: Any) -> None:
-        """Copies the tiles of all steps to shared memory as slots become free.
+    def copy_tiles(self, n: Array, tile: _Tile, x: Any, bits: Any) -> None:
+        """Copies the operands of the n-th output tile to shared memory, step by step as slots become free.
 
         Args:
           x: activations (num_inputs, rows, depth) in global memory.
           bits: packed weights of the group, in global memory.
         """
         t, num_inputs = self.tiles, self.weight.num_inputs
-        channels = pl.ds(self.channel_tile * t.channels, t.channels)
+        channels = pl.ds(tile.channel_tile * t.channels, t.channels)
 
-        def fill(n: Array, source: Any, slots: Any, filled: Any, free: Any) -> None:
-            slot = lax.rem(n, slots.shape[0])
-            pl.when(n >= slots.shape[0])(lambda: plgpu.barrier_wait(free.at[slot]))
+        def fill(count: Array, source: Any, slots: Any, filled: Any, free: Any) -> None:
+            slot = lax.rem(count, slots.shape[0])
+            pl.when(count >= slots.shape[0])(lambda: plgpu.barrier_wait(free.at[slot]))
             plgpu.copy_gmem_to_smem(source, slots.at[slot], filled.at[slot])
 
         def step(k, _):
-            depth = pl.ds(k * t.depth, t.depth)
-            tile = bits.at[channels, depth] if self.weight.contracted == 1 else bits.at[depth, channels]
-            fill(k, tile, self.weights, self.weights_filled, self.weights_free)
+            count, depth = n * self.num_steps + k, pl.ds(k * t.depth, t.depth)
+            source = bits.at[channels, depth] if self.weight.contracted == 1 else bits.at[depth, channels]
+            fill(count, source, self.weights, self.weights_filled, self.weights_free)
             for i in range(num_inputs):
-                source = x.at[i, pl.ds(self.first_row, t.rows), depth]
-                fill(k * num_inputs + i, source, self.rows, self.rows_filled, self.rows_free)
+                source = x.at[i, pl.ds(tile.first_row, t.rows), depth]
+                fill(count * num_inputs + i, source, self.rows, self.rows_filled, self.rows_free)
 
         lax.fori_loop(0, self.num_steps, step, None)
 
-    def compute(self, warpgroup: Array, scales: Any, out: Any, start: Array, end: Array) -> None:
-        """Computes this warpgroup's channels and stores rows `start` to `end` of the tile.
+    def compute(self, n: Array, tile: _Tile, warpgroup: Array, scales: Any, out: Any) -> None:
+        """Computes this warpgroup's channels of the n-th output tile.
 
         Args:
           scales: channel or group scales of the group, in global memory.
@@ -223,11 +253,11 @@ class _Block(NamedTuple):
         """
         half = self.tiles.channels // self.tiles.computing
         chunks = range(half // _M)
-        first_channel = self.channel_tile * self.tiles.channels + warpgroup * half
+        first_channel = tile.channel_tile * self.tiles.channels + warpgroup * half
         channels = [pl.ds(first_channel + m * _M, _M) for m in chunks]
         num_outputs = self.weight.num_outputs
         totals = pl.run_scoped(
-            lambda *accs: self._accumulate(accs, warpgroup, channels, scales),
+            lambda *accs: self._accumulate(n, accs, warpgroup, channels, scales),
             *[plgpu.ACC((_M, self.tiles.rows))] * (len(chunks) * num_outputs),
         )
         shared = self.out_tiles.at[warpgroup]
@@ -235,28 +265,34 @@ class _Block(NamedTuple):
             sums = totals[m * num_outputs : (m + 1) * num_outputs]
             if self.weight.group_depth is None:
                 sums = _scale_channels(sums, scales.at[channels[m]])
-            if m:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             _store_transposed(shared, plgpu.layout_cast(_to_bfloat16(sums), plgpu.Layout.WGMMA_TRANSPOSED))
             plgpu.commit_smem()
-            _store_rows(shared, out, self.first_row, start, end, channels[m])
-        plgpu.wait_smem_to_gmem(0)
+            _store_rows(shared, out, tile, channels[m])
 
-    def _accumulate(self, accs: Any, warpgroup: Array, channels: list, scales: Any) -> tuple[Array, ...]:
+    def _accumulate(self, n: Array, accs: Any, warpgroup: Array, channels: list, scales: Any) -> tuple[Array, ...]:
         """Sums over all steps; returns the sums (channels, rows) of each chunk of 64 channels and each output."""
         weight, t = self.weight, self.tiles
         num_inputs, num_outputs = weight.num_inputs, weight.num_outputs
         offsets = [(warpgroup * len(channels) + m) * _M for m in range(len(channels))]
+        num_steps = self.num_tiles * self.num_steps
+
+        def release(count: Array, num_counts: Array, slots: int, free: Any) -> None:
+            """Frees the slot with the count-th tile, if another will be copied there."""
+            pl.when((count >= 0) & (count + slots < num_counts))(
+                lambda: plgpu.barrier_arrive(free.at[lax.rem(count, slots)])
+            )
 
         def step(k, step_scales):
-            slot = lax.rem(k, t.weight_slots)
+            count = n * self.num_steps + k
+            slot = lax.rem(count, t.weight_slots)
             plgpu.barrier_wait(self.weights_filled.at[slot])
             packed = [self._load_weights(slot, offset) for offset in offsets]
-            pl.when(k + t.weight_slots < self.num_steps)(lambda: plgpu.barrier_arrive(self.weights_free.at[slot]))
+            release(count, num_steps, t.weight_slots, self.weights_free)
             next_scales = self._load_scales(scales, channels, jnp.minimum(k + 1, self.num_steps - 1))
             for i in range(num_inputs):
-                n = k * num_inputs + i
-                row_slot = lax.rem(n, t.row_slots)
+                row_count = count * num_inputs + i
+                row_slot = lax.rem(row_count, t.row_slots)
                 plgpu.barrier_wait(self.rows_filled.at[row_slot])
                 for j, acc in enumerate(accs):
                     m, output = divmod(j, num_outputs)
@@ -266,11 +302,7 @@ class _Block(NamedTuple):
                     self._multiply(acc, values, self.rows.at[row_slot], warpgroup)
                     plgpu.wgmma_wait(1)  # this product runs while the next weights are unpacked
                     if j == 0:
-
-                        @pl.when((n > 0) & (n - 1 + t.row_slots < self.num_steps * num_inputs))
-                        def _(n=n):
-                            plgpu.barrier_arrive(self.rows_free.at[lax.rem(n - 1, t.row_slots)])
-
+                        release(row_count - 1, num_steps * num_inputs, t.row_slots, self.rows_free)
             return next_scales
 
         lax.fori_loop(0, self.num_steps, step, self._load_scales(scales, channels, 0))
@@ -345,15 +377,15 @@ def _to_bfloat16(totals: tuple[Array, ...]) -> Array:
     return lax.shift_right_logical(low, jnp.uint32(16)) | high
 
 
-def _store_rows(shared: Any, out: Any, first_row: Array, start: Array, end: Array, channels: Any) -> None:
-    """Copies rows start to end of a tile to global memory, with one copy of static size per bit of their number."""
-    num_rows = end - start
+def _store_rows(shared: Any, out: Any, tile: _Tile, channels: Any) -> None:
+    """Copies the group's rows of a tile to global memory, with one copy of static size per bit of their number."""
+    start, num_rows = tile.start, tile.end - tile.start
     for bit in reversed(range(shared.shape[0].bit_length())):
         size = 1 << bit
 
         @pl.when((num_rows & size) != 0)
         def _(start=start, size=size):
-            rows = out.at[pl.ds(first_row + start, size), channels]
+            rows = out.at[pl.ds(tile.first_row + start, size), channels]
             plgpu.copy_smem_to_gmem(shared.at[pl.ds(start, size)], rows)
 
         start = start + (num_rows & size)
