@@ -255,7 +255,8 @@ class _Block(NamedTuple):
         chunks = range(half // _M)
         first_channel = tile.channel_tile * self.tiles.channels + warpgroup * half
         channels = [pl.ds(first_channel + m * _M, _M) for m in chunks]
-        num_outputs = self.weight.num_outputs
+        num_outputs, has_groups = self.weight.num_outputs, self.weight.group_depth is not None
+        factors = [] if has_groups else [_load_by_channel(scales.at[c]) for c in channels]  # long before they are used
         totals = pl.run_scoped(
             lambda *accs: self._accumulate(n, accs, warpgroup, channels, scales),
             *[plgpu.ACC((_M, self.tiles.rows))] * (len(chunks) * num_outputs),
@@ -263,8 +264,8 @@ class _Block(NamedTuple):
         shared = self.out_tiles.at[warpgroup]
         for m in chunks:
             sums = totals[m * num_outputs : (m + 1) * num_outputs]
-            if self.weight.group_depth is None:
-                sums = _scale_channels(sums, scales.at[channels[m]])
+            if not has_groups:
+                sums = _scale_channels(sums, factors[m])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             _store_transposed(shared, plgpu.layout_cast(_to_bfloat16(sums), plgpu.Layout.WGMMA_TRANSPOSED))
             plgpu.commit_smem()
@@ -350,9 +351,8 @@ def _load_by_channel(ref: Any) -> Array:
     return load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
-def _scale_channels(totals: tuple[Array, ...], ref: Any) -> tuple[Array, ...]:
+def _scale_channels(totals: tuple[Array, ...], stored: Array) -> tuple[Array, ...]:
     """Multiplies the sums of each output by their channels' scales."""
-    stored = _load_by_channel(ref)
     scales = [stored] if len(totals) == 1 else split_scales(stored)
     return tuple(
         t * lax.broadcast_in_dim(s.astype(jnp.float32), t.shape, (0,)) for t, s in zip(totals, scales, strict=True)
