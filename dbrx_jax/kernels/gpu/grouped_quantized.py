@@ -120,13 +120,13 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
         @pl.when(warpgroup == tiles.computing)
         def _():
             if tiles.computing == 2:
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(24, action="decrease")
             each_tile(lambda n, tile: block.copy_tiles(n, tile, x_ref, bits_ref.at[tile.group]))
 
         @pl.when(warpgroup < tiles.computing)
         def _():
             if tiles.computing == 2:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(240, action="increase")
             each_tile(lambda n, tile: block.compute(n, tile, warpgroup, scale_ref.at[tile.group], out))
             plgpu.wait_smem_to_gmem(0)
 
@@ -244,8 +244,14 @@ class _Block(NamedTuple):
 
         lax.fori_loop(0, self.num_steps, step, None)
 
-    def compute(self, n: Array, tile: _Tile, warpgroup: Array, scales: Any, out: Any) -> None:
-        """Computes this warpgroup's channels of the n-th output tile.
+    def compute(self, *args: Any) -> None:
+        """Computes as :meth:`compute_rows`, for half of the tile's rows if the group has no more."""
+        tile, half = args[1], self.tiles.rows // 2
+        pl.when(tile.end > half)(lambda: self.compute_rows(self.tiles.rows, *args))
+        pl.when(tile.end <= half)(lambda: self.compute_rows(half, *args))
+
+    def compute_rows(self, num_rows: int, n: Array, tile: _Tile, warpgroup: Array, scales: Any, out: Any) -> None:
+        """Computes this warpgroup's channels of the first rows of the n-th output tile.
 
         Args:
           scales: channel or group scales of the group, in global memory.
@@ -259,9 +265,9 @@ class _Block(NamedTuple):
         factors = [] if has_groups else [_load_by_channel(scales.at[c]) for c in channels]  # long before they are used
         totals = pl.run_scoped(
             lambda *accs: self._accumulate(n, accs, warpgroup, channels, scales),
-            *[plgpu.ACC((_M, self.tiles.rows))] * (len(chunks) * num_outputs),
+            *[plgpu.ACC((_M, num_rows))] * (len(chunks) * num_outputs),
         )
-        shared = self.out_tiles.at[warpgroup]
+        shared = self.out_tiles.at[warpgroup, pl.ds(0, num_rows)]
         for m in chunks:
             sums = totals[m * num_outputs : (m + 1) * num_outputs]
             if not has_groups:
@@ -300,7 +306,7 @@ class _Block(NamedTuple):
                     values = self._unpack(packed[m], weight.kind, output * num_inputs + i)
                     if step_scales:
                         values = values * self._expand_scales(step_scales[m], output)
-                    self._multiply(acc, values, self.rows.at[row_slot], warpgroup)
+                    self._multiply(acc, values, self.rows.at[row_slot, pl.ds(0, acc.shape[1])], warpgroup)
                     plgpu.wgmma_wait(1)  # this product runs while the next weights are unpacked
                     if j == 0:
                         release(row_count - 1, num_steps * num_inputs, t.row_slots, self.rows_free)
