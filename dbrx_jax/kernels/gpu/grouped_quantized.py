@@ -99,7 +99,7 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
     """Multiplies bfloat16 rows (P, C) by quantised weights: (P', M) with P' >= P; undefined in no group."""
     num_rows = max(rows.shape[0] + -rows.shape[0] % 8, tiles.rows)
     x = split_activations(jnp.pad(rows, ((0, num_rows - rows.shape[0]), (0, 0))), weight)
-    listed = row_tiles(sizes, num_rows, tiles.rows)
+    row_tile_arrays = row_tiles(sizes, num_rows, tiles.rows)
     scales = weight.group_scales if weight.scale is None else _channel_scales(weight)
     out_dtype = jnp.bfloat16 if weight.num_outputs == 1 else jnp.uint32  # a uint32 packs two neighbouring channels
     num_blocks = _num_blocks(bool(interpret))
@@ -107,13 +107,14 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
     def body(*refs):
         listed_refs, (x_ref, bits_ref, scale_ref, out), scratch = refs[:5], refs[5:9], refs[9:]
         index, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        num_tiles = RowTiles(*listed_refs).count[0] * (weight.channels // tiles.channels)
+        listed = RowTiles(*listed_refs)
+        num_tiles = listed.count[0] * (weight.channels // tiles.channels)
         own_tiles = lax.div(num_tiles - index + num_blocks - 1, num_blocks)
         block = _Block(weight, tiles, own_tiles, *scratch)
 
         def each_tile(compute):
             def step(n, _):
-                compute(n, _tile(RowTiles(*listed_refs), index + n * num_blocks, weight, tiles))
+                compute(n, _tile(listed, index + n * num_blocks, weight, tiles))
 
             lax.fori_loop(0, own_tiles, step, None)
 
@@ -141,7 +142,7 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    out = run(*listed, x, weight.bits, scales)
+    out = run(*row_tile_arrays, x, weight.bits, scales)
     return out if weight.num_outputs == 1 else lax.bitcast_convert_type(out, jnp.bfloat16).reshape(out.shape[0], -1)
 
 
@@ -247,8 +248,8 @@ class _Block(NamedTuple):
     def compute(self, *args: Any) -> None:
         """Computes as :meth:`compute_rows`, for half of the tile's rows if the group has no more."""
         tile, half = args[1], self.tiles.rows // 2
-        pl.when(tile.end > half)(lambda: self.compute_rows(self.tiles.rows, *args))
         pl.when(tile.end <= half)(lambda: self.compute_rows(half, *args))
+        pl.when(tile.end > half)(lambda: self.compute_rows(self.tiles.rows, *args))
 
     def compute_rows(self, num_rows: int, n: Array, tile: _Tile, warpgroup: Array, scales: Any, out: Any) -> None:
         """Computes this warpgroup's channels of the first rows of the n-th output tile.
