@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dbrx_jax.kernels.gpu import grouped_gradient as gradient
 from dbrx_jax.kernels.gpu import grouped_matmul as grouped
+from dbrx_jax.kernels.gpu.grouped_quantized import GroupedTiles, row_tiles
 from tests.kernels.gpu import INTERPRET, copied_bytes, fresh_interpreter, max_error  # noqa: F401
 from tests.kernels.weights import to_float32, weight_of
 
@@ -59,6 +60,45 @@ def test_grouped_matmul_matches_reference(fmt, dtype, contracted):
     assert y.shape == (150, M)
     assert max_error(y, reference(rows, w, contracted, sizes)) < (1e-5 if dtype == jnp.float32 else 1e-2)
     np.testing.assert_array_equal(to_float32(y)[103:], 0)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "contracted", "tiles"),
+    [
+        ("int8", 1, (128, 256, 64, 3, 6)),
+        ("int8", 0, (128, 128, 64, 5, 5)),
+        ("int4-128", 1, (128, 256, 64, 2, 8)),
+        ("int4-64", 1, (256, 128, 64, 2, 4)),
+        ("int4-32", 0, (128, 128, 64, 3, 7)),
+        ("fp8", 1, (192, 128, 64, 3, 5)),
+    ],
+)
+def test_two_warpgroups_match_reference(fmt, contracted, tiles):
+    """Blocks have several output tiles, whole and half ones, and more steps than slots."""
+    C, M = (640, 256) if contracted == 1 else (768, 512)
+    if fmt.startswith("int4") and contracted == 1:
+        C = 1024
+    w = weight_of((3, M, C) if contracted == 1 else (3, C, M), fmt, contracted)
+    sizes, rows = [203, 0, 62], random_rows(270, C)
+    y = run(rows, w, contracted, sizes, GroupedTiles(*tiles))
+    assert max_error(y, reference(rows, w, contracted, sizes)) < 1e-2
+
+
+@given(st.lists(st.integers(0, 300), min_size=5, max_size=5), st.sampled_from([64, 128, 256]))
+@example([7, 1, 0, 128, 129], 128)
+@example([300, 300, 300, 300, 300], 256)
+def test_row_tiles_have_each_row_once(sizes, tile_rows):
+    num_rows = 1504
+    listed = row_tiles(np.array(sizes), num_rows, tile_rows)
+    count, groups = int(listed.count[0]), np.full(num_rows, -1)
+    assert count <= len(listed.group)
+    for group, first, start, end in zip(*(np.asarray(a)[:count] for a in listed[:4]), strict=True):
+        assert 0 <= start < end <= tile_rows
+        assert 0 <= first * 8 <= num_rows - tile_rows
+        assert (groups[first * 8 + start : first * 8 + end] == -1).all()
+        groups[first * 8 + start : first * 8 + end] = group
+    np.testing.assert_array_equal(groups[: sum(sizes)], np.repeat(np.arange(len(sizes)), sizes))
+    assert (groups[sum(sizes) :] == -1).all()
 
 
 @pytest.mark.slow  # a run of the interpreter takes seconds
