@@ -90,7 +90,7 @@ def test_two_warpgroups_match_reference(fmt, contracted, tiles):
 def test_row_tiles_have_each_row_once(sizes, tile_rows):
     num_rows = 1504
     listed = row_tiles(np.array(sizes), num_rows, tile_rows)
-    count, groups = int(listed.count[0]), np.full(num_rows, -1)
+    count, groups = int(listed.number[0]), np.full(num_rows, -1)
     assert count <= len(listed.group)
     for group, first, start, end in zip(*(np.asarray(a)[:count] for a in listed[:4]), strict=True):
         assert 0 <= start < end <= tile_rows

@@ -21,11 +21,8 @@ def run_ptx(text, pairs):
         name, *operands = statement.replace(",", " ").split() or [".reg"]
         if name == ".reg":
             continue
-        result, *values = [
-            operands[0],
-            *(registers.get(o, None) if o in registers else int(o, 0) for o in operands[1:]),
-        ]
-        values = [np.asarray(v, np.uint32) for v in values]
+        result, *values = operands
+        values = [registers[v] if v in registers else np.uint32(int(v, 0)) for v in values]
         registers[result] = INSTRUCTIONS[name](*values)
     return registers["$0"]
 

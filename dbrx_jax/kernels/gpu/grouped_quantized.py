@@ -66,14 +66,14 @@ class RowTiles(NamedTuple):
     Attributes:
       first: index of the first row, divided by 8.
       start, end: range of the group's rows within the tile.
-      count: number of tiles, (1,); the arrays may be longer.
+      number: number of tiles, (1,); the arrays may be longer.
     """
 
     group: Array
     first: Array
     start: Array
     end: Array
-    count: Array
+    number: Array
 
 
 def row_tiles(sizes: Array, num_rows: int, tile_rows: int) -> RowTiles:
@@ -108,7 +108,7 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
         listed_refs, (x_ref, bits_ref, scale_ref, out), scratch = refs[:5], refs[5:9], refs[9:]
         index, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         listed = RowTiles(*listed_refs)
-        num_tiles = listed.count[0] * (weight.channels // tiles.channels)
+        num_tiles = listed.number[0] * (weight.channels // tiles.channels)
         own_tiles = lax.div(num_tiles - index + num_blocks - 1, num_blocks)
         block = _Block(weight, tiles, own_tiles, *scratch)
 
@@ -165,7 +165,7 @@ def _tile(listed: RowTiles, index: Array, weight: PackedWeights, t: GroupedTiles
     """Returns an output tile by index. Bands of row tiles follow each other, and channel tiles within a band."""
     channel_tiles = weight.channels // t.channels
     band = lax.div(index, t.band * channel_tiles)
-    height = jnp.minimum(listed.count[0] - band * t.band, t.band)
+    height = jnp.minimum(listed.number[0] - band * t.band, t.band)
     index = index - band * t.band * channel_tiles
     channel_tile = lax.div(index, height)
     tile = band * t.band + index - channel_tile * height

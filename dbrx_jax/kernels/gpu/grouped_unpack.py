@@ -55,6 +55,7 @@ def unpack_registers(packed: Array, kind: str, position: int) -> Array:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm
 
+    inline_asm: Any = llvm.inline_asm
     layout = plgpu.Layout.WGMMA
     result = plgpu.ShapeDtypeStruct(packed.shape, jnp.bfloat16, layout=layout)
 
@@ -64,7 +65,7 @@ def unpack_registers(packed: Array, kind: str, position: int) -> Array:
         registers = np.empty_like(values.registers)
         for index, register in np.ndenumerate(values.registers):
             bits = mgpu.utils.bitcast(register, i32)
-            registers[index] = mgpu.utils.bitcast(llvm.inline_asm(i32, [bits], PTX[kind][position], "=r,r"), pair)
+            registers[index] = mgpu.utils.bitcast(inline_asm(i32, [bits], PTX[kind][position], "=r,r"), pair)
         return mgpu.FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=None)
 
     return run(packed)
