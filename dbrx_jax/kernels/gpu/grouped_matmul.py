@@ -150,12 +150,10 @@ def grouped_bytes(
     packed = jax.eval_shape(partial(pack, contracted=contracted), weight)
     tiles = tiles or default_tiles(rows, weight, contracted)
     if packed.kind == "plain":  # JAX's kernel also computes pairs without rows
-        num_pairs = -(-rows.shape[0] // tiles.rows) + len(sizes) - 1
+        heights = [tiles.rows] * (-(-rows.shape[0] // tiles.rows) + len(sizes) - 1)
     else:
-        ends = itertools.accumulate(sizes)
-        ranges = [(end - size, end) for size, end in zip(sizes, ends, strict=True) if size]
-        num_pairs = sum(-(-(end - start // 8 * 8) // tiles.rows) for start, end in ranges)
+        heights = grouped_quantized.tile_heights(sizes, rows.shape[0], tiles.rows)
     weight_bytes = packed.channels * packed.depth * packed.bits.dtype.itemsize
-    tile_bytes = tiles.rows * packed.num_inputs * packed.depth * rows.dtype.itemsize
-    read = num_pairs * (weight_bytes + packed.channels // tiles.channels * tile_bytes)
+    row_bytes = packed.num_inputs * packed.depth * rows.dtype.itemsize * (packed.channels // tiles.channels)
+    read = len(heights) * weight_bytes + sum(heights) * row_bytes
     return read, sum(sizes) * weight.shape[2 - contracted] * rows.dtype.itemsize

@@ -7,7 +7,7 @@ unpacked once for all of these rows, while the matrix unit multiplies for the ot
 multiplied onto the unpacked weights, so that one accumulator sums the whole contraction.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,9 +95,21 @@ def row_tiles(sizes: Array, num_rows: int, tile_rows: int) -> RowTiles:
     return RowTiles(*(a.astype(jnp.int32) for a in (group, base // 8, start, end, last[-1:])))
 
 
+def padded_rows(num_rows: int, tile_rows: int) -> int:
+    """Returns the number of rows with padding to a multiple of 8 and at least one tile."""
+    return max(num_rows + -num_rows % 8, tile_rows)
+
+
+def tile_heights(sizes: Sequence[int], num_rows: int, tile_rows: int) -> list[int]:
+    """Returns the number of rows that are read and computed for each tile of :func:`row_tiles`."""
+    listed = row_tiles(jnp.array(sizes, jnp.int32), padded_rows(num_rows, tile_rows), tile_rows)
+    half = tile_rows // 2
+    return [half if end <= half else tile_rows for end in listed.end[: int(listed.number[0])].tolist()]
+
+
 def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTiles, interpret: Any) -> Array:
     """Multiplies bfloat16 rows (P, C) by quantised weights: (P', M) with P' >= P; undefined in no group."""
-    num_rows = max(rows.shape[0] + -rows.shape[0] % 8, tiles.rows)
+    num_rows = padded_rows(rows.shape[0], tiles.rows)
     x = split_activations(jnp.pad(rows, ((0, num_rows - rows.shape[0]), (0, 0))), weight)
     row_tile_arrays = row_tiles(sizes, num_rows, tiles.rows)
     scales = weight.group_scales if weight.scale is None else _channel_scales(weight)
@@ -112,9 +124,11 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
         own_tiles = lax.div(num_tiles - index + num_blocks - 1, num_blocks)
         block = _Block(weight, tiles, own_tiles, *scratch)
 
-        def each_tile(compute):
+        def each_tile(run):
             def step(n, _):
-                compute(n, _tile(listed, index + n * num_blocks, weight, tiles))
+                tile, half = _tile(listed, index + n * num_blocks, weight, tiles), tiles.rows // 2
+                pl.when(tile.end <= half)(lambda: run(n, tile, half))
+                pl.when(tile.end > half)(lambda: run(n, tile, tiles.rows))
 
             lax.fori_loop(0, own_tiles, step, None)
 
@@ -122,13 +136,13 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
         def _():
             if tiles.computing == 2:
                 plgpu.set_max_registers(24, action="decrease")
-            each_tile(lambda n, tile: block.copy_tiles(n, tile, x_ref, bits_ref.at[tile.group]))
+            each_tile(lambda n, tile, height: block.copy_tiles(n, tile, height, x_ref, bits_ref.at[tile.group]))
 
         @pl.when(warpgroup < tiles.computing)
         def _():
             if tiles.computing == 2:
                 plgpu.set_max_registers(240, action="increase")
-            each_tile(lambda n, tile: block.compute(n, tile, warpgroup, scale_ref.at[tile.group], out))
+            each_tile(lambda n, tile, height: block.compute(n, tile, height, warpgroup, scale_ref.at[tile.group], out))
             plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
@@ -220,8 +234,8 @@ class _Block(NamedTuple):
         """Number of steps along the contraction."""
         return self.weight.depth // self.tiles.depth
 
-    def copy_tiles(self, n: Array, tile: _Tile, x: Any, bits: Any) -> None:
-        """Copies the operands of the n-th output tile to shared memory, step by step as slots become free.
+    def copy_tiles(self, n: Array, tile: _Tile, num_rows: int, x: Any, bits: Any) -> None:
+        """Copies the operands of the n-th output tile's first rows to shared memory, as slots become free.
 
         Args:
           x: activations (num_inputs, rows, depth) in global memory.
@@ -233,25 +247,19 @@ class _Block(NamedTuple):
         def fill(count: Array, source: Any, slots: Any, filled: Any, free: Any) -> None:
             slot = lax.rem(count, slots.shape[0])
             pl.when(count >= slots.shape[0])(lambda: plgpu.barrier_wait(free.at[slot]))
-            plgpu.copy_gmem_to_smem(source, slots.at[slot], filled.at[slot])
+            plgpu.copy_gmem_to_smem(source, slots.at[slot, pl.ds(0, source.shape[0])], filled.at[slot])
 
         def step(k, _):
             count, depth = n * self.num_steps + k, pl.ds(k * t.depth, t.depth)
             source = bits.at[channels, depth] if self.weight.contracted == 1 else bits.at[depth, channels]
             fill(count, source, self.weights, self.weights_filled, self.weights_free)
             for i in range(num_inputs):
-                source = x.at[i, pl.ds(tile.first_row, t.rows), depth]
+                source = x.at[i, pl.ds(tile.first_row, num_rows), depth]
                 fill(count * num_inputs + i, source, self.rows, self.rows_filled, self.rows_free)
 
         lax.fori_loop(0, self.num_steps, step, None)
 
-    def compute(self, *args: Any) -> None:
-        """Computes as :meth:`compute_rows`, for half of the tile's rows if the group has no more."""
-        tile, half = args[1], self.tiles.rows // 2
-        pl.when(tile.end <= half)(lambda: self.compute_rows(half, *args))
-        pl.when(tile.end > half)(lambda: self.compute_rows(self.tiles.rows, *args))
-
-    def compute_rows(self, num_rows: int, n: Array, tile: _Tile, warpgroup: Array, scales: Any, out: Any) -> None:
+    def compute(self, n: Array, tile: _Tile, num_rows: int, warpgroup: Array, scales: Any, out: Any) -> None:
         """Computes this warpgroup's channels of the first rows of the n-th output tile.
 
         Args:
@@ -379,9 +387,8 @@ def _to_bfloat16(totals: tuple[Array, ...]) -> Array:
     """Casts the sums of one output to bfloat16; packs those of two in a uint32."""
     if len(totals) == 1:
         return totals[0].astype(jnp.bfloat16)
-    # A bfloat16 is the upper half of the float32 with the same value.
-    low, high = (lax.bitcast_convert_type(t.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for t in totals)
-    return lax.shift_right_logical(low, jnp.uint32(16)) | high
+    low, high = (lax.bitcast_convert_type(t.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for t in totals)
+    return low | high << 16
 
 
 def _store_rows(shared: Any, out: Any, tile: _Tile, channels: Any) -> None:
