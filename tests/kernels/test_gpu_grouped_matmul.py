@@ -71,6 +71,8 @@ def test_grouped_matmul_matches_reference(fmt, dtype, contracted):
         ("int4-64", 1, (256, 128, 64, 2, 4)),
         ("int4-32", 0, (128, 128, 64, 3, 7)),
         ("fp8", 1, (192, 128, 64, 3, 5)),
+        ("plain", 1, (128, 256, 64, 4, 4)),
+        ("plain", 0, (256, 128, 64, 3, 3)),
     ],
 )
 def test_two_warpgroups_match_reference(fmt, contracted, tiles):

@@ -68,7 +68,7 @@ def grouped_matmul(
     """
     packed = pack(weight, contracted)
     tiles = tiles or default_tiles(rows, weight, contracted)
-    multiply: Callable[..., Array] = _plain if packed.kind == "plain" else grouped_quantized.multiply
+    multiply: Callable[..., Array] = _plain if isinstance(tiles, PlainTiles) else grouped_quantized.multiply
     y = multiply(rows, packed, sizes, tiles, interpret)[: rows.shape[0]]
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], y, 0).astype(rows.dtype)
 
@@ -87,13 +87,13 @@ def tiles_name(rows: Any, weight: Weight, contracted: int) -> str:
     return name_of(f"grouped_gpu {contracted}", w.kind, w.group_depth, (w.channels, w.depth), rows_per_expert)
 
 
-def candidate_tiles(weight: Weight, contracted: int) -> list[GroupedTiles] | list[PlainTiles]:
+def candidate_tiles(weight: Weight, contracted: int) -> list[GroupedTiles | PlainTiles]:
     """Returns tile sizes worth timing, the default first; none if the weight's sizes are not supported."""
     packed = jax.eval_shape(partial(pack, contracted=contracted), weight)
-    if packed.kind == "plain":
-        return [t for t in itertools.starmap(PlainTiles, _PLAIN) if _plain_is_valid(packed, t)]
-    sizes = _ONE_OUTPUT if packed.num_outputs == 1 else _TWO_OUTPUTS
-    return [t for t in itertools.starmap(GroupedTiles, sizes) if grouped_quantized.is_valid(packed, t)]
+    jax_tiles = [t for t in itertools.starmap(PlainTiles, _JAX_PLAIN) if _plain_is_valid(packed, t)]
+    sizes = _PLAIN if packed.kind == "plain" else _ONE_OUTPUT if packed.num_outputs == 1 else _TWO_OUTPUTS
+    own_tiles = [t for t in itertools.starmap(GroupedTiles, sizes) if grouped_quantized.is_valid(packed, t)]
+    return [*jax_tiles, *own_tiles] if packed.kind == "plain" else [*own_tiles]
 
 
 def _plain_is_valid(weight: PackedWeights, t: PlainTiles) -> bool:
@@ -105,11 +105,12 @@ def _plain_is_valid(weight: PackedWeights, t: PlainTiles) -> bool:
 
 # The first that is valid is the default, the last ones are for small shapes.
 # Rows, channels, depth, steps.
-_PLAIN = ((128, 128, 64, 4), (128, 256, 64, 3), (64, 256, 64, 4), (64, 64, 64, 4))
-# Rows, channels, depth, weight slots, row slots.
+_JAX_PLAIN = ((128, 128, 64, 4), (128, 256, 64, 3), (64, 256, 64, 4), (64, 64, 64, 4))
+# Rows, channels, depth, weight slots, row slots, band.
+_PLAIN = ((128, 256, 64, 4, 4), (256, 128, 64, 3, 3), (192, 128, 64, 4, 4))
 _ONE_OUTPUT = (
     (128, 256, 64, 3, 6),
-    (128, 256, 64, 2, 8),
+    (128, 256, 64, 3, 6, 16),
     (256, 128, 64, 2, 4),
     (192, 128, 64, 3, 5),
     (128, 128, 64, 4, 8),
@@ -118,7 +119,7 @@ _ONE_OUTPUT = (
 )
 _TWO_OUTPUTS = (
     (128, 128, 64, 5, 5),
-    (128, 128, 64, 3, 7),
+    (128, 128, 64, 5, 5, 16),
     (64, 128, 64, 6, 8),
     (128, 64, 64, 4, 4),
     (128, 64, 32, 4, 4),
@@ -149,7 +150,7 @@ def grouped_bytes(
     """Returns the bytes that :func:`grouped_matmul`'s kernel reads, mostly from the L2 cache, and writes."""
     packed = jax.eval_shape(partial(pack, contracted=contracted), weight)
     tiles = tiles or default_tiles(rows, weight, contracted)
-    if packed.kind == "plain":  # JAX's kernel also computes pairs without rows
+    if isinstance(tiles, PlainTiles):  # JAX's kernel also computes pairs without rows
         heights = [tiles.rows] * (-(-rows.shape[0] // tiles.rows) + len(sizes) - 1)
     else:
         heights = grouped_quantized.tile_heights(sizes, rows.shape[0], tiles.rows)

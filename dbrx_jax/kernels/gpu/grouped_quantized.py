@@ -8,6 +8,7 @@ multiplied onto the unpacked weights, so that one accumulator sums the whole con
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,8 @@ def is_valid(weight: PackedWeights, t: GroupedTiles) -> bool:
     slots = t.weight_slots * t.channels + t.row_slots * t.rows
     shared_bytes = 2 * t.depth * slots + 2 * weight.num_outputs * t.computing * _M * t.rows
     sums = t.rows * t.channels * weight.num_outputs // t.computing
-    return divides and shared_bytes <= SHARED_BYTES and sums <= 64 * 256
+    is_16_bit = weight.bits.dtype.itemsize == 2
+    return is_16_bit and divides and shared_bytes <= SHARED_BYTES and sums <= 64 * 256
 
 
 class RowTiles(NamedTuple):
@@ -113,16 +115,18 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
     x = split_activations(jnp.pad(rows, ((0, num_rows - rows.shape[0]), (0, 0))), weight)
     row_tile_arrays = row_tiles(sizes, num_rows, tiles.rows)
     scales = weight.group_scales if weight.scale is None else _channel_scales(weight)
+    operands = *row_tile_arrays, x, weight.bits, *([] if scales is None else [scales])
     out_dtype = jnp.bfloat16 if weight.num_outputs == 1 else jnp.uint32  # a uint32 packs two neighbouring channels
     num_blocks = _num_blocks(bool(interpret))
+    scratch = _scratch(weight, tiles, out_dtype, bool(interpret))
 
     def body(*refs):
-        listed_refs, (x_ref, bits_ref, scale_ref, out), scratch = refs[:5], refs[5:9], refs[9:]
+        (*listed_refs, x_ref, bits_ref), scale_refs = refs[:7], refs[7 : len(operands)]
         index, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         listed = RowTiles(*listed_refs)
         num_tiles = listed.number[0] * (weight.channels // tiles.channels)
         own_tiles = lax.div(num_tiles - index + num_blocks - 1, num_blocks)
-        block = _Block(weight, tiles, own_tiles, *scratch)
+        block = _Block(weight, tiles, own_tiles, x_ref, bits_ref, scale_refs, *refs[len(operands) :])
 
         def each_tile(run):
             def step(n, _):
@@ -136,13 +140,13 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
         def _():
             if tiles.computing == 2:
                 plgpu.set_max_registers(24, action="decrease")
-            each_tile(lambda n, tile, height: block.copy_tiles(n, tile, height, x_ref, bits_ref.at[tile.group]))
+            each_tile(block.copy_tiles)
 
         @pl.when(warpgroup < tiles.computing)
         def _():
             if tiles.computing == 2:
                 plgpu.set_max_registers(240, action="increase")
-            each_tile(lambda n, tile, height: block.compute(n, tile, height, warpgroup, scale_ref.at[tile.group], out))
+            each_tile(partial(block.compute, warpgroup))
             plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
@@ -152,11 +156,11 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
         grid_names=("block",),
         num_threads=tiles.computing + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(weight, tiles, out_dtype, bool(interpret)),
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    out = run(*row_tile_arrays, x, weight.bits, scales)
+    out = run(*operands)
     return out if weight.num_outputs == 1 else lax.bitcast_convert_type(out, jnp.bfloat16).reshape(out.shape[0], -1)
 
 
@@ -196,7 +200,7 @@ def _scratch(weight: PackedWeights, t: GroupedTiles, out_dtype: Any, interpret: 
     """Returns a thread block's shared memory, in the order of :class:`_Block`'s last fields."""
     tile = (t.channels, t.depth) if weight.contracted == 1 else (t.depth, t.channels)
     return [
-        plgpu.SMEM((t.weight_slots, *tile), jnp.int16),
+        plgpu.SMEM((t.weight_slots, *tile), weight.bits.dtype),
         plgpu.SMEM((t.row_slots, t.rows, t.depth), jnp.bfloat16),
         plgpu.SMEM((t.computing, t.rows, _M), out_dtype),
         plgpu.Barrier(num_barriers=t.weight_slots),
@@ -212,6 +216,7 @@ class _Block(NamedTuple):
 
     Attributes:
       num_tiles: number of output tiles.
+      x: activations (num_inputs, rows, depth) in global memory, as are bits, scales (none or one array) and out.
       weights, rows: slots in shared memory, with a barrier each for filled slots and for those that may be filled.
       out_tiles: where each computing warpgroup gathers 64 channels of the output.
       interpreted_values: shared memory for unpacked weights, for the interpreter, whose wgmma takes no registers.
@@ -220,6 +225,10 @@ class _Block(NamedTuple):
     weight: PackedWeights
     tiles: GroupedTiles
     num_tiles: Array
+    x: Any
+    bits: Any
+    scales: tuple[Any, ...]
+    out: Any
     weights: Any
     rows: Any
     out_tiles: Any
@@ -234,14 +243,9 @@ class _Block(NamedTuple):
         """Number of steps along the contraction."""
         return self.weight.depth // self.tiles.depth
 
-    def copy_tiles(self, n: Array, tile: _Tile, num_rows: int, x: Any, bits: Any) -> None:
-        """Copies the operands of the n-th output tile's first rows to shared memory, as slots become free.
-
-        Args:
-          x: activations (num_inputs, rows, depth) in global memory.
-          bits: packed weights of the group, in global memory.
-        """
-        t, num_inputs = self.tiles, self.weight.num_inputs
+    def copy_tiles(self, n: Array, tile: _Tile, num_rows: int) -> None:
+        """Copies the operands of the n-th output tile's first rows to shared memory, as slots become free."""
+        t, num_inputs, bits = self.tiles, self.weight.num_inputs, self.bits.at[tile.group]
         channels = pl.ds(tile.channel_tile * t.channels, t.channels)
 
         def fill(count: Array, source: Any, slots: Any, filled: Any, free: Any) -> None:
@@ -254,24 +258,20 @@ class _Block(NamedTuple):
             source = bits.at[channels, depth] if self.weight.contracted == 1 else bits.at[depth, channels]
             fill(count, source, self.weights, self.weights_filled, self.weights_free)
             for i in range(num_inputs):
-                source = x.at[i, pl.ds(tile.first_row, num_rows), depth]
+                source = self.x.at[i, pl.ds(tile.first_row, num_rows), depth]
                 fill(count * num_inputs + i, source, self.rows, self.rows_filled, self.rows_free)
 
         lax.fori_loop(0, self.num_steps, step, None)
 
-    def compute(self, n: Array, tile: _Tile, num_rows: int, warpgroup: Array, scales: Any, out: Any) -> None:
-        """Computes this warpgroup's channels of the first rows of the n-th output tile.
-
-        Args:
-          scales: channel or group scales of the group, in global memory.
-          out: output, in global memory.
-        """
+    def compute(self, warpgroup: Array, n: Array, tile: _Tile, num_rows: int) -> None:
+        """Computes this warpgroup's channels of the first rows of the n-th output tile."""
         half = self.tiles.channels // self.tiles.computing
         chunks = range(half // _M)
         first_channel = tile.channel_tile * self.tiles.channels + warpgroup * half
         channels = [pl.ds(first_channel + m * _M, _M) for m in chunks]
-        num_outputs, has_groups = self.weight.num_outputs, self.weight.group_depth is not None
-        factors = [] if has_groups else [_load_by_channel(scales.at[c]) for c in channels]  # long before they are used
+        num_outputs = self.weight.num_outputs
+        scales = [ref.at[tile.group] for ref in self.scales]
+        channel_scales = [] if self.weight.scale is None else [_load_by_channel(scales[0].at[c]) for c in channels]
         totals = pl.run_scoped(
             lambda *accs: self._accumulate(n, accs, warpgroup, channels, scales),
             *[plgpu.ACC((_M, num_rows))] * (len(chunks) * num_outputs),
@@ -279,19 +279,19 @@ class _Block(NamedTuple):
         shared = self.out_tiles.at[warpgroup, pl.ds(0, num_rows)]
         for m in chunks:
             sums = totals[m * num_outputs : (m + 1) * num_outputs]
-            if not has_groups:
-                sums = _scale_channels(sums, factors[m])
+            if channel_scales:
+                sums = _scale_channels(sums, channel_scales[m])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             _store_transposed(shared, plgpu.layout_cast(_to_bfloat16(sums), plgpu.Layout.WGMMA_TRANSPOSED))
             plgpu.commit_smem()
-            _store_rows(shared, out, tile, channels[m])
+            _store_rows(shared, self.out, tile, channels[m])
 
-    def _accumulate(self, n: Array, accs: Any, warpgroup: Array, channels: list, scales: Any) -> tuple[Array, ...]:
+    def _accumulate(self, n: Array, accs: Any, warpgroup: Array, channels: list, scales: list) -> tuple[Array, ...]:
         """Sums over all steps; returns the sums (channels, rows) of each chunk of 64 channels and each output."""
         weight, t = self.weight, self.tiles
         num_inputs, num_outputs = weight.num_inputs, weight.num_outputs
         offsets = [(warpgroup * len(channels) + m) * _M for m in range(len(channels))]
-        num_steps = self.num_tiles * self.num_steps
+        num_steps, is_plain = self.num_tiles * self.num_steps, weight.kind == "plain"
 
         def release(count: Array, num_counts: Array, slots: int, free: Any) -> None:
             """Frees the slot with the count-th tile, if another will be copied there."""
@@ -304,7 +304,8 @@ class _Block(NamedTuple):
             slot = lax.rem(count, t.weight_slots)
             plgpu.barrier_wait(self.weights_filled.at[slot])
             packed = [self._load_weights(slot, offset) for offset in offsets]
-            release(count, num_steps, t.weight_slots, self.weights_free)
+            if not is_plain:
+                release(count, num_steps, t.weight_slots, self.weights_free)
             next_scales = self._load_scales(scales, channels, jnp.minimum(k + 1, self.num_steps - 1))
             for i in range(num_inputs):
                 row_count = count * num_inputs + i
@@ -312,40 +313,44 @@ class _Block(NamedTuple):
                 plgpu.barrier_wait(self.rows_filled.at[row_slot])
                 for j, acc in enumerate(accs):
                     m, output = divmod(j, num_outputs)
-                    values = self._unpack(packed[m], weight.kind, output * num_inputs + i)
+                    values = self._unpack(packed[m], output * num_inputs + i)
                     if step_scales:
                         values = values * self._expand_scales(step_scales[m], output)
                     self._multiply(acc, values, self.rows.at[row_slot, pl.ds(0, acc.shape[1])], warpgroup)
                     plgpu.wgmma_wait(1)  # this product runs while the next weights are unpacked
                     if j == 0:
                         release(row_count - 1, num_steps * num_inputs, t.row_slots, self.rows_free)
+                        if is_plain:
+                            release(count - 1, num_steps, t.weight_slots, self.weights_free)
             return next_scales
 
         lax.fori_loop(0, self.num_steps, step, self._load_scales(scales, channels, 0))
         return tuple(acc[...] for acc in accs)
 
-    @property
-    def _unpack(self) -> Callable[..., Array]:
-        return unpack_registers if self.interpreted_values is None else unpack
+    def _load_weights(self, slot: Array, offset: Array) -> Any:
+        """Loads 64 channels of a weight tile, (channels, depth); plain weights stay in shared memory."""
+        channels = pl.ds(offset, _M)
+        by_channel = self.weight.contracted == 1
+        ref = self.weights.at[slot, channels] if by_channel else self.weights.at[slot, :, channels].transpose((1, 0))
+        return ref if self.weight.kind == "plain" else ref[...]
 
-    def _load_weights(self, slot: Array, offset: Array) -> Array:
-        """Loads 64 channels of a weight tile, packed (channels, depth)."""
-        if self.weight.contracted == 1:
-            return self.weights[slot, pl.ds(offset, _M)]
-        return self.weights.at[slot, :, pl.ds(offset, _M)].transpose((1, 0))[...]
+    def _unpack(self, packed: Any, position: int) -> Any:
+        if self.weight.kind == "plain":
+            return packed
+        return (unpack_registers if self.interpreted_values is None else unpack)(packed, self.weight.kind, position)
 
-    def _multiply(self, acc: Any, values: Array, rows: Any, warpgroup: Array) -> None:
+    def _multiply(self, acc: Any, values: Any, rows: Any, warpgroup: Array) -> None:
         """Adds values (channels, depth) times the transpose of rows (N, depth) to acc (channels, N)."""
-        if self.interpreted_values is not None:
+        if self.interpreted_values is not None and self.weight.kind != "plain":
             self.interpreted_values[warpgroup] = values
             values = self.interpreted_values.at[warpgroup]
         plgpu.wgmma(acc, values, rows.transpose((1, 0)))
 
-    def _load_scales(self, ref: Any, channels: list, step: Any) -> list[list[Array]]:
+    def _load_scales(self, scales: list, channels: list, step: Any) -> list[list[Array]]:
         """Loads a step's pairs of group scales, for each chunk of channels; empty without groups."""
         if self.weight.group_depth is None:
             return []
-        num_pairs = self.tiles.depth // self.weight.period
+        (ref,), num_pairs = scales, self.tiles.depth // self.weight.period
         pairs = [step * num_pairs + p for p in range(num_pairs)]
         if self.weight.contracted == 1:
             return [[_load_by_channel(ref.at[c, p]) for p in pairs] for c in channels]
