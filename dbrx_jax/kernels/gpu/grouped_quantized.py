@@ -304,8 +304,6 @@ class _Block(NamedTuple):
             slot = lax.rem(count, t.weight_slots)
             plgpu.barrier_wait(self.weights_filled.at[slot])
             packed = [self._load_weights(slot, offset) for offset in offsets]
-            if not is_plain:
-                release(count, num_steps, t.weight_slots, self.weights_free)
             next_scales = self._load_scales(scales, channels, jnp.minimum(k + 1, self.num_steps - 1))
             for i in range(num_inputs):
                 row_count = count * num_inputs + i
@@ -318,10 +316,14 @@ class _Block(NamedTuple):
                         values = values * self._expand_scales(step_scales[m], output)
                     self._multiply(acc, values, self.rows.at[row_slot, pl.ds(0, acc.shape[1])], warpgroup)
                     plgpu.wgmma_wait(1)  # this product runs while the next weights are unpacked
-                    if j == 0:
+                    if j == 0:  # all products before this one are done
                         release(row_count - 1, num_steps * num_inputs, t.row_slots, self.rows_free)
-                        if is_plain:
+                        if is_plain and i == 0:
                             release(count - 1, num_steps, t.weight_slots, self.weights_free)
+                    if not is_plain and i == 0 and j == len(accs) - 1:
+                        # Each register of packed weights has been unpacked once, so it has arrived. Before that the
+                        # slot may still be read: the arrival at a barrier does not wait for loads to finish.
+                        release(count, num_steps, t.weight_slots, self.weights_free)
             return next_scales
 
         lax.fori_loop(0, self.num_steps, step, self._load_scales(scales, channels, 0))
