@@ -1,8 +1,8 @@
 """Grouped matmul on Hopper GPUs: each row times the weight of its group, for many rows sorted by group.
 
-Plain weights go through JAX's ragged_dot for Hopper. Quantised weights are dequantised in registers tile by tile
-(accumulate.py), so the whole weight never exists in bfloat16. A row tile that spans several groups is computed for
-each, and each stores its own rows.
+Plain weights go through JAX's ragged_dot for Hopper, or with :class:`GroupedTiles` through our kernel
+(grouped_quantized.py). Quantised weights always use ours, which unpacks them in registers, so that the whole weight
+never exists in bfloat16.
 """
 
 import itertools
