@@ -186,15 +186,18 @@ def write_reference_model(size: Size, path: Path) -> None:
 
 
 def _run_model(size: Size, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the logits of a prompt (T, V), and greedy tokens of a ragged batch (B, 24)."""
+    """Returns the logits of a prompt (T, V), and greedy tokens of a ragged batch and of its first row alone, (B + 1, 24)."""
     config = dataclasses.replace(size.config, n_layers=2, moe_top_k=size.config.moe_num_experts)
     model = random_model(config, MODEL_PRECISION, dtype)
     longest = size.lengths[0]
     mask = np.array([[0] * (longest - n) + [1] * n for n in size.lengths])
     ids = np.random.default_rng(0).integers(0, min(config.vocab_size, 100_000), mask.shape) * mask
     logits = np.asarray(model(ids[:1]))[0]
-    out = model.generate(ids, mask, max_new_tokens=24, do_sample=False, eos_token_id=None)
-    return logits, np.stack([np.asarray(row)[-24:] for row in out])
+    rows = []
+    for count in (len(ids), 1):  # a single row has kernels of its own
+        out = model.generate(ids[:count], mask[:count], max_new_tokens=24, do_sample=False, eos_token_id=None)
+        rows += [np.asarray(row)[-24:] for row in out]
+    return logits, np.stack(rows)
 
 
 def _row(what: str, out: Any, expected: Any, max_error: float = MAX_ERROR) -> Row:

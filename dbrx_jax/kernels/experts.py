@@ -90,9 +90,11 @@ def apply_token_experts(
 
     As :func:`dbrx_jax.ops.norm.layer_norm`, :func:`dbrx_jax.ops.routing.route` and :func:`apply_experts` together.
     """
-    arguments = x, y, norm_scale, router, valid, first_expert, expert_weights.num_experts, top_k, norm
-    total, normed, active = kernels.norm_route.norm_route(*arguments, interpret=kernels.experts.interpret)
-    return total, stacked_experts.apply_active_experts(normed, active, expert_weights, activation, kernels.experts)
+    weight = kernels.experts.decode.rounded_for(*expert_weights)
+    arguments = x, y, norm_scale, router, valid, first_expert, expert_weights.num_experts, top_k, norm, weight
+    total, normed, fixed, active = kernels.norm_route.norm_route(*arguments, interpret=kernels.experts.interpret)
+    apply = stacked_experts.apply_active_experts
+    return total, apply(normed, active, expert_weights, activation, kernels.experts, fixed=fixed)
 
 
 class ExpertDispatch(NamedTuple):

@@ -28,11 +28,16 @@ def apply_active_experts(
     expert_weights: ExpertWeights,
     activation: str,
     kernels: ExpertKernels,
+    **options: Any,
 ) -> Float[Array, "N D"]:
-    """Returns each token's weighted sum of its active experts' outputs."""
+    """Returns each token's weighted sum of its active experts' outputs.
+
+    Args:
+      options: more arguments of the decode kernel.
+    """
     with jax.named_scope("decode_experts"):
         out = kernels.decode.decode_experts(
-            x, *active, *expert_weights, activation=activation, interpret=kernels.interpret
+            x, *active, *expert_weights, activation=activation, interpret=kernels.interpret, **options
         )
     return out.astype(x.dtype)
 

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dbrx_jax.kernels.gpu.fixed_point import to_fixed_point
+from dbrx_jax.kernels.gpu.integer_weights import pack, split_activations
 from dbrx_jax.kernels.gpu.norm_route import norm_route, supports
 from dbrx_jax.ops.norm import layer_norm
 from dbrx_jax.ops.routing import route
 from tests.kernels.gpu import INTERPRET, fresh_interpreter  # noqa: F401, a fixture
+from tests.kernels.weights import weight_of
 
 
 def random_case(seed, D, num_experts, dtype=jnp.float32):
@@ -32,7 +35,8 @@ def reference(x, y, norm_scale, router, top_k, norm):
 
 @functools.partial(jax.jit, static_argnames=("num_local", "top_k", "norm"))
 def kernel(arrays, valid, first_expert, num_local, top_k, norm):
-    return norm_route(*arrays, valid, first_expert, num_local, top_k, norm, INTERPRET)
+    total, normed, _, chosen = norm_route(*arrays, valid, first_expert, num_local, top_k, norm, None, INTERPRET)
+    return total, normed, chosen
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,15 @@ def test_experts_of_a_device_come_first(first_expert, num_local):
     np.testing.assert_array_equal(chosen.active, np.append(local[is_local], np.zeros(slots - count)))
     weights = np.asarray(routing.weights[0])[is_local]
     np.testing.assert_allclose(chosen.combine_weights[:, 0], np.append(weights, np.zeros(slots - count)), rtol=1e-5)
+
+
+def test_normed_row_is_rounded_to_fixed_point():
+    weight = pack(weight_of((2, 64, 512), "int4-64", 1), 1)
+    arrays = random_case(1, 512, 4, jnp.bfloat16)
+    _, normed, fixed, _ = jax.jit(lambda *a: norm_route(*a, jnp.bool_(True), 0, 4, 2, 1, weight, INTERPRET))(*arrays)
+    expected = to_fixed_point(normed)
+    np.testing.assert_allclose(fixed.largest[0, 0], expected.largest[0])
+    np.testing.assert_array_equal(fixed.digits[0, :, :2], split_activations(expected.digits, weight))
 
 
 def test_padding_goes_to_no_expert():

@@ -19,8 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
-from dbrx_jax.kernels.gpu import integer_experts
+from dbrx_jax.kernels.gpu import integer_experts, integer_weights
 from dbrx_jax.kernels.gpu.accumulate import Block, accumulate_tile
+from dbrx_jax.kernels.gpu.fixed_point import FixedPoint
+from dbrx_jax.kernels.gpu.integer_weights import IntegerWeights
 from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, fits, pack, split_activations
 from dbrx_jax.kernels.tile_table import name_of, table
 from dbrx_jax.ops.experts import ACTIVATIONS
@@ -70,6 +72,11 @@ def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False
     return bool(candidate_tiles((gate, up), tokens, 1)) and bool(candidate_tiles((down,), tokens, 1))
 
 
+def rounded_for(w1: Weight, v1: Weight, w2: Weight) -> IntegerWeights | None:
+    """Returns the weight for which one row is rounded to fixed point, or None if it is not rounded."""
+    return integer_weights.pack(w1, 1) if integer_experts.supports(w1, v1, w2) else None
+
+
 def packed_shapes(*weights: Weight) -> list[PackedWeights]:
     """Returns gate, up and down as :func:`pack` views them, as shapes."""
     return [jax.eval_shape(partial(pack, contracted=c), w) for w, c in zip(weights, (1, 1, 0), strict=True)]
@@ -85,6 +92,7 @@ def decode_experts(
     w2: Weight,
     activation: str,
     tiles: tuple[Any, Any] | None = None,
+    fixed: FixedPoint | None = None,
     interpret: Any = None,
 ) -> Float[Array, "N D"]:
     """Computes active experts on all rows: the float32 sum over c of combine_weights[c] times expert active[c].
@@ -98,13 +106,14 @@ def decode_experts(
       activation: a key of ops.experts.ACTIVATIONS.
       tiles: of the matmuls with w1 and v1, and with w2: DecodeTiles, or IntegerTiles of int8 and int4 weights; by
         default those of the table or the rule.
+      fixed: x in the format of :func:`rounded_for`, if it has been rounded.
       interpret: parameters of Pallas' interpreter for GPUs, to run on a CPU.
     """
     is_active = jnp.arange(active.shape[0]) < num_active
     is_used = is_active[:, None] & (combine_weights != 0)
     if integer_experts.supports(w1, v1, w2):
         return integer_experts.integer_experts(
-            x, active, num_active, is_used, combine_weights, w1, v1, w2, activation, tiles, interpret
+            x, active, num_active, is_used, combine_weights, w1, v1, w2, activation, tiles, fixed, interpret
         )
     active = jnp.where(is_active, active, 0)
     num_rows = x.shape[0]

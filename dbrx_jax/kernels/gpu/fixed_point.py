@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 DIGITS = 2
+MIN_ROWS = 4  # of an entry; their digits are the 8 columns of a wgmma
 DIGIT_BASE = 128
 LARGEST = 127 * DIGIT_BASE  # the largest number; its first digit is 127
 

@@ -4,6 +4,7 @@ XLA makes two or three kernels of it: the row's function, its largest value, and
 computes a row.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def fixed_point_rows(
     Args:
       compute: takes a row (K,) of each input, in float32, and returns a row.
       inputs: arrays (I, S, N, K); rows are summed over S.
-      size: number of rows of an entry of the result, at least N; those from N on are zeros.
+      size: number of rows of an entry of the result, at least N; those from N on are undefined.
       num_entries: entries from here on are undefined; None: none is.
 
     Returns:
@@ -46,7 +47,7 @@ def fixed_point_rows(
         rows = compute(*(jnp.sum(a.astype(jnp.float32), axis=1) for a in inputs))
         x = to_fixed_point(jnp.pad(rows, ((0, 0), (0, size - rows.shape[1]), (0, 0))))
         return FixedPoint(split_activations(x.digits, weight), x.largest)
-    (entries, _, num_rows, length), parts = inputs[0].shape, weight.num_inputs * weight.groups_per_block
+    entries, _, num_rows, _ = inputs[0].shape
 
     counts = [] if num_entries is None else [jnp.reshape(num_entries, 1).astype(jnp.int32)]
 
@@ -56,29 +57,14 @@ def fixed_point_rows(
 
         @pl.when(entry < refs[0][0] if counts else True)
         def _():
-            @pl.when(row < num_rows)
-            def _():
-                value = compute(*(_load_row(ref.at[entry], row) for ref in input_refs))
-                largest = jnp.max(jnp.abs(value))
-                largest_ref[entry, row] = largest
-                factor = LARGEST / jnp.where(largest == 0, jnp.float32(1), largest)
-                numbers = jnp.round(value * factor, 0).astype(jnp.int32)
-                _store_digits(digits_ref.at[entry], row, numbers, weight, bool(interpret))
-
-            @pl.when(row >= num_rows)
-            def _():
-                largest_ref[entry, row] = jnp.float32(0)
-                zeros = plgpu.layout_cast(jnp.zeros(length, jnp.int32), _layout(length))
-                _store_digits(digits_ref.at[entry], row, zeros, weight, bool(interpret))
+            value = compute(*(_load_row(ref.at[entry], row) for ref in input_refs))
+            store_fixed_point(digits_ref.at[entry], largest_ref.at[entry], row, value, weight, bool(interpret))
 
     body.__name__ = "fixed_point_rows"
     digits, largest = plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((entries, parts, DIGITS * size, weight.depth), jnp.int8),
-            jax.ShapeDtypeStruct((entries, size), jnp.float32),
-        ],
-        grid=(entries, size),
+        out_type=fixed_point_shapes(entries, size, weight),
+        grid=(entries, num_rows),
         grid_names=("entry", "row"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
@@ -86,27 +72,54 @@ def fixed_point_rows(
     return FixedPoint(digits, largest)
 
 
-def _layout(length: int) -> Any:
-    vector = next(n for n in (4, 2, 1) if length % (n * _LANES) == 0)  # neighbouring elements of a lane
-    return plgpu.Layout.WG_STRIDED((length,), vec_size=vector)
-
-
 def _load_row(ref: Any, row: Array) -> Array:
     """Loads row `row` of (S, N, K), summed over S, in float32."""
     load: Any = plgpu.load
-    rows = [load(ref.at[s, row], layout=_layout(ref.shape[2]), optimized=False) for s in range(ref.shape[0])]
+    rows = [load(ref.at[s, row], layout=row_layout(ref.shape[2:]), optimized=False) for s in range(ref.shape[0])]
     return sum((r.astype(jnp.float32) for r in rows[1:]), rows[0].astype(jnp.float32))
 
 
+def fixed_point_shapes(entries: int, size: int, weight: IntegerWeights) -> list[jax.ShapeDtypeStruct]:
+    """Returns the shapes of the digits and the largest values of entries of `size` rows for a weight."""
+    digits = entries, weight.num_inputs * weight.groups_per_block, DIGITS * size, weight.depth
+    return [jax.ShapeDtypeStruct(digits, jnp.int8), jax.ShapeDtypeStruct((entries, size), jnp.float32)]
+
+
+def store_fixed_point(
+    digits: Any, largest: Any, row: Array | int, value: Array, weight: IntegerWeights, interpret: bool
+) -> None:
+    """Rounds a row of K elements to fixed point and stores it; used in kernels.
+
+    Args:
+      digits: (parts, 2 N, depth), in the order of :func:`split_activations`.
+      largest: (N,).
+      row: its number.
+      value: float32, of one or two dimensions, in a layout that is strided over the lanes.
+    """
+    maximum = jnp.max(jnp.abs(value))
+    largest[row] = maximum
+    factor = LARGEST / jnp.where(maximum == 0, jnp.float32(1), maximum)
+    numbers = jnp.round(value * factor, 0).astype(jnp.int32)
+    _store_digits(digits, jnp.int32(row), numbers, weight, interpret)
+
+
+def row_layout(shape: tuple[int, ...]) -> Any:
+    """Returns the layout of a row of one or two dimensions: strided over the lanes, with up to four neighbours each."""
+    length = math.prod(shape)
+    vector = next(n for n in (4, 2, 1) if length % (n * _LANES) == 0)
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=vector)
+
+
 def _store_digits(ref: Any, row: Array, numbers: Array, weight: IntegerWeights, interpret: bool) -> None:
-    """Stores the digits of a row of numbers (K,) in (parts, 2 N, depth), as :func:`split_activations` orders them."""
+    """Stores the digits of a row of numbers in (parts, 2 N, depth), as :func:`split_activations` orders them."""
     if interpret:
+        numbers = numbers.reshape(-1)
         high = (numbers + DIGIT_BASE // 2) >> 7
         digits = jnp.stack([high, numbers - DIGIT_BASE * high]).astype(jnp.int8)
         ref[:, pl.ds(DIGITS * row, DIGITS), :] = split_activations(digits, weight)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), _layout(numbers.shape[0])))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), row_layout(numbers.shape)))
     def store(_: Any, ref: Any, row: Any, array: Any) -> None:
         integer, index, byte = (ir.IntegerType.get_signless(32), ir.IndexType.get(), ir.IntegerType.get_signless(8))
 
@@ -114,7 +127,9 @@ def _store_digits(ref: Any, row: Array, numbers: Array, weight: IntegerWeights, 
             return utils.c(value, integer)
 
         def store_number(number: Any, position: Any) -> None:
-            k = arith.index_cast(integer, position[0])
+            k = arith.index_cast(integer, position[-1])
+            if len(position) == 2:
+                k = arith.addi(k, arith.muli(arith.index_cast(integer, position[0]), constant(numbers.shape[1])))
             high = arith.shrsi(arith.addi(number, constant(DIGIT_BASE // 2)), constant(7))
             low = arith.subi(number, arith.muli(high, constant(DIGIT_BASE)))
             place, part = k, constant(0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from dbrx_jax.kernels.gpu.fixed_point import DIGITS, FixedPoint, to_fixed_point
+from dbrx_jax.kernels.gpu.fixed_point import DIGITS, MIN_ROWS, FixedPoint, to_fixed_point
 from dbrx_jax.kernels.gpu.fixed_point_rows import fixed_point_rows
 from dbrx_jax.kernels.gpu.integer_products import IntegerTiles, multiply
 from dbrx_jax.kernels.gpu.integer_weights import CHANNELS, IntegerWeights, fits, pack, split_activations
@@ -25,7 +25,6 @@ from dbrx_jax.ops.linear import Weight
 ALL_ROWS = 8
 # With fewer thread blocks for gate and up, each has blocks of its own, which are more and shorter.
 FUSED_BLOCKS = 8 * 132
-_MIN_ROWS = 4  # their digits are the 8 columns of a wgmma
 MULTIPROCESSORS = 132  # of the SXM cards
 _MIN_BLOCKS = 3  # thread blocks per multiprocessor
 _SHARED_BYTES = 56 * 1024  # shared memory of a thread block's steps, so that three or four fit a multiprocessor
@@ -70,7 +69,7 @@ def group_rows(is_used: Bool[Array, "C N"], size: int) -> Items:
 
 def item_rows(num_rows: int) -> int:
     """Returns the rows of an entry."""
-    return num_rows + -num_rows % _MIN_ROWS if num_rows <= ALL_ROWS else max(8, num_rows // 2 + -(num_rows // 2) % 4)
+    return num_rows + -num_rows % MIN_ROWS if num_rows <= ALL_ROWS else max(8, num_rows // 2 + -(num_rows // 2) % 4)
 
 
 def supports(w1: Weight, v1: Weight, w2: Weight) -> bool:
@@ -97,9 +96,14 @@ def integer_experts(
     w2: Weight,
     activation: str,
     tiles: tuple[IntegerTiles, IntegerTiles] | None = None,
+    fixed: FixedPoint | None = None,
     interpret: Any = None,
 ) -> Float[Array, "N D"]:
-    """Computes the float32 sum over c of combine_weights[c] times expert active[c]'s outputs where `is_used`."""
+    """Computes the float32 sum over c of combine_weights[c] times expert active[c]'s outputs where `is_used`.
+
+    Args:
+      fixed: up to ALL_ROWS rows x in fixed point for w1, if they have been rounded.
+    """
     C, N = is_used.shape
     gate, up, down = pack(w1, 1), pack(v1, 1), pack(w2, 0)
     size = item_rows(N)
@@ -107,7 +111,7 @@ def integer_experts(
         tiles = default_tiles((gate, up), size, C), default_tiles((down,), size, C)
     if N <= ALL_ROWS:
         num_items, experts, entry, slot = num_active, active, jnp.arange(C)[:, None], jnp.arange(N)
-        rows = fixed_point_rows(lambda row: row, [x[None, None]], size, None, gate, interpret)
+        rows = fixed or fixed_point_rows(lambda row: row, [x[None, None]], size, None, gate, interpret)
     else:
         items = group_rows(is_used, size)
         num_items, experts, entry, slot = items.count, active[items.expert], items.entry, items.slot

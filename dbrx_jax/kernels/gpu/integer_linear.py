@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from dbrx_jax.kernels.gpu.fixed_point import MIN_ROWS
 from dbrx_jax.kernels.gpu.fixed_point_rows import fixed_point_rows
 from dbrx_jax.kernels.gpu.integer_products import IntegerTiles, multiply
 from dbrx_jax.kernels.gpu.integer_weights import CHANNELS, IntegerWeights, fits, pack
@@ -35,7 +36,7 @@ def integer_linear(x: Float[Array, "N C"], *weights: QuantizedArray, interpret: 
     """
     packed = [pack(_stacked(w), 1) for w in weights]
     num_rows = x.shape[0]
-    one, item, size = jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), num_rows + -num_rows % 4
+    one, item, size = jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), num_rows + -num_rows % MIN_ROWS
     rows = fixed_point_rows(lambda row: row, [x[None, None]], size, None, packed[0], interpret)
     results = multiply(
         rows, [(w,) for w in packed], item, one, default_tiles(packed), interpret=interpret, name="integer_linear"

@@ -12,6 +12,9 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Bool, Float, Int
 
+from dbrx_jax.kernels.gpu.fixed_point import MIN_ROWS, FixedPoint
+from dbrx_jax.kernels.gpu.fixed_point_rows import fixed_point_shapes, row_layout, store_fixed_point
+from dbrx_jax.kernels.gpu.integer_weights import IntegerWeights
 from dbrx_jax.ops.experts import ActiveExperts
 from dbrx_jax.ops.norm import EPSILON
 
@@ -38,8 +41,9 @@ def norm_route(
     num_local: int,
     top_k: int,
     norm: float | None,
+    weight: IntegerWeights | None,
     interpret: Any = None,
-) -> tuple[Float[Array, "1 D"], Float[Array, "1 D"], ActiveExperts]:
+) -> tuple[Float[Array, "1 D"], Float[Array, "1 D"], FixedPoint | None, ActiveExperts]:
     """Adds the first row of y to that of x, normalises the sum, and selects its experts.
 
     As :func:`dbrx_jax.ops.norm.layer_norm` and :func:`dbrx_jax.ops.routing.route` do.
@@ -49,15 +53,17 @@ def norm_route(
       valid: False for padding, which goes to no expert.
       first_expert, num_local: this device has so many experts, from `first_expert` on.
 
+      weight: rows are rounded to fixed point for it; None: they are not.
+
     Returns:
-      The sum, the normalised sum, and the experts of this device.
+      The sum, the normalised sum, its fixed point or None, with undefined rows behind it, and this device's experts.
     """
     (num_experts, D), dtype = router.shape, x.dtype
     shape, slots = (D // COLUMNS, COLUMNS), min(top_k, num_local)
     vectors = [a.reshape(-1, *shape) for a in (x, y, norm_scale, router)]
 
     def body(scalars_ref, x_ref, y_ref, norm_ref, router_ref, *refs):
-        sum_ref, normed_ref, active_ref, num_ref, weights_ref, weights, barriers = refs
+        sum_ref, normed_ref, active_ref, num_ref, weights_ref, *fixed_refs, weights, barriers = refs
         for e in range(num_experts):
             plgpu.copy_gmem_to_smem(router_ref.at[e], weights.at[e], barriers.at[e])
         total = (_row(x_ref) + _row(y_ref).astype(dtype).astype(jnp.float32)).astype(dtype)
@@ -67,16 +73,20 @@ def norm_route(
         normed = centred * lax.rsqrt(jnp.sum(centred * centred) / D + EPSILON)
         normed = (normed * _row(norm_ref)).astype(dtype)
         normed_ref[0] = normed
+        if weight is not None:
+            digits_ref, largest_ref = fixed_refs
+            value = normed.astype(jnp.float32)
+            store_fixed_point(digits_ref.at[0], largest_ref.at[0], 0, value, weight, bool(interpret))
         logits = []
         for e in range(num_experts):
             plgpu.barrier_wait(barriers.at[e])
-            expert = plgpu.load(weights.at[e], layout=plgpu.Layout.WG_STRIDED(shape, vec_size=_vector(shape)))
+            expert = plgpu.load(weights.at[e], layout=row_layout(shape))
             logit = jnp.sum(normed.astype(jnp.float32) * expert.astype(jnp.float32))
             logits.append(logit.astype(dtype).astype(jnp.float32))
         chosen, count = _local(_top_k(logits, top_k, norm), scalars_ref[0] > 0, scalars_ref[1], num_local, slots)
         num_ref[0] = count
-        for c, (weight, expert) in enumerate(chosen):
-            active_ref[c], weights_ref[c, 0] = expert, weight
+        for c, (share, expert) in enumerate(chosen):
+            active_ref[c], weights_ref[c, 0] = expert, share
 
     run = plgpu.kernel(
         body,
@@ -85,6 +95,7 @@ def norm_route(
             jax.ShapeDtypeStruct((slots,), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
             jax.ShapeDtypeStruct((slots, 1), jnp.float32),
+            *([] if weight is None else fixed_point_shapes(1, MIN_ROWS, weight)),
         ],
         scratch_types=[plgpu.SMEM((num_experts, *shape), dtype), plgpu.Barrier(num_barriers=num_experts)],
         grid=(1,),
@@ -93,20 +104,15 @@ def norm_route(
     )
     scalars = jnp.stack([valid.astype(jnp.int32), jnp.int32(first_expert)])
     with jax.named_scope("norm_route"):
-        total, normed, active, num_active, weights = run(scalars, *vectors)
-    return total.reshape(1, D), normed.reshape(1, D), ActiveExperts(active, num_active[0], weights)
-
-
-def _vector(shape: tuple[int, int]) -> int:
-    """Returns the number of neighbouring elements that a thread has."""
-    return next(n for n in (8, 4, 2, 1) if shape[0] * shape[1] % (128 * n) == 0)
+        total, normed, active, num_active, weights, *fixed = run(scalars, *vectors)
+    experts = ActiveExperts(active, num_active[0], weights)
+    return total.reshape(1, D), normed.reshape(1, D), FixedPoint(*fixed) if fixed else None, experts
 
 
 def _row(ref: Any) -> Array:
     """Returns the first row in float32."""
     shape = ref.shape[1:]
-    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=_vector(shape))
-    return plgpu.load(ref.at[0], layout=layout).astype(jnp.float32)
+    return plgpu.load(ref.at[0], layout=row_layout(shape)).astype(jnp.float32)
 
 
 def _top_k(logits: list[Array], top_k: int, norm: float | None) -> list[tuple[Array, Array]]:
