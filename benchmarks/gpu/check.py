@@ -186,7 +186,7 @@ def write_reference_model(size: Size, path: Path) -> None:
 
 
 def _run_model(size: Size, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the logits of a prompt (T, V), and greedy tokens of a ragged batch and of its first row alone, (B + 1, 24)."""
+    """Returns the logits of a prompt (T, V), and greedy tokens of a ragged batch and of its first row, (B + 1, 24)."""
     config = dataclasses.replace(size.config, n_layers=2, moe_top_k=size.config.moe_num_experts)
     model = random_model(config, MODEL_PRECISION, dtype)
     longest = size.lengths[0]
