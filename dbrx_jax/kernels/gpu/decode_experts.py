@@ -66,7 +66,7 @@ def supports(x: Any, w1: Weight, v1: Weight, w2: Weight, interpret: bool = False
     if not all(fits(w, contracted) and w.dtype == x.dtype for w, contracted in weights):
         return False
     gate, up, down = packed_shapes(w1, v1, w2)
-    if (gate.kind, gate.group_depth, gate.bits.shape) != (up.kind, up.group_depth, up.bits.shape):
+    if (gate.kind, gate.bits.shape) != (up.kind, up.bits.shape):
         return False
     tokens = x.shape[0] + -x.shape[0] % MIN_TOKENS
     return bool(candidate_tiles((gate, up), tokens, 1)) and bool(candidate_tiles((down,), tokens, 1))
@@ -140,14 +140,14 @@ def default_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int)
 def tiles_name(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> str:
     """Returns the key of these matmuls in the table of tile sizes."""
     w = weights[0]
-    return name_of(f"experts_gpu {len(weights)} of {experts}", w.kind, w.group_depth, (w.channels, w.depth), tokens)
+    return name_of(f"experts_gpu {len(weights)} of {experts}", w.kind, None, (w.channels, w.depth), tokens)
 
 
 def candidate_tiles(weights: tuple[PackedWeights, ...], tokens: int, experts: int) -> list[DecodeTiles]:
     """Returns tile sizes worth timing, the default first, with enough splits to keep every multiprocessor busy."""
     weight, candidates = weights[0], []
     for channels, depth in ((64, 64), (64, 32), (64, 128), (128, 64)):
-        if weight.channels % channels or weight.depth % depth or depth % weight.period:
+        if weight.channels % channels or weight.depth % depth:
             continue
         step_bytes = 2 * depth * (len(weights) * channels + weight.num_inputs * tokens)
         steps = min(max(2, _SHARED_BYTES // step_bytes), 8)
@@ -183,19 +183,18 @@ def _partial_sums(x, weights, active, num_active, tiles, interpret) -> Array:
     num_outputs = len(weights) * weight.num_outputs
     shape = (active.shape[0], tiles.splits, num_outputs, weight.channels, tokens)
     num_steps = weight.depth // tiles.depth // tiles.splits
-    scales = [w.group_scales for w in weights if w.group_scales is not None]
 
     def body(num_active_ref, active_ref, x_ref, *refs):
-        bits, scale_refs, (out, out_tile) = refs[: len(weights)], refs[len(weights) : -2], refs[-2:]
+        *bits, out, out_tile = refs
         c, channel_tile, split = (lax.axis_index(name) for name in _GRID)
 
         @pl.when(c < num_active_ref[0])
         def _():
             expert = active_ref[c]
             expert_x = x_ref.at[c if x_ref.shape[0] > 1 else 0]
-            expert_bits, expert_scales = [r.at[expert] for r in bits], [r.at[expert] for r in scale_refs]
+            expert_bits = [r.at[expert] for r in bits]
             block = Block(weight, tiles, tokens, channel_tile, 0, split * num_steps, num_steps, bool(interpret))
-            for i, total in enumerate(accumulate_tile(block, expert_bits, expert_scales, expert_x)):
+            for i, total in enumerate(accumulate_tile(block, expert_bits, expert_x)):
                 out_tile[i] = total
             plgpu.commit_smem()
             for i in range(num_outputs):
@@ -213,5 +212,5 @@ def _partial_sums(x, weights, active, num_active, tiles, interpret) -> Array:
         interpret=interpret,
     )
     num_active = jnp.reshape(num_active, 1).astype(jnp.int32)
-    sums = run(num_active, active.astype(jnp.int32), x, *(w.bits for w in weights), *scales)
+    sums = run(num_active, active.astype(jnp.int32), x, *(w.bits for w in weights))
     return sums.reshape(*shape[:2], len(weights), weight.num_outputs, *shape[3:])

@@ -17,8 +17,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dbrx_jax.kernels.gpu.grouped_unpack import split_activations, split_scales, unpack, unpack_registers
-from dbrx_jax.kernels.gpu.packed_weights import PackedWeights
+from dbrx_jax.kernels.gpu.grouped_unpack import unpack, unpack_registers
+from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, split_activations, split_scales
 
 
 class GroupedTiles(NamedTuple):

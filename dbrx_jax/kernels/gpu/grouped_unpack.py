@@ -12,8 +12,6 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dbrx_jax.kernels.gpu.packed_weights import PackedWeights
-
 # Instructions that unpack the weights at each position of two int16 ($1) to two bfloat16 ($0), as `_signed` and
 # `_nibble` do. The last operand of lop3 is its truth table: 0xea is (a & b) | c, 0x6a is (a & b) ^ c.
 _INT8 = """{{ .reg .b32 bits, magnitude, sign;
@@ -30,11 +28,6 @@ PTX = {
     "int8": tuple(_INT8.format(shift=8 * p) for p in range(2)),
     "int4": tuple(_INT4.format(shift=4 * p) for p in range(4)),
 }
-
-
-def split_activations(rows: Array, weight: PackedWeights) -> Array:
-    """Splits rows (N, C) by the position of their weights in an int16 to (num_inputs, N, C / num_inputs)."""
-    return jnp.moveaxis(rows.reshape(rows.shape[0], -1, weight.num_inputs), -1, 0)
 
 
 def unpack(packed: Array, kind: str, position: int) -> Array:
@@ -69,13 +62,6 @@ def unpack_registers(packed: Array, kind: str, position: int) -> Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=None)
 
     return run(packed)
-
-
-def split_scales(pairs: Array) -> tuple[Array, Array]:
-    """Unpacks the two bfloat16 scales in each uint32 to float32; used in kernels."""
-    low = lax.bitcast_convert_type(pairs << 16, jnp.float32)  # a bfloat16 is the upper half of a float32
-    high = lax.bitcast_convert_type(pairs & jnp.uint32(0xFFFF0000), jnp.float32)
-    return low, high
 
 
 def _signed(bits: Array) -> Array:

@@ -178,4 +178,4 @@ def _depths(weight: IntegerWeights, rows: int) -> tuple[int, ...]:
     """Returns depths worth timing; those of many rows leave registers for accumulators."""
     if weight.contracted == 1:
         return (256, 128, 64) if DIGITS * rows <= 16 else (128, 64)
-    return (64, 128) if weight.int4 and DIGITS * rows <= 32 else (128, 256, 64)
+    return (128, 64) if weight.int4 else (128, 256, 64)

@@ -1,13 +1,9 @@
-"""Packed 16-bit views of quantised weights, and dequantising them to bfloat16 in registers on Hopper GPUs.
+"""Packed 16-bit views of quantised weights, as kernels on Hopper GPUs read them to multiply in bfloat16.
 
 An int16 packs two int8 or fp8 weights or four int4. 16 bits is the element size of the matrix unit's loads (ldmatrix,
 plain and transposed), so the registers are right whichever dimension is contiguous. Each weight position within the
-int16 gives one bfloat16 matrix. Packed along the contraction, the positions are parts of the contraction, and
-activations are split the same way; packed along the channels, each position is another output.
-
-Integers are converted exactly, without a conversion instruction: the bfloat16 with the bits 0x4300 + n is 128 + n, for
-n below 128. That takes about 2.3 instructions per int8 weight and 1.8 per int4. An int4 in the upper half of a byte is
-unpacked as 16 times its value; the activations of its position are divided by 16 (FACTORS).
+int16 gives one bfloat16 matrix (grouped_unpack.py). Packed along the contraction, the positions are parts of the
+contraction, and activations are split the same way; packed along the channels, each position is another output.
 """
 
 import dataclasses
@@ -20,13 +16,7 @@ from jax import Array, lax
 from dbrx_jax.ops.linear import Weight
 from dbrx_jax.quantization import QuantizedArray
 
-# Factors of the activations of each weight position in an int16, by kind.
-FACTORS: dict[str, tuple[float, ...]] = {
-    "plain": (1.0,),
-    "int8": (1.0, 1.0),
-    "fp8": (1.0, 1.0),
-    "int4": (1.0, 1 / 16, 1.0, 1 / 16),
-}
+NUM_POSITIONS = {"plain": 1, "int8": 2, "fp8": 2, "int4": 4}  # weights of a packed element
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +48,7 @@ class PackedWeights:
     @property
     def num_inputs(self) -> int:
         """Number of parts that activations are split into by weight position."""
-        return len(FACTORS[self.kind]) // self.num_outputs
+        return NUM_POSITIONS[self.kind] // self.num_outputs
 
     @property
     def channels(self) -> int:
@@ -93,7 +83,7 @@ def fits(weight: Weight, contracted: int) -> bool:
     """Returns whether :func:`pack` supports a weight: its format, even sizes, and groups that suit the matrix unit."""
     if not isinstance(weight, QuantizedArray):
         return weight.dtype in (jnp.bfloat16, jnp.float32)
-    if weight.kind not in FACTORS or weight.scale.dtype != jnp.bfloat16 or weight.values.shape[-1] % 2:
+    if weight.kind not in NUM_POSITIONS or weight.scale.dtype != jnp.bfloat16 or weight.values.shape[-1] % 2:
         return False
     if weight.group is None:
         return True
@@ -106,21 +96,8 @@ def _int4_per_element(contracted: int) -> int:
 
 
 def split_activations(rows: Array, weight: PackedWeights) -> Array:
-    """Splits rows (..., N, C) by weight position to (..., num_inputs, N, C / num_inputs), times FACTORS."""
-    parts = jnp.moveaxis(rows.reshape(*rows.shape[:-1], -1, weight.num_inputs), -1, -3)
-    factors = jnp.array(FACTORS[weight.kind][: weight.num_inputs], rows.dtype)
-    return parts * factors[:, None, None] if weight.kind == "int4" else parts
-
-
-def unpack(packed: Array, kind: str) -> tuple[Array, ...]:
-    """Unpacks int16 values to one bfloat16 array per weight position, before FACTORS; used in kernels."""
-    if kind == "fp8":
-        upper = lax.shift_right_logical(packed & 0x7F00, jnp.int16(4))
-        return _fp8((packed & 0x7F) << 4, (packed & 0x80) << 8), _fp8(upper, packed & -0x8000)
-    upper = lax.shift_right_logical(packed, jnp.int16(8))
-    if kind == "int8":
-        return _signed(packed, 0x7F), _signed(upper, 0x7F)
-    return _nibble(packed), _signed(packed, 0x70), _nibble(upper), _signed(upper, 0x70)
+    """Splits rows (..., N, C) by the position of their weights to (..., num_inputs, N, C / num_inputs)."""
+    return jnp.moveaxis(rows.reshape(*rows.shape[:-1], -1, weight.num_inputs), -1, -3)
 
 
 def split_scales(pairs: Array) -> tuple[Array, Array]:
@@ -133,30 +110,3 @@ def split_scales(pairs: Array) -> tuple[Array, Array]:
 def pairs(array: Array, dtype: jnp.dtype) -> Array:
     """Views pairs of neighbours in the last dimension as one element of twice the size."""
     return lax.bitcast_convert_type(array.reshape(*array.shape[:-1], -1, 2), dtype)
-
-
-def _signed(packed: Array, mask: int) -> Array:
-    """Converts the low byte, a signed integer, to bfloat16, using only the bits of `mask` and the sign."""
-    magnitude, sign = (packed & mask) | 0x4300, (packed & 0x80) | 0x4300  # the sign bit turns 128 into 256
-    return _bfloat16(magnitude) - _bfloat16(sign)
-
-
-def _nibble(packed: Array) -> Array:
-    """Converts the low four bits, a signed integer, to bfloat16: value + 8 is in 0 to 15, and 128 + 8 is 136."""
-    return _bfloat16((packed & 0xF) ^ 0x4308) - jnp.bfloat16(136)
-
-
-def _fp8(magnitude: Array, sign: Array) -> Array:
-    """Converts float8_e4m3fn whose exponent and mantissa (bits 4 to 10) and sign (bit 15) are at bfloat16's positions.
-
-    Adding the difference of the exponent biases (120) is right for normal numbers, 2^-6 and larger. A subnormal number
-    (m / 8) 2^-6 gives (1 + m / 8) 2^-7, and 2 x - 2^-6 corrects that; for normal numbers it is the larger of the two.
-    No intermediate is a subnormal bfloat16, which hardware may flush to zero.
-    """
-    normal = _bfloat16(magnitude + jnp.int16(120 << 7))
-    value = jnp.minimum(normal, normal * jnp.bfloat16(2) - jnp.bfloat16(2.0**-6))
-    return _bfloat16(lax.bitcast_convert_type(value, jnp.int16) | sign)
-
-
-def _bfloat16(packed: Array) -> Array:
-    return lax.bitcast_convert_type(packed, jnp.bfloat16)
