@@ -1,17 +1,15 @@
-"""Compiles each kernel at 132B's shapes: registers, spills, temporaries and compile time.
+"""Compiles each kernel at 132B's shapes: registers, spills, instructions, temporaries and compile time.
 
     python -m benchmarks.kernels [h200|v5e|v6e ...]
 
 Needs the extra [compile] and no accelerator. Updates these devices in results/kernels.json, and prints a Markdown
-table. Registers are reported for Hopper only. A TPU kernel that needs too much VMEM does not compile.
+table. Registers are reported for Hopper only, and there the instructions of a lane for each weight in the main loops of
+integer decode kernels. A TPU kernel that needs too much VMEM does not compile.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import tiles
 from benchmarks.record import RESULTS, stamp, write
+from benchmarks.sass import dumped_kernels, find_nvdisasm
 from dbrx_jax.kernels.tile_table import table
 from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache, swap_layout
 from dbrx_jax.planning import targets
@@ -31,6 +30,7 @@ from dbrx_jax.planning import targets
 KINDS = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu"}
 PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 POSITIONS = 8192
+LANES = 128  # of a thread block
 
 
 class Case(NamedTuple):
@@ -39,6 +39,7 @@ class Case(NamedTuple):
     name: str
     call: Callable[..., Any]
     arguments: Any  # shapes
+    weights: dict[str, float] = {}  # of a lane in a step of a kernel's main loop, by kernel  # noqa: RUF012
 
 
 def cases(kind: str) -> Iterator[Case]:
@@ -57,8 +58,21 @@ def experts(kind: str, weights: tuple[str, ...]) -> Iterator[Case]:
     for case in tiles.cases(kind, weights=weights):
         chosen = {s.name: type(s.rule)(*table()[s.name]) if s.name in table() else s.rule for s in case.slots}
         name = "; ".join(chosen)
-        named[name] = Case(name, lambda *a, case=case, chosen=chosen: case.call(chosen, *a), case.arguments)
+        call = lambda *a, case=case, chosen=chosen: case.call(chosen, *a)  # noqa: E731
+        named[name] = Case(name, call, case.arguments, weights_a_step(chosen) if kind == "gpu" else {})
     yield from named.values()
+
+
+def weights_a_step(tiles_by_name: dict[str, Any]) -> dict[str, float]:
+    """Returns the weights of a lane in a step of the integer decode kernels' main loops, by kernel."""
+    from dbrx_jax.kernels.gpu.integer_products import IntegerTiles
+    from dbrx_jax.kernels.gpu.integer_weights import CHANNELS
+
+    if not all(isinstance(t, IntegerTiles) for t in tiles_by_name.values()):
+        return {}
+    per_byte = 2 if any("int4" in name for name in tiles_by_name) else 1
+    gate_up, down = (CHANNELS * t.depth * per_byte / LANES for t in tiles_by_name.values())
+    return {"experts_gate_and_up": gate_up, "experts_inner": 2 * gate_up, "experts_down": 2 * down}
 
 
 def attention(kind: str) -> Iterator[Case]:
@@ -116,45 +130,30 @@ def compiled(case: Case, mesh: Mesh) -> dict[str, Any]:
     replicated = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), case.arguments)
     begin = time.perf_counter()
-    with captured_output() as outputs, jax.set_mesh(mesh):
+    with dumped_kernels() as dumped, jax.set_mesh(mesh):
         program = jax.jit(case.call).lower(*arguments).compile()
-    seconds, text = time.perf_counter() - begin, outputs[0]
+    seconds, text = time.perf_counter() - begin, "\n".join(dumped.resources)
+    loops = {name: (dumped.loops[name], n) for name, n in case.weights.items() if name in dumped.loops}
     return {
         "kernel": case.name,
         "registers": [int(n) for n in re.findall(r"Used (\d+) registers", text)],
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
         "temporaries": program.memory_analysis().temp_size_in_bytes,
         "compile_seconds": round(seconds, 1),
+        "instructions_a_weight": {name: round(count / n, 2) for name, (count, n) in loops.items()},
     }
-
-
-@contextlib.contextmanager
-def captured_output() -> Iterator[list[str]]:
-    """Captures stdout and stderr of C++ code in the block; the list has the text when the block has ended."""
-    outputs: list[str] = []
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
-        originals = [os.dup(n) for n in (1, 2)]
-        for n in (1, 2):
-            os.dup2(file.fileno(), n)
-        try:
-            yield outputs
-        finally:
-            for n, original in zip((1, 2), originals, strict=True):
-                os.dup2(original, n)
-                os.close(original)
-            file.seek(0)
-            outputs.append(file.read())
 
 
 def line(device: str, found: dict[str, Any]) -> str:
     registers = ", ".join(map(str, found["registers"]))
     spilled = str(found["spilled_bytes"]) if registers else ""
     size = f"{found['temporaries'] / 1e6:.1f} MB"
-    return f"| {device} | {found['kernel']} | {size} | {registers} | {spilled} | {found['compile_seconds']} s |"
+    instructions = ", ".join(map(str, found["instructions_a_weight"].values()))
+    columns = found["kernel"], size, registers, spilled, instructions, f"{found['compile_seconds']} s"
+    return f"| {device} | {' | '.join(columns)} |"
 
 
 def main() -> None:
-    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     jax.config.update("jax_platforms", "cpu")  # else plugins warn of missing devices
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=str(__doc__).splitlines()[0])
     parser.add_argument("device", nargs="*", help=f"of {', '.join(KINDS)}; all by default")
@@ -163,8 +162,10 @@ def main() -> None:
     if unknown := set(options.device) - set(KINDS):
         parser.error(f"{', '.join(sorted(unknown))}: no such device; choose of {', '.join(KINDS)}")
     result = json.loads(options.output.read_text()) if options.output.exists() else {}
-    print("| device | kernel | temporaries | registers | bytes spilled | compiled in |")
-    print("|---|---|---|---|---|---|")
+    print("| device | kernel | temporaries | registers | bytes spilled | instructions a weight | compiled in |")
+    print("|---|---|---|---|---|---|---|")
+    if "gpu" in map(KINDS.get, options.device or KINDS) and not find_nvdisasm():
+        parser.error("nvdisasm is missing; install the extra [compile]")
     for device in options.device or KINDS:
         mesh = Mesh(np.array(targets.devices(device, 1)), ("one",))
         kernels = []
