@@ -1,10 +1,11 @@
-"""Grouped matmul with quantised weights on Hopper GPUs: many rows sorted by group, each times its group's weight.
+"""Kernel of the grouped matmul on Hopper GPUs: many rows sorted by group, each times its group's weight.
 
-A thread block computes a tile of rows times channels with three warpgroups. One copies tiles of packed weights and of
-activations to shared memory some steps ahead. Each of the other two has half of the channels: it loads its weights to
-registers, unpacks them to bfloat16 there and multiplies them with all rows of the tile by wgmma, so that a weight is
-unpacked once for all of these rows, while the matrix unit multiplies for the other warpgroup. Group scales are
-multiplied onto the unpacked weights, so that one accumulator sums the whole contraction.
+A thread block computes tiles of rows times channels with three warpgroups. One copies tiles of weights and of
+activations to shared memory some steps ahead. Each of the other two has half of the channels. It loads its packed
+weights to registers, unpacks them to bfloat16 there and multiplies them with all rows of the tile by wgmma. So a
+weight is unpacked once for all of these rows, while the matrix unit multiplies for the other warpgroup. Group scales
+are multiplied onto the unpacked weights, so that one accumulator sums the whole contraction. Plain weights are
+multiplied from shared memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from dbrx_jax.kernels.gpu.packed_weights import PackedWeights, split_activations
 
 
 class GroupedTiles(NamedTuple):
-    """Tile sizes of a grouped matmul with quantised weights.
+    """Tile sizes of the kernel.
 
     Attributes:
       rows: activation rows per thread block, a multiple of 8 and at most 256.
