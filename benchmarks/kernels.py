@@ -47,7 +47,9 @@ def cases(kind: str) -> Iterator[Case]:
     yield from experts(kind, tiles.WEIGHTS)
     yield from attention(kind)
     yield from gradients(kind)
-    if kind == "tpu":
+    if kind == "gpu":
+        yield from token_steps()
+    else:
         yield from experts(kind, ("fp8",))
         yield from cache_writes()
 
@@ -96,6 +98,29 @@ def attention(kind: str) -> Iterator[Case]:
             return attend(query, key, value, starts, table, scales=None if scales[0] is None else scales)
 
         yield Case(f"attention, {dtype} cache, {rows} x {tokens} queries", call, (query, *indices, *cache, *scales))
+
+
+def token_steps() -> Iterator[Case]:
+    """Yields calls of a Hopper GPU's kernels that do several steps of decoding one token."""
+    from dbrx_jax.kernels.gpu.cache_attention import write_and_attend
+    from dbrx_jax.kernels.gpu.norm_route import norm_route
+
+    c = tiles.CONFIG
+    blocks = POSITIONS // CACHE_BLOCK
+    new = [jax.ShapeDtypeStruct((1, 1, heads, c.head_dim), jnp.bfloat16) for heads in (c.n_heads, *[c.kv_n_heads] * 2)]
+    pools = [jax.ShapeDtypeStruct((blocks + 1, c.kv_n_heads, CACHE_BLOCK, c.head_dim), jnp.bfloat16)] * 2
+    indices = [jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), bool)]
+    table = jax.ShapeDtypeStruct((1, blocks), jnp.int32)
+    yield Case("attention that writes its token, bfloat16 cache", write_and_attend, (*new, *pools, *indices, table))
+    (D, E), x = (c.d_model, c.moe_num_experts), jax.ShapeDtypeStruct((4, c.d_model), jnp.bfloat16)
+    vectors = [jax.ShapeDtypeStruct((D,), jnp.bfloat16)] * 2
+    y, router, valid = ((4, D), jnp.float32), ((E, D), jnp.bfloat16), ((), bool)
+    y, router, valid = (jax.ShapeDtypeStruct(*shape) for shape in (y, router, valid))
+
+    def route(x, y, y_scale, norm_scale, router, valid):
+        return norm_route(x, y, y_scale, norm_scale, router, valid, 0, E, c.moe_top_k, c.moe_normalize_expert_weights)
+
+    yield Case("norm and routing of a token", route, (x, y, *vectors, router, valid))
 
 
 def gradients(kind: str) -> Iterator[Case]:

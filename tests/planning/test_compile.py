@@ -92,3 +92,17 @@ def test_hopper_kernels_do_not_spill_registers(tmp_path):
             assert instructions <= (1.5 if few_rows else 2.5), (name, kernel)
         has_sums = "64 rows" in kernel["kernel"]
         assert kernel["temporaries"] < (2 if has_sums else bytes_per_weight) * EXPERT, kernel
+
+
+@pytest.mark.slow
+def test_decode_step_launches_few_kernels_a_layer(tmp_path):
+    """At batch 1 on an H200. The experts' own are counted apart."""
+    command = [os.environ["DBRX_COMPILE_PYTHON"], "-m", "benchmarks.launches", "--output", tmp_path / "found.json"]
+    cases = [f"{weights},1,bfloat16" for weights in ("int4", "int8", "bfloat16")]
+    done = subprocess.run([*command, *cases], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["cases"]
+    for case in cases:
+        assert len(found[case]["kernels"]) == found[case]["a_layer"], found[case]
+        assert found[case]["a_layer"] - found[case]["of_experts"] <= 8, found[case]["kernels"]
+        assert found[case]["of_experts"] <= 6, found[case]["kernels"]
