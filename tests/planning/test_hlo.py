@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dbrx_jax.planning.hlo import Collective, bytes_moved, collectives, hbm_traffic, largest_temporaries
+from dbrx_jax.planning.hlo import Collective, bytes_moved, collectives, hbm_traffic, largest_temporaries, launches
 
 LOOP = {r"jit\(loop\)/while$": 10}
 
@@ -264,6 +264,33 @@ metadata={{op_name="jit(f)/cache_attention/pallas_call"}}
         total = hbm_traffic(text)
         assert total.read == 2 * blocks * 256 * 128 * 2 + 2 * 16 * 128 * 2 + 2 * 4 + 2 * width * 4
         assert total.written == 2 * 16 * 128 * 4
+
+
+def test_attention_that_writes_its_token_counts_the_new_positions():
+    """Pools are results in their operands' buffers: 3 rows write a position of 2 heads to each."""
+    pool = "bf16[9,2,128,64]{3,2,1,0}"
+    text = f"""HloModule jit_f, input_output_alias={{ {{0}}: (2, {{}}, may-alias), {{1}}: (3, {{}}, may-alias) }}
+
+ENTRY %main (t: s32[3,2], q: bf16[3,2,8,64], k: {pool}, v: {pool}) -> (f32[3,2,8,64], {pool}, {pool}) {{
+  %t = s32[3,2]{{1,0}} parameter(0)
+  %q = bf16[3,2,8,64]{{3,2,1,0}} parameter(1)
+  %k = {pool} parameter(2)
+  %v = {pool} parameter(3)
+  ROOT %out = (f32[3,2,8,64]{{3,2,1,0}}, {pool}, {pool}) custom-call(%t, %q, %k, %v), custom_call_target="mosaic_gpu", \
+output_to_operand_aliasing={{{{1}}: (2, {{}}), {{2}}: (3, {{}})}}, metadata={{op_name="jit(f)/cache_attention/mpmd_map"}}
+}}
+"""
+    total = hbm_traffic(text)
+    assert total.read == 2 * 6 * 2 * 128 * 64 * 2 + 3 * 2 * 8 * 64 * 2 + 3 * 2 * 4
+    assert total.written == 3 * 2 * 8 * 64 * 4 + 2 * 3 * 2 * 64 * 2
+
+
+def test_launches_are_kernels_and_copies_of_all_computations():
+    """A loop of five kernels runs ten times, after two copies; views and control flow launch nothing."""
+    found = launches(program("loop_h100"), LOOP)
+    assert [(launch.opcode, launch.runs) for launch in found] == [("copy", 1)] * 2 + [("fusion", 10)] * 5
+    (product,) = (launch for launch in found if launch.result == "f32[4,8,24576]")
+    assert product.op_name.endswith("dot_general")
 
 
 def test_text_without_hlo_module_is_rejected():

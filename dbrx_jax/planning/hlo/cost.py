@@ -32,7 +32,7 @@ _FREE_TARGETS = name_set("ConcatBitcast AllocateBuffer PrepareAsyncCallStart Pre
 # Kernels of kernels/tpu/cache_write.py that write their third operand into their fourth, whose buffer is the result's.
 _IN_PLACE_KERNELS = ("/write_positions/", "/write_scales/")
 # The kernels of kernels/*/cache_attention.py. Operands are integers (a table of blocks is the largest), queries, and
-# pools of blocks (N, …).
+# pools of blocks (N, G, P, K). If a result is in a pool's buffer, each row's new position is written there.
 _PAGED_KERNEL = "/cache_attention/"
 
 
@@ -59,7 +59,12 @@ def cost(scope: Scope, instr: Instruction) -> Cost:
         return Cost(num_bytes, [num_bytes])
     elements, written = _accesses(scope, instr)
     if instr.opcode == "custom-call" and _PAGED_KERNEL in instr.op_name:
-        elements |= _elements_of_pools([leaves(instructions[name].type)[0] for name in instr.operands])
+        operands = [leaves(instructions[name].type)[0] for name in instr.operands]
+        elements |= _elements_of_pools(operands)
+        rows = max((shape for shape in operands if shape.dtype == "s32"), key=lambda shape: shape.size).dims[0]
+        for index in _aliased(instr):
+            blocks, _, positions = shapes[index].dims[:3]
+            written[index] = rows * shapes[index].bytes // (blocks * positions)
     read: dict[str, int] = defaultdict(int)
     for index, name in enumerate(instr.operands):
         type_ = instructions[name].type
@@ -105,8 +110,7 @@ def _accesses(scope: Scope, instr: Instruction) -> tuple[dict[int, float], list[
     """Counts the elements that an instruction reads of each operand, and the bytes that it writes for each result."""
     body = scope.module.fusion_body(instr) if instr.opcode == "fusion" else _single_instruction_body(scope, instr)
     continued = continued_collectives(scope, instr, body)
-    aliasing = instr.attribute(r"output_to_operand_aliasing=(\{.*?\)\})") or ""
-    aliased = {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+, ", aliasing)}
+    aliased = _aliased(instr)
     computation = Computation("", body)
     needed: dict[str, float] = defaultdict(float)  # elements by name
     written = []
@@ -136,6 +140,12 @@ def _accesses(scope: Scope, instr: Instruction) -> tuple[dict[int, float], list[
                 needed[name] += operand_elements
     parameters = [op for op in body.values() if op.opcode == "parameter"]
     return {int(op.literal): min(needed[op.name], _size(op)) for op in parameters}, written
+
+
+def _aliased(instr: Instruction) -> set[int]:
+    """Returns the numbers of the results that are in an operand's buffer."""
+    aliasing = instr.attribute(r"output_to_operand_aliasing=(\{.*?\)\})") or ""
+    return {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+, ", aliasing)}
 
 
 def _single_instruction_body(scope: Scope, instr: Instruction) -> dict[str, Instruction]:

@@ -22,7 +22,8 @@ def launches(text: str, trips: Mapping[str, int] | None = None) -> list[Launch]:
     """Returns the kernels and copies of one execution of a module, those of all branches included, in order.
 
     A custom call counts once, though a library's may launch several kernels. An asynchronous operation counts where
-    it starts. Views, constants and control flow launch nothing; XLA's own copies of loop conditions are not counted.
+    it starts. Views, constants and control flow launch nothing. Copies of a loop's condition to the host, which XLA
+    makes at run time, are not in the text.
 
     Args:
       text: of the module.
