@@ -277,7 +277,7 @@ ENTRY %main (t: s32[3,2], q: bf16[3,2,8,64], k: {pool}, v: {pool}) -> (f32[3,2,8
   %k = {pool} parameter(2)
   %v = {pool} parameter(3)
   ROOT %out = (f32[3,2,8,64]{{3,2,1,0}}, {pool}, {pool}) custom-call(%t, %q, %k, %v), custom_call_target="mosaic_gpu", \
-output_to_operand_aliasing={{{{1}}: (2, {{}}), {{2}}: (3, {{}})}}, metadata={{op_name="jit(f)/cache_attention/mpmd_map"}}
+output_to_operand_aliasing={{{{1}}: (2, {{}}), {{2}}: (3, {{}})}}, metadata={{op_name="jit(f)/cache_attention/map"}}
 }}
 """
     total = hbm_traffic(text)
