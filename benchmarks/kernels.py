@@ -26,6 +26,8 @@ from benchmarks.sass import dumped_kernels, find_nvdisasm
 from dbrx_jax.kernels.tile_table import table
 from dbrx_jax.model.cache import CACHE_BLOCK, LayerCache, swap_layout
 from dbrx_jax.planning import targets
+from dbrx_jax.quantization import Format
+from dbrx_jax.quantization.array import abstract
 
 KINDS = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu"}
 PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
@@ -103,6 +105,7 @@ def attention(kind: str) -> Iterator[Case]:
 def token_steps() -> Iterator[Case]:
     """Yields calls of a Hopper GPU's kernels that do several steps of decoding one token."""
     from dbrx_jax.kernels.gpu.cache_attention import write_and_attend
+    from dbrx_jax.kernels.gpu.integer_weights import pack
     from dbrx_jax.kernels.gpu.norm_route import norm_route
 
     c = tiles.CONFIG
@@ -113,14 +116,14 @@ def token_steps() -> Iterator[Case]:
     table = jax.ShapeDtypeStruct((1, blocks), jnp.int32)
     yield Case("attention that writes its token, bfloat16 cache", write_and_attend, (*new, *pools, *indices, table))
     (D, E), x = (c.d_model, c.moe_num_experts), jax.ShapeDtypeStruct((4, c.d_model), jnp.bfloat16)
-    vectors = [jax.ShapeDtypeStruct((D,), jnp.bfloat16)] * 2
-    y, router, valid = ((4, D), jnp.float32), ((E, D), jnp.bfloat16), ((), bool)
-    y, router, valid = (jax.ShapeDtypeStruct(*shape) for shape in (y, router, valid))
+    scale, router = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((D,), (E, D)))
+    w1 = abstract((E, c.ffn_hidden_size, D), Format.parse("int4-128"), (-1,), jnp.bfloat16)
 
-    def route(x, y, y_scale, norm_scale, router, valid):
-        return norm_route(x, y, y_scale, norm_scale, router, valid, 0, E, c.moe_top_k, c.moe_normalize_expert_weights)
+    def route(x, y, norm_scale, router, valid, w1):
+        options = 0, E, c.moe_top_k, c.moe_normalize_expert_weights, pack(w1, 1)
+        return norm_route(x, y, norm_scale, router, valid, *options)
 
-    yield Case("norm and routing of a token", route, (x, y, *vectors, router, valid))
+    yield Case("norm and routing of a token", route, (x, x, scale, router, jax.ShapeDtypeStruct((), bool), w1))
 
 
 def gradients(kind: str) -> Iterator[Case]:
