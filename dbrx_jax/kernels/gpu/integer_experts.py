@@ -25,8 +25,7 @@ from dbrx_jax.ops.linear import Weight
 ALL_ROWS = 8
 # With fewer thread blocks for gate and up, each has blocks of its own, which are more and shorter.
 FUSED_BLOCKS = 8 * 132
-MULTIPROCESSORS = 132  # of the SXM cards
-_MIN_BLOCKS = 3  # thread blocks per multiprocessor
+_MIN_BLOCKS = 380  # thread blocks at least: nearly three for each of a card's 132 multiprocessors
 _SHARED_BYTES = 56 * 1024  # shared memory of a thread block's steps, so that three or four fit a multiprocessor
 
 
@@ -168,7 +167,7 @@ def _candidates(weights: tuple[IntegerWeights, ...], rows: int, experts: int) ->
         most = min(max(2, _SHARED_BYTES // step_bytes), 8)
         blocks, num_steps = experts * (weight.channels // CHANNELS), weight.depth // depth
         splits = [s for s in range(1, num_steps + 1) if num_steps % s == 0 and (s == 1 or num_steps // s >= 3)]
-        enough = [s for s in splits if blocks * s >= _MIN_BLOCKS * MULTIPROCESSORS] or splits[-1:]
+        enough = [s for s in splits if blocks * s >= _MIN_BLOCKS] or splits[-1:]
         for split, steps in itertools.product([1] if len(weights) == 2 else enough[:2], (most, most // 2)):
             if steps >= 2:
                 yield IntegerTiles(depth, steps, split)
