@@ -27,6 +27,11 @@ def kernel_backend(platform: str) -> str | None:
     return backend
 
 
+def native_kernels_allowed(platform: str) -> bool:
+    """Returns whether a platform may use the native kernels for CPUs, if they were built."""
+    return platform == "cpu" and KERNEL_BACKENDS.get("cpu") is None and os.environ.get(KERNELS_VARIABLE) != "0"
+
+
 @functools.cache
 def _has_small_vmem() -> bool:
     """Returns whether a TPU's VMEM is too small for the kernels; false without a TPU, as when compiling for one."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from dbrx_jax.backend import kernel_backend
+from dbrx_jax.backend import kernel_backend, native_kernels_allowed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,3 +135,19 @@ def cache_write_kernels(platform: str) -> ModuleType | None:
     from dbrx_jax.kernels.tpu import cache_write
 
     return cache_write
+
+
+class NativeKernels(NamedTuple):
+    """The modules of the native kernels for CPUs."""
+
+    matmul: ModuleType  # with matmul and supports
+    experts: ModuleType  # with apply_experts and supports
+
+
+def native_kernels(platform: str) -> NativeKernels | None:
+    """Returns the native kernels if they were built and the platform is a CPU, or None for plain XLA."""
+    if not native_kernels_allowed(platform):
+        return None
+    from dbrx_jax.kernels.cpu import experts, library, matmul
+
+    return NativeKernels(matmul, experts) if library.instruction_sets() else None

@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.kernels import stacked_experts
-from dbrx_jax.kernels.dispatch import ExpertKernels, expert_kernels
+from dbrx_jax.kernels.dispatch import ExpertKernels, NativeKernels, expert_kernels, native_kernels
 from dbrx_jax.kernels.xla import experts as xla
 from dbrx_jax.ops.experts import ExpertWeights
 
@@ -104,6 +104,7 @@ class ExpertDispatch(NamedTuple):
     small_batch: bool  # each active expert runs on all rows; else rows are sorted by expert
     tile_rows: int  # rows of a matmul of sorted rows in plain XLA
     kernels: ExpertKernels | None  # None: plain XLA
+    native: NativeKernels | None = None  # kernels of a CPU, for any number of rows
 
 
 def _dispatch(
@@ -115,11 +116,14 @@ def _dispatch(
         return ExpertDispatch(platform, True, 0, kernels)
     if kernels is not None and kernels.supports_grouped(x, *expert_weights):
         return ExpertDispatch(platform, False, xla.ACCELERATOR_TILE_ROWS, kernels)
+    native = native_kernels(platform)
+    if native is not None and not native.experts.supports(x, expert_weights):
+        native = None
     if row_tile is not None:
-        return ExpertDispatch(platform, False, row_tile, None)
+        return ExpertDispatch(platform, False, row_tile, None, native)
     small_batch = x.shape[0] <= SMALL_BATCH.get(platform, SMALL_BATCH_ON_ACCELERATOR)
     tile_rows = xla.cpu_tile_rows(experts, expert_weights) if platform == "cpu" else xla.ACCELERATOR_TILE_ROWS
-    return ExpertDispatch(platform, small_batch, tile_rows, None)
+    return ExpertDispatch(platform, small_batch, tile_rows, None, native)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -127,6 +131,8 @@ def _apply(x, weights, experts, expert_weights, activation, dispatch):
     if dispatch.kernels is not None:
         apply = stacked_experts.decode_experts if dispatch.small_batch else stacked_experts.grouped_experts
         return apply(x, weights, experts, expert_weights, activation, dispatch.kernels)
+    if dispatch.native is not None:
+        return dispatch.native.experts.apply_experts(x, weights, experts, expert_weights, activation)
     arguments = x, weights, experts, expert_weights, activation, dispatch.platform
     if not dispatch.small_batch:
         return xla.grouped_experts(*arguments, dispatch.tile_rows)

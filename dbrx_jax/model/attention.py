@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.kernels.attention import cached_attention, select_implementation, sequence_attention, write_and_attend
-from dbrx_jax.kernels.linear import linears
+from dbrx_jax.kernels.linear import linear, linears
 from dbrx_jax.model.cache import LayerCache, swap_layout, write_cache
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.attention import merge_partial_attention
@@ -95,7 +95,7 @@ class Attention(nnx.Module):
         x = partition.local_shard(x, 2, "expert")
         weights = [partition.gather_fsdp(w) for w in (self.query, self.key, self.value)]
         rows = x.reshape(-1, x.shape[-1])
-        products = linears(rows, [matrix(w, 2) for w in weights], partition.platform)
+        products = linears(rows, [matrix(w, 2) for w in weights], 1, partition.platform)
         qkv = [y.reshape(*x.shape[:2], *w.shape[:2]) for y, w in zip(products, weights, strict=True)]
         if partition.size("expert") > 1:
             H, G, _ = (w.shape[0] for w in weights)
@@ -113,5 +113,5 @@ class Attention(nnx.Module):
     def project_out(self, y: Float[Array, "B T H K"], partition: Partition) -> Float[Array, "B T D"]:
         """Applies the output projection to this device's heads."""
         weight, rows = partition.gather_fsdp(self.out), y.reshape(-1, math.prod(y.shape[2:]))
-        (out,) = linears(rows, [matrix(weight, 1)], partition.platform)
-        return partition.scatter_tokens(partition.psum(out.reshape(*y.shape[:2], -1), "tensor"))
+        out = linear(rows, matrix(weight, 1), 1, partition.platform).reshape(*y.shape[:2], -1)
+        return partition.scatter_tokens(partition.psum(out, "tensor"))

@@ -15,7 +15,7 @@ from dbrx_jax.backend import GPU_PLATFORMS
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.generation_config import GenerationConfig
 from dbrx_jax.kernels.attention import select_implementation
-from dbrx_jax.kernels.linear import linears
+from dbrx_jax.kernels.linear import linear
 from dbrx_jax.model.block import Block, Norm, call_block
 from dbrx_jax.model.cache import Cache
 from dbrx_jax.model.parameter import Init
@@ -174,8 +174,7 @@ class CausalLM(nnx.Module):
         partition, vocab_size = self.partition, self.config.vocab_size
         head = partition.gather_fsdp(self.lm_head)
         rows = normed.reshape(-1, normed.shape[-1])
-        (logits,) = linears(rows, [head], partition.platform, jnp.float32)
-        logits = logits.reshape(*normed.shape[:-1], -1)
+        logits = linear(rows, head, 1, partition.platform, jnp.float32).reshape(*normed.shape[:-1], -1)
         if partition.pad_vocabulary(vocab_size) == vocab_size:
             return logits
         ids = partition.axis_index(*VOCAB_AXES) * head.shape[0] + jnp.arange(head.shape[0])

@@ -8,9 +8,10 @@ from jaxtyping import Bool, Float
 
 from dbrx_jax.config import DbrxConfig
 from dbrx_jax.kernels.experts import TokenKernels, apply_experts, apply_token_experts, token_kernels
+from dbrx_jax.kernels.linear import linear
 from dbrx_jax.model.parameter import Init
 from dbrx_jax.ops.experts import ExpertWeights, expert_mlp
-from dbrx_jax.ops.linear import Weight, linear
+from dbrx_jax.ops.linear import Weight
 from dbrx_jax.ops.routing import Routing, route
 from dbrx_jax.ops.row_tiles import pad_rows
 from dbrx_jax.sharding.partition import BATCH_AXES, Partition

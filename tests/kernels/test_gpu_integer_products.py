@@ -13,7 +13,7 @@ from dbrx_jax.kernels.gpu.fixed_point_rows import fixed_point_rows
 from dbrx_jax.kernels.gpu.integer_experts import group_rows
 from dbrx_jax.kernels.gpu.integer_linear import integer_linear, supports
 from dbrx_jax.kernels.gpu.integer_weights import pack, split_activations, transposed_order
-from dbrx_jax.kernels.linear import linears
+from dbrx_jax.kernels.linear import linear
 from dbrx_jax.quantization import Format, quantize
 from tests.kernels.gpu import INTERPRET, fresh_interpreter, max_error  # noqa: F401
 from tests.kernels.weights import to_float32, weight_of
@@ -111,7 +111,7 @@ def test_dispatched_linear_has_the_result_and_gradient_of_plain_xla(monkeypatch)
     x = jax.random.normal(jax.random.key(1), (3, 256)).astype(jnp.bfloat16)
 
     def loss(x, platform):
-        return jnp.sum(jnp.sin(linears(x, [weight], platform)[0].astype(jnp.float32)))
+        return jnp.sum(jnp.sin(linear(x, weight, 1, platform).astype(jnp.float32)))
 
     y, dx = jax.jit(jax.value_and_grad(loss), static_argnums=1)(x, "cpu")
     expected, expected_dx = jax.jit(jax.value_and_grad(loss), static_argnums=1)(x, "tpu")  # XLA's dot

@@ -18,7 +18,7 @@ def supports(x: Array, expert_weights: ExpertWeights) -> bool:
     return not expert_weights.stacked and matmul.supports(x, *(w for ws in expert_weights for w in ws))
 
 
-def experts(
+def apply_experts(
     x: Float[Array, "N D"],
     weights: Float[Array, "N K"],
     experts: Int[Array, "N K"],

@@ -16,7 +16,7 @@ static const uint16_t kFp8Table[128] = {
 struct Bfloat16 {
   static constexpr Kind kFirstKind = Kind::kBfloat16;  // weights of float32 are multiplied in float32
   static constexpr int kStep = 32;  // inputs of a Unit
-  static constexpr int kMaxRows = 8, kOutputs = 4;
+  static constexpr int kMaxRows = 8, kSums = 16;  // what registers can hold
   static constexpr int kInputs = 2, kColumns = 32;  // of a Tile
   static constexpr int kTiles = 8;
 
@@ -41,7 +41,7 @@ struct Bfloat16 {
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  // -8 to -1, and again for an index's fifth bit
         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+    const __m512i bytes = (__m512i)OfBytes(from);
     const __m512i indices = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
     return _mm512_permutexvar_epi16(indices, _mm512_loadu_si512(kTable));
   }

@@ -6,10 +6,6 @@
 constexpr int kLanes = DBRX_LANES;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-typedef int8_t SignedBytes __attribute__((vector_size(kLanes)));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -57,13 +53,43 @@ INLINE int64_t BytesOf(Kind kind, int64_t count) {
   }
 }
 
+// Integers from bytes or halves. GCC converts such vectors slowly where it has one instruction for it.
+#if DBRX_LANES == 16
+INLINE Ints OfSigned(const void* from) { return (Ints)_mm512_cvtepi8_epi32(Load<__m128i>(from)); }
+INLINE Ints OfBytes(const void* from) { return (Ints)_mm512_cvtepu8_epi32(Load<__m128i>(from)); }
+INLINE Ints OfHalves(const void* from) { return (Ints)_mm512_cvtepu16_epi32(Load<__m256i>(from)); }
+INLINE Floats OfInts(Ints v) { return (Floats)_mm512_cvtepi32_ps((__m512i)v); }
+INLINE float SumLanes(Floats v) { return _mm512_reduce_add_ps((__m512)v); }
+#elif defined(__AVX2__)
+INLINE Ints OfSigned(const void* from) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
+INLINE Ints OfBytes(const void* from) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
+INLINE Ints OfHalves(const void* from) { return (Ints)_mm256_cvtepu16_epi32(Load<__m128i>(from)); }
+INLINE Floats OfInts(Ints v) { return (Floats)_mm256_cvtepi32_ps((__m256i)v); }
+
 INLINE float SumLanes(Floats v) {
-  float lanes[kLanes];
-  Store(lanes, v);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
+#else
+template <typename Number>
+INLINE Ints OfNumbers(const void* from) {
+  Ints v;
+  for (int i = 0; i < kLanes; ++i) v[i] = ((const Number*)from)[i];
+  return v;
+}
+
+INLINE Ints OfSigned(const void* from) { return OfNumbers<int8_t>(from); }
+INLINE Ints OfBytes(const void* from) { return OfNumbers<uint8_t>(from); }
+INLINE Ints OfHalves(const void* from) { return OfNumbers<uint16_t>(from); }
+INLINE Floats OfInts(Ints v) { return __builtin_convertvector(v, Floats); }
+
+INLINE float SumLanes(Floats v) {
+  float sum = v[0];
+  for (int i = 1; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+#endif
 
 // e^x, with a relative error of about 1e-7 (Cephes' polynomial).
 INLINE Floats Exp(Floats x) {
@@ -98,11 +124,9 @@ void Gate(Activation activation, float* gate, const float* up, int64_t count) {
     Store(gate + i, Activate(activation, Load<Floats>(gate + i)) * Load<Floats>(up + i));
 }
 
-INLINE Floats OfIntegers(Ints v) { return __builtin_convertvector(v, Floats); }
-
-INLINE Floats OfFp8(Bytes bytes) {
-  const Ints bits = __builtin_convertvector(bytes, Ints), magnitude = bits & 127;
-  const Floats normal = (Floats)((magnitude << 20) + (120 << 23)), subnormal = OfIntegers(magnitude) * 0x1p-9f;
+INLINE Floats OfFp8(const uint8_t* from) {
+  const Ints bits = OfBytes(from), magnitude = bits & 127;
+  const Floats normal = (Floats)((magnitude << 20) + (120 << 23)), subnormal = OfInts(magnitude) * 0x1p-9f;
   const Floats value = Select(magnitude < 8, subnormal, normal);
   const Floats or_nan = Select(magnitude == 127, (Floats){} + __builtin_nanf(""), value);
   return (Floats)((Ints)or_nan | ((bits & 128) << 24));
@@ -112,15 +136,10 @@ INLINE Floats OfFp8(Bytes bytes) {
 template <Kind kind>
 INLINE Floats LoadFloats(const uint8_t* from) {
   if constexpr (kind == Kind::kFloat32) return Load<Floats>(from);
-  else if constexpr (kind == Kind::kBfloat16) return (Floats)(__builtin_convertvector(Load<Halves>(from), Words) << 16);
-  else if constexpr (kind == Kind::kInt8) return OfIntegers(__builtin_convertvector(Load<SignedBytes>(from), Ints));
-  else return OfFp8(Load<Bytes>(from));
+  else if constexpr (kind == Kind::kBfloat16) return (Floats)(OfHalves(from) << 16);
+  else if constexpr (kind == Kind::kInt8) return OfInts(OfSigned(from));
+  else return OfFp8(from);
 }
 
-INLINE Floats LowNibbles(const uint8_t* from) {
-  return OfIntegers((__builtin_convertvector(Load<Bytes>(from), Ints) << 28) >> 28);
-}
-
-INLINE Floats HighNibbles(const uint8_t* from) {
-  return OfIntegers((__builtin_convertvector(Load<Bytes>(from), Ints) << 24) >> 28);
-}
+INLINE Floats LowNibbles(const uint8_t* from) { return OfInts((OfBytes(from) << 28) >> 28); }
+INLINE Floats HighNibbles(const uint8_t* from) { return OfInts((OfBytes(from) << 24) >> 28); }

@@ -2,6 +2,9 @@
 
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -25,7 +28,20 @@ constexpr int64_t kChunkBytes = 1 << 17;  // of weights that a thread takes at a
 constexpr int64_t kColumns = 256;         // outputs that a thread takes at a time, where rows are contracted
 constexpr int64_t kHidden = 64;           // hidden units of an expert that a thread takes at a time
 constexpr int64_t kRows = 32;             // rows whose sums a thread keeps in its cache
+constexpr int64_t kBits[] = {32, 16, 8, 4, 8};  // of a weight, by Kind
 static_assert(kColumns % kColumnAlignment == 0 && kHidden % kColumnAlignment == 0);
+
+// Keeps denormal numbers while it lives, so that results are the same on every thread: XLA flushes them on some.
+class DenormalsKept {
+#if defined(__x86_64__)
+ public:
+  DenormalsKept() { _mm_setcsr(before_ & ~0x8040); }  // neither flush to zero nor take for zero
+  ~DenormalsKept() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_ = _mm_getcsr();
+#endif
+};
 
 // Runs work(0) to work(count - 1) on this thread and those of XLA's pool that are free. Only waits for what another
 // thread has begun: a pool whose threads all wait in calls like this would otherwise wait for ever.
@@ -36,6 +52,7 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::function<void(
     const std::function<void(int64_t)>* work;  // valid until all is done
 
     void Run() {
+      const DenormalsKept kept;
       for (int64_t i; (i = next.fetch_add(1)) < count; done.fetch_add(1, std::memory_order_release)) (*work)(i);
     }
   };
@@ -199,8 +216,8 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
       for (int64_t r = 0; r < rows; ++r)
         kernels.prepare(w, contracts_rows, Row(x, r), x_is_bfloat16, prepared->row(r));
     }
-    const int64_t by_bytes = kChunkBytes / (w.inputs + 1) / 4 * 4;
-    const int64_t chunk = contracts_rows ? kColumns : std::clamp<int64_t>(by_bytes, 4, kColumns);
+    const int64_t by_bytes = kChunkBytes * 8 / (w.inputs + 1) / kBits[static_cast<int>(w.kind)] / 12 * 12;
+    const int64_t chunk = contracts_rows ? kColumns : std::clamp<int64_t>(by_bytes, 12, 252);
     products.push_back({w, &kernels, prepared, *results.get<ffi::AnyBuffer>(i).value(), chunk, items});
     items += (w.outputs + chunk - 1) / chunk;
   }

@@ -3,7 +3,7 @@
 struct Float32 {
   static constexpr Kind kFirstKind = Kind::kFloat32;
   static constexpr int kStep = 2 * kLanes;  // inputs of a Unit
-  static constexpr int kMaxRows = kLanes == 16 ? 4 : 2, kOutputs = kLanes == 16 ? 4 : 2;  // what registers can hold
+  static constexpr int kMaxRows = kLanes == 16 ? 4 : 2, kSums = kLanes == 16 ? 12 : 4;  // what registers can hold
   static constexpr int kInputs = 1, kColumns = kLanes;  // of a Tile
   static constexpr int kTiles = kLanes == 16 ? 16 : 8;  // in registers
 

@@ -1,6 +1,8 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #define DBRX_LANES 16
 
 namespace dbrx {

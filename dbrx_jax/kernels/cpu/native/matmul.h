@@ -30,10 +30,10 @@ struct Padded {
   INLINE Padded(const uint8_t* from, int64_t count) { __builtin_memcpy(bytes, from, count); }
 };
 
-// Multiplies `rows` rows of x with Mode::kOutputs outputs from m on, of which those before `last` are stored.
-template <Kind kind, int rows>
+// Multiplies `rows` rows of x with outputs m to last, as many at once as registers hold sums.
+template <Kind kind, bool is_grouped, int rows>
 void DotBlock(const Weight& w, int64_t m, int64_t last, const Element* const* x, float* const* sums, int64_t column) {
-  constexpr int kOutputs = Mode::kOutputs > 2 && rows > 4 ? 2 : Mode::kOutputs;
+  constexpr int kFit = Mode::kSums / (is_grouped ? 2 : 1) / rows, kOutputs = kFit > 4 ? 4 : kFit > 1 ? kFit : 1;
   const int64_t row_bytes = BytesOf(kind, w.inputs), group = w.group(), padded = PaddedGroup(w);
   for (; m < last; m += kOutputs, column += kOutputs) {
     const uint8_t* from[kOutputs];
@@ -43,7 +43,7 @@ void DotBlock(const Weight& w, int64_t m, int64_t last, const Element* const* x,
       from[o] = (const uint8_t*)w.values + output[o] * row_bytes;
     }
     Floats total[rows][kOutputs] = {};
-    for (int64_t g = 0; g < w.groups; ++g) {
+    for (int64_t g = 0; g < (is_grouped ? w.groups : 1); ++g) {
       Mode::Sums partial[rows][kOutputs];
       for (int r = 0; r < rows; ++r)
         for (int o = 0; o < kOutputs; ++o) partial[r][o] = Mode::Zero();
@@ -77,18 +77,24 @@ void DotBlock(const Weight& w, int64_t m, int64_t last, const Element* const* x,
   }
 }
 
-template <Kind kind, int rows = Mode::kMaxRows>
-INLINE void DotBlocks(const Weight& w, int64_t first, int64_t last, const void* const* x, int64_t num_rows,
+template <Kind kind, bool is_grouped, int rows = Mode::kMaxRows>
+INLINE void DotBlocks(const Weight& w, int64_t first, int64_t last, const Element* const* x, int64_t num_rows,
                       float* const* sums) {
   if (num_rows >= rows || rows == 1)
-    DotBlock<kind, rows>(w, first, last, (const Element* const*)x, sums, 0);
+    DotBlock<kind, is_grouped, rows>(w, first, last, x, sums, 0);
   else if constexpr (rows > 1)
-    DotBlocks<kind, rows - 1>(w, first, last, x, num_rows, sums);
+    DotBlocks<kind, is_grouped, rows - 1>(w, first, last, x, num_rows, sums);
 }
 
 template <Kind kind>
 void DotRows(const Weight& w, int64_t first, int64_t last, const void* const* x, int64_t rows, float* const* sums) {
-  for (int64_t r = 0; r < rows; r += Mode::kMaxRows) DotBlocks<kind>(w, first, last, x + r, rows - r, sums + r);
+  const Element* const* factors = (const Element* const*)x;
+  for (int64_t r = 0; r < rows; r += Mode::kMaxRows) {
+    if (kind == Kind::kInt4 && w.groups > 1)
+      DotBlocks<kind, kind == Kind::kInt4>(w, first, last, factors + r, rows - r, sums + r);
+    else
+      DotBlocks<kind, false>(w, first, last, factors + r, rows - r, sums + r);
+  }
 }
 
 // Bytes of a row of a weight (inputs, outputs); int4 has two inputs in a row of bytes.
@@ -167,7 +173,8 @@ void AddRows(const Weight& w, int64_t first, int64_t last, const void* const* x,
   const int64_t padded = RoundUp(last - first, kColumnAlignment);
   for (int64_t r = 0; r < rows; ++r) __builtin_memset(sums[r], 0, 4 * padded);
   const Element* const* factors = (const Element* const*)x;
-  if (w.groups > 1) return AddBlocks<kind, true>(w, first, last, factors, rows, sums);
+  if (kind == Kind::kInt4 && w.groups > 1)
+    return AddBlocks<kind, kind == Kind::kInt4>(w, first, last, factors, rows, sums);
   AddBlocks<kind, false>(w, first, last, factors, rows, sums);
   if (w.scale == nullptr) return;
   for (int64_t m = first; m < last; m += kLanes) {
