@@ -44,7 +44,7 @@ INLINE float ElementOf(const void* array, bool is_bfloat16, int64_t i) {
 }
 
 // Bytes of `count` inputs or outputs of a kind that are consecutive in memory.
-INLINE int64_t BytesOf(Kind kind, int64_t count) {
+INLINE constexpr int64_t BytesOf(Kind kind, int64_t count) {
   switch (kind) {
     case Kind::kFloat32: return 4 * count;
     case Kind::kBfloat16: return 2 * count;

@@ -2,6 +2,11 @@
 
 typedef Mode::Element Element;
 
+constexpr int kLine = 64;      // bytes of a line of the caches
+constexpr int kAhead = 8192;   // bytes that are prefetched ahead where weights are read as they are stored
+
+INLINE void Prefetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }  // to the second level: it can wait for more
+
 INLINE int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // A row of x for DotRows has each group of inputs padded with zeros to whole units.
@@ -34,6 +39,7 @@ struct Padded {
 template <Kind kind, bool is_grouped, int rows>
 void DotBlock(const Weight& w, int64_t m, int64_t last, const Element* const* x, float* const* sums, int64_t column) {
   constexpr int kFit = Mode::kSums / (is_grouped ? 2 : 1) / rows, kOutputs = kFit > 4 ? 4 : kFit > 1 ? kFit : 1;
+  constexpr int kStepBytes = BytesOf(kind, Mode::kStep), kUnroll = kStepBytes < kLine ? kLine / kStepBytes : 1;
   const int64_t row_bytes = BytesOf(kind, w.inputs), group = w.group(), padded = PaddedGroup(w);
   for (; m < last; m += kOutputs, column += kOutputs) {
     const uint8_t* from[kOutputs];
@@ -49,17 +55,20 @@ void DotBlock(const Weight& w, int64_t m, int64_t last, const Element* const* x,
         for (int o = 0; o < kOutputs; ++o) partial[r][o] = Mode::Zero();
       const Element* factors[rows];
       for (int r = 0; r < rows; ++r) factors[r] = x[r] + g * padded;
-      int64_t c = 0;
-      for (; c + Mode::kStep <= group; c += Mode::kStep) {
+      auto multiply = [&](int64_t c) __attribute__((always_inline)) {
         Mode::Unit weights[kOutputs];
-        for (int o = 0; o < kOutputs; ++o) {
-          const uint8_t* at = from[o] + BytesOf(kind, g * group + c);
-          __builtin_prefetch(at + kOutputs * row_bytes);
-          weights[o] = Mode::LoadUnit<kind>(at);
-        }
+        for (int o = 0; o < kOutputs; ++o) weights[o] = Mode::LoadUnit<kind>(from[o] + BytesOf(kind, g * group + c));
         for (int r = 0; r < rows; ++r)
           for (int o = 0; o < kOutputs; ++o) Mode::MultiplyAdd(partial[r][o], weights[o], factors[r] + c);
+      };
+      int64_t c = 0;
+      for (; c + kUnroll * Mode::kStep <= group; c += kUnroll * Mode::kStep) {
+        for (int o = 0; o < kOutputs; ++o)
+          for (int i = 0; i < kUnroll * kStepBytes; i += kLine)
+            Prefetch(from[o] + BytesOf(kind, g * group + c) + kAhead + i);
+        for (int u = 0; u < kUnroll; ++u) multiply(c + u * Mode::kStep);
       }
+      for (; c + Mode::kStep <= group; c += Mode::kStep) multiply(c);
       if (c < group) {
         for (int o = 0; o < kOutputs; ++o) {
           const Padded rest(from[o] + BytesOf(kind, g * group + c), BytesOf(kind, group - c));
@@ -117,17 +126,21 @@ template <Kind kind, bool is_grouped, bool is_whole>
 void AddBlock(const Weight& w, int64_t c, int64_t end, int64_t m, const Element* const* x, int64_t rows,
               float* const* sums, int64_t column) {
   constexpr int kVectors = Mode::kColumns / kLanes;
+  constexpr int input_rows = kind == Kind::kInt4 ? 2 : 1;  // inputs in a row of bytes
   const int64_t row_bytes = InputBytes(kind, w.outputs), valid = w.outputs - m;
+  const bool is_new_line = InputBytes(kind, m) % kLine == 0;
   const int64_t left = (end - c + Mode::kInputs - 1) / Mode::kInputs;
   const int count = is_whole || left > Mode::kTiles ? Mode::kTiles : left;
   Mode::Tile tiles[Mode::kTiles];
   for (int t = 0; t < count; ++t) {
     const int64_t input = c + t * Mode::kInputs;
-    const uint8_t* at = (const uint8_t*)w.values + InputBytes(kind, m) + (kind == Kind::kInt4 ? input / 2 : input) * row_bytes;
+    const uint8_t* at = (const uint8_t*)w.values + InputBytes(kind, m) + input / input_rows * row_bytes;
     const uint8_t* second = at + row_bytes;
     if (is_whole) {
-      __builtin_prefetch(at + Mode::kTiles * Mode::kInputs * row_bytes);
-      if (Mode::kInputs == 2) __builtin_prefetch(second + Mode::kTiles * Mode::kInputs * row_bytes);
+      if (is_new_line) {  // of the next inputs, and of their neighbours if they have rows of their own
+        Prefetch(at + Mode::kTiles * Mode::kInputs * row_bytes / input_rows);
+        if (Mode::kInputs > input_rows) Prefetch(second + Mode::kTiles * Mode::kInputs * row_bytes);
+      }
       tiles[t] = Mode::LoadTile<kind>(at, second, t);
     } else {
       const int64_t bytes = InputBytes(kind, valid < Mode::kColumns ? valid : Mode::kColumns);
