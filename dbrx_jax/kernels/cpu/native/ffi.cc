@@ -24,12 +24,12 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kChunkBytes = 1 << 17;  // of weights that a thread takes at a time, about
-constexpr int64_t kColumns = 256;         // outputs that a thread takes at a time, where rows are contracted
-constexpr int64_t kHidden = 64;           // hidden units of an expert that a thread takes at a time
-constexpr int64_t kRows = 32;             // rows whose sums a thread keeps in its cache
+constexpr int64_t kSums = 8192;         // floats that a thread keeps in its cache
+constexpr int64_t kFewRows = 8;         // of x, whose products with a weight need to read it once
+constexpr int64_t kPartBytes = 1 << 18;  // of a weight that is read several times, from a thread's second-level cache
+constexpr int64_t kParts = 4;           // parts of the work for each thread, at least
+constexpr int64_t kTokens = 32;         // whose rows a thread copies at a time
 constexpr int64_t kBits[] = {32, 16, 8, 4, 8};  // of a weight, by Kind
-static_assert(kColumns % kColumnAlignment == 0 && kHidden % kColumnAlignment == 0);
 
 // Keeps denormal numbers while it lives, so that results are the same on every thread: XLA flushes them on some.
 class DenormalsKept {
@@ -179,15 +179,26 @@ class PreparedRows {
   std::vector<const void*> pointers_;
 };
 
-// Sums of up to kRows rows and kColumns outputs, on a thread's stack.
+// Sums of rows and `columns` outputs, on a thread's stack; as many rows as fit.
 struct Sums {
-  alignas(64) float values[kRows][kColumns];
-  float* rows[kRows];
+  alignas(64) float values[kSums];
+  float* rows[kSums / kColumnAlignment];
 
-  Sums() {
-    for (int64_t r = 0; r < kRows; ++r) rows[r] = values[r];
+  explicit Sums(int64_t columns) {
+    for (int64_t r = 0; r < kSums / columns; ++r) rows[r] = values + r * columns;
   }
 };
+
+// Outputs of w that a thread takes at a time: a power of two. `weights` weights like it are multiplied by up to `rows`
+// rows each.
+int64_t PartOf(const Weight& w, bool contracts_rows, int64_t rows, int64_t weights, int64_t threads) {
+  int64_t most = kSums / kFewRows;
+  if (rows > kFewRows && contracts_rows) most /= 4;
+  if (rows > kFewRows && !contracts_rows) most = kPartBytes * 8 / (w.inputs * kBits[static_cast<int>(w.kind)] + 1);
+  int64_t part = kColumnAlignment;
+  while (2 * part <= most && part < w.outputs && kParts * threads * 2 * part <= w.outputs * weights) part *= 2;
+  return part;
+}
 
 // x w^T for each weight (outputs, inputs), or x w for each (inputs, outputs).
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, bool contracts_rows,
@@ -200,7 +211,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
     const Kernels* kernels;
     std::shared_ptr<PreparedRows> x;
     ffi::AnyBuffer result;
-    int64_t chunk, first_item;
+    int64_t part, first_item;
   };
   const int64_t rows = x.dimensions()[0];
   std::vector<Product> products;
@@ -216,19 +227,19 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
       for (int64_t r = 0; r < rows; ++r)
         kernels.prepare(w, contracts_rows, Row(x, r), x_is_bfloat16, prepared->row(r));
     }
-    const int64_t by_bytes = kChunkBytes * 8 / (w.inputs + 1) / kBits[static_cast<int>(w.kind)] / 12 * 12;
-    const int64_t chunk = contracts_rows ? kColumns : std::clamp<int64_t>(by_bytes, 12, 252);
-    products.push_back({w, &kernels, prepared, *results.get<ffi::AnyBuffer>(i).value(), chunk, items});
-    items += (w.outputs + chunk - 1) / chunk;
+    const int64_t part = PartOf(w, contracts_rows, rows, 1, pool.num_threads());
+    products.push_back({w, &kernels, prepared, *results.get<ffi::AnyBuffer>(i).value(), part, items});
+    items += (w.outputs + part - 1) / part;
   }
   ParallelFor(pool, items, [&](int64_t item) {
     auto next = std::upper_bound(products.begin(), products.end(), item,
                                  [](int64_t item, const Product& p) { return item < p.first_item; });
     const Product& p = *std::prev(next);
-    const int64_t first = (item - p.first_item) * p.chunk, last = std::min(first + p.chunk, p.weight.outputs);
-    Sums sums;
-    for (int64_t begin = 0; begin < rows; begin += kRows) {
-      const int64_t count = std::min(kRows, rows - begin);
+    const int64_t first = (item - p.first_item) * p.part, last = std::min(first + p.part, p.weight.outputs);
+    const int64_t most = kSums / p.part;
+    Sums sums(p.part);
+    for (int64_t begin = 0; begin < rows; begin += most) {
+      const int64_t count = std::min(most, rows - begin);
       auto multiply = contracts_rows ? p.kernels->add_rows : p.kernels->dot_rows;
       multiply(p.weight, first, last, p.x->from(begin), count, sums.rows);
       for (int64_t r = 0; r < count; ++r)
@@ -242,6 +253,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 struct Groups {
   std::vector<int64_t> pairs, starts;  // starts[e] is the first pair of expert e
   std::vector<int64_t> active;         // experts with a pair
+  int64_t most = 0;                    // pairs of an expert
 
   Groups(const int32_t* experts, int64_t num_pairs, int64_t num_experts) : starts(num_experts + 1) {
     auto is_here = [&](int64_t p) { return experts[p] >= 0 && experts[p] < num_experts; };
@@ -249,6 +261,7 @@ struct Groups {
       if (is_here(p)) ++starts[experts[p] + 1];
     for (int64_t e = 0; e < num_experts; ++e) {
       if (starts[e + 1]) active.push_back(e);
+      most = std::max(most, starts[e + 1]);
       starts[e + 1] += starts[e];
     }
     pairs.resize(starts[num_experts]);
@@ -282,24 +295,25 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ff
   const int64_t num_pairs = groups.pairs.size(), num_active = groups.active.size();
 
   PreparedRows inputs(in_kernels, in, false, tokens), activated(out_kernels, out, true, num_pairs);
-  ParallelFor(pool, (tokens + kRows - 1) / kRows, [&](int64_t item) {
-    for (int64_t n = item * kRows; n < std::min(tokens, (item + 1) * kRows); ++n)
+  ParallelFor(pool, (tokens + kTokens - 1) / kTokens, [&](int64_t item) {
+    for (int64_t n = item * kTokens; n < std::min(tokens, (item + 1) * kTokens); ++n)
       in_kernels.prepare(in, false, Row(x, n), x_is_bfloat16, inputs.row(n));
   });
   std::vector<const void*> rows(num_pairs);  // of the pairs
   for (int64_t p = 0; p < num_pairs; ++p) rows[p] = inputs.row(groups.pairs[p] / top_k);
 
-  const int64_t parts = (hidden + kHidden - 1) / kHidden;
-  ParallelFor(pool, num_active * parts, [&](int64_t item) {
-    const int64_t e = groups.active[item / parts], first = item % parts * kHidden;
-    const int64_t last = std::min(first + kHidden, hidden), end = groups.starts[e + 1];
+  const int64_t in_part = PartOf(in, false, groups.most, num_active, pool.num_threads());
+  const int64_t in_parts = (hidden + in_part - 1) / in_part;
+  ParallelFor(pool, num_active * in_parts, [&](int64_t item) {
+    const int64_t e = groups.active[item / in_parts], first = item % in_parts * in_part;
+    const int64_t last = std::min(first + in_part, hidden), end = groups.starts[e + 1], most = kSums / in_part;
     Weight part = experts[e].w2;
     part.inputs = 2;
     const int64_t offset = out_kernels.prepared_bytes(part, true) / 2 * first;
     part.inputs = last - first;
-    Sums gate, up;
-    for (int64_t begin = groups.starts[e]; begin < end; begin += kRows) {
-      const int64_t count = std::min(kRows, end - begin);
+    Sums gate(in_part), up(in_part);
+    for (int64_t begin = groups.starts[e]; begin < end; begin += most) {
+      const int64_t count = std::min(most, end - begin);
       in_kernels.dot_rows(experts[e].w1, first, last, &rows[begin], count, gate.rows);
       in_kernels.dot_rows(experts[e].v1, first, last, &rows[begin], count, up.rows);
       for (int64_t r = 0; r < count; ++r) {
@@ -310,13 +324,14 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ff
   });
 
   std::unique_ptr<float[]> outputs(new float[tokens * top_k * width]);  // of all pairs, times their weights
-  const int64_t panels = (width + kColumns - 1) / kColumns;
-  ParallelFor(pool, num_active * panels, [&](int64_t item) {
-    const int64_t e = groups.active[item / panels], first = item % panels * kColumns;
-    const int64_t last = std::min(first + kColumns, width), end = groups.starts[e + 1];
-    Sums sums;
-    for (int64_t begin = groups.starts[e]; begin < end; begin += kRows) {
-      const int64_t count = std::min(kRows, end - begin);
+  const int64_t out_part = PartOf(out, true, groups.most, num_active, pool.num_threads());
+  const int64_t out_parts = (width + out_part - 1) / out_part;
+  ParallelFor(pool, num_active * out_parts, [&](int64_t item) {
+    const int64_t e = groups.active[item / out_parts], first = item % out_parts * out_part;
+    const int64_t last = std::min(first + out_part, width), end = groups.starts[e + 1], most = kSums / out_part;
+    Sums sums(out_part);
+    for (int64_t begin = groups.starts[e]; begin < end; begin += most) {
+      const int64_t count = std::min(most, end - begin);
       out_kernels.add_rows(experts[e].w2, first, last, activated.from(begin), count, sums.rows);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t pair = groups.pairs[begin + r];
@@ -328,9 +343,9 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ff
 
   const int32_t* expert = indices.typed_data<int32_t>();
   const int64_t num_experts = experts.size();
-  ParallelFor(pool, (tokens + kRows - 1) / kRows, [&](int64_t item) {
+  ParallelFor(pool, (tokens + kTokens - 1) / kTokens, [&](int64_t item) {
     std::vector<float> sum(width);
-    for (int64_t n = item * kRows; n < std::min(tokens, (item + 1) * kRows); ++n) {
+    for (int64_t n = item * kTokens; n < std::min(tokens, (item + 1) * kTokens); ++n) {
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (int64_t pair = n * top_k; pair < (n + 1) * top_k; ++pair)
         if (expert[pair] >= 0 && expert[pair] < num_experts)
