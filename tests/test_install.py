@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("dbrx_jax", "convert", "configs", "benchmarks", "notebooks", "pyproject.toml", "README.md", "LICENSE")
+COPIED = ("dbrx_jax", "convert", "configs", "benchmarks", "notebooks", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 MODULES = [path for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
 # gguf_file runs where llama.cpp's Python package is installed.
 BENCHMARKS = sorted({*(path.stem for path in MODULES), "gpu"} - {"__main__", "gguf_file"})

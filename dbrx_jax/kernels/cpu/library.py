@@ -12,9 +12,10 @@ def instruction_sets() -> tuple[str, ...]:
         from dbrx_jax.kernels.cpu import _native
     except ImportError:
         return ()
+    jax.local_devices(backend="cpu")  # before, JAX would register them later, and fail to start if it refuses them
     try:
         for name, target in _native.targets().items():
             jax.ffi.register_ffi_target(name, target, platform="cpu")
-    except jax.errors.JaxRuntimeError:  # this JAX has another interface than the one that they were built for
+    except RuntimeError:  # this jaxlib has another interface than the one that they were built for
         return ()
     return tuple(_native.instruction_sets())
