@@ -42,8 +42,4 @@ native = Extension(
     py_limited_api=True,
     optional=True,  # a failure to compile it is no failure to install
 )
-setup(
-    ext_modules=[native],
-    cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+setup(ext_modules=[native], cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})

@@ -1,4 +1,4 @@
-"""Times small-batch matmuls on a CPU: dbrx_jax.ops.linear against plain JAX.
+"""Times small-batch matmuls on a CPU: the library's, with and without native kernels, against plain JAX.
 
     python -m benchmarks.products
 
@@ -19,13 +19,15 @@ import numpy as np
 from jax import Array, lax
 
 from benchmarks.record import RESULTS, stamp, write
-from dbrx_jax.ops.linear import linear
+from dbrx_jax.kernels.cpu.library import instruction_sets
+from dbrx_jax.kernels.linear import linear
+from dbrx_jax.ops import linear as without_kernels
 from dbrx_jax.ops.small_batch_matmul import CPU_OPTIONS
 from dbrx_jax.quantization import Format, QuantizedArray, quantize
 
 WEIGHTS, SHAPE = 24, (1792, 1024)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-KINDS = ("float32", "bfloat16", "int8", "int4-128")
+KINDS = ("float32", "bfloat16", "int8", "int4-128", "fp8")
 REPEATS = 7
 
 
@@ -55,6 +57,11 @@ def ours(x: Array, weight: Any, contracted: int) -> Array:
     return linear(x, weight, contracted, "cpu")
 
 
+def xla(x: Array, weight: Any, contracted: int) -> Array:
+    """Multiplies as where no native kernels were built."""
+    return without_kernels.linear(x, weight, contracted, "cpu")
+
+
 def seconds(product: Callable, x: Array, all_weights: list[Any], contracted: int) -> float:
     """Returns the least seconds of multiplying x with all weights."""
     options = None if product is plain else CPU_OPTIONS  # those of the decode program
@@ -79,13 +86,14 @@ def main() -> None:
             for rows in ROWS:
                 dtype = jnp.float32 if kind == "float32" else jnp.bfloat16
                 x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, SHAPE[contracted])), dtype)
-                products = (ours, right, plain) if isinstance(all_weights[0], Array) else (ours, plain)
+                products = (ours, xla, right, plain) if isinstance(all_weights[0], Array) else (ours, xla, plain)
                 times = {f.__name__: seconds(f, x, all_weights, contracted) for f in products}
                 entry = {"weights": kind, "summed_over": "columns" if contracted else "rows", "rows": rows}
                 entry |= {f"{name}_gb_per_second": round(size / s / 1e9, 2) for name, s in times.items()}
                 table.append(entry | {f"{name}_ms": round(s * 1e3, 2) for name, s in times.items()})
                 print(json.dumps(table[-1]), flush=True)
-    result = stamp("dbrx-jax", "jax") | {"weight_shape": SHAPE, "weights": WEIGHTS, "products": table}
+    shapes = {"weight_shape": SHAPE, "weights": WEIGHTS, "native_kernels": next(iter(instruction_sets()), None)}
+    result = stamp("dbrx-jax", "jax") | shapes | {"products": table}
     write(result, RESULTS / f"products-{jax.__version__}.json")
 
 

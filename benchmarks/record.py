@@ -13,6 +13,9 @@ from dbrx_jax.errors import DbrxError
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
+# What the speed of a CPU depends on, as Linux names it.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "bf16", "sve")
+
 
 class BenchmarkError(DbrxError):
     """A benchmark's options are invalid, or an engine failed."""
@@ -31,16 +34,24 @@ def machine() -> str:
     return f"{names[0] if names else platform.machine()}, {cpus()} CPUs, {memory / 2**30:.0f} GiB"
 
 
+def instruction_sets() -> list[str]:
+    """Returns those of INSTRUCTION_SETS that the processor has."""
+    info = Path("/proc/cpuinfo").read_text(errors="replace")
+    lines = [line.partition(":")[2].split() for line in info.splitlines() if line.startswith(("flags", "Features"))]
+    return [name for name in INSTRUCTION_SETS if lines and name in lines[0]]
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Returns the versions of installed packages by name."""
     return {name: importlib.metadata.version(name) for name in packages}
 
 
 def stamp(*packages: str) -> dict[str, Any]:
-    """Returns the first fields of every result: date, machine, Python and versions."""
+    """Returns the first fields of every result: date, machine and its instruction sets, Python and versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
+        "instruction_sets": instruction_sets(),
         "python": platform.python_version(),
         "versions": versions(*packages),
     }

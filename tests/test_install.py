@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("dbrx_jax", "convert", "configs", "benchmarks", "notebooks", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+COPIED = ("dbrx_jax", "convert", "configs", "benchmarks", "notebooks", "pyproject.toml", "setup.py")
+COPIED += ("README.md", "LICENSE")
 MODULES = [path for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
 # gguf_file runs where llama.cpp's Python package is installed.
 BENCHMARKS = sorted({*(path.stem for path in MODULES), "gpu"} - {"__main__", "gguf_file"})
@@ -49,14 +50,15 @@ class Installed:
         self.clone = folder / "clone"
         for name in COPIED:
             source, target = ROOT / name, self.clone / name
-            ignore = shutil.ignore_patterns("__pycache__", "results")
+            ignore = shutil.ignore_patterns("__pycache__", "results", "*.so")
             shutil.copytree(source, target, ignore=ignore) if source.is_dir() else shutil.copy(source, target)
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
         self.bin = folder / "venv" / "bin"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "-q", "--no-deps"]
-        subprocess.run([*pip, *(["-e"] if editable else []), self.clone], check=True)
+        done = subprocess.run([*pip, *(["-e"] if editable else []), self.clone], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
     def run(self, folder: Path, *command: str) -> str:
         """Runs a command of the environment in a folder; returns its standard output."""
@@ -95,6 +97,29 @@ def test_installed_package_loads_and_generates(installed, folder, tmp_path):
     plan = json.loads(installed.run(folder, "dbrx-jax", "plan", "132b-instruct", "--on", "v5e-64", "--json"))
     assert plan["axes"] == {"expert": 16, "tensor": 4}
     assert installed.run(folder, "dbrx-jax", "generate", "--prompt", "A list is", "--max-new-tokens", "2")
+
+
+BACKEND = """
+from dbrx_jax.kernels.cpu.library import instruction_sets
+print(len(instruction_sets()))
+"""
+
+
+@pytest.mark.slow
+def test_native_kernels_are_optional(tmp_path, monkeypatch):
+    """Without a compiler the package installs, without a word, and XLA computes the same."""
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "/bin/false")
+    installed = Installed(tmp_path, editable=False)
+    assert installed.run(installed.elsewhere, "python", "-c", BACKEND).strip() == "0"
+    assert installed.run(installed.elsewhere, "dbrx-jax", "generate", "--prompt", "A list is", "--max-new-tokens", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+@pytest.mark.parametrize("installed", ["wheel", "editable"], indirect=True)
+def test_native_kernels_are_built(installed):
+    assert int(installed.run(installed.elsewhere, "python", "-c", BACKEND)) > 0
 
 
 @pytest.mark.slow

@@ -20,11 +20,7 @@ def supports(x: Array, *weights: Weight) -> bool:
 
 
 def matmul(
-    x: Float[Array, "N C"],
-    weights: Sequence[Weight],
-    contracted: int,
-    dtype: DTypeLike,
-    instruction_set: str = "best",
+    x: Float[Array, "N C"], weights: Sequence[Weight], contracted: int, dtype: DTypeLike, instruction_set: str = "best"
 ) -> list[Float[Array, "N M"]]:
     """Computes x w^T for each weight (M, C), or x w for each (C, M), summed in float32 and rounded once.
 
