@@ -23,6 +23,7 @@ class ExpertKernels:
     Args:
       decode: module with decode_experts, for small batches, and supports.
       grouped: module with grouped_matmul and supports.
+      fused: module with grouped_experts, all three matmuls of sorted rows in one kernel, and supports; or None.
       gradient: gradient of grouped_matmul for its weight: (left (P, M), right (P, C), sizes (E,)) to (E, M, C).
       gradient_supported: returns whether `gradient` supports its first two arguments.
       norm_route: module with norm_route and supports, or None.
@@ -31,6 +32,7 @@ class ExpertKernels:
 
     decode: ModuleType
     grouped: ModuleType
+    fused: ModuleType | None
     gradient: Callable[..., Array]
     gradient_supported: Callable[..., bool]
     norm_route: ModuleType | None
@@ -65,10 +67,10 @@ def expert_kernels(platform: str) -> ExpertKernels | None:
 @functools.cache
 def _import_expert_kernels(backend: str, interpret: bool) -> ExpertKernels:
     if backend == "tpu":
-        from dbrx_jax.kernels.tpu import decode_experts, grouped_matmul
+        from dbrx_jax.kernels.tpu import decode_experts, grouped_experts, grouped_matmul
 
         gradient = grouped_matmul.grouped_gradient, grouped_matmul.gradient_supports
-        return ExpertKernels(decode_experts, grouped_matmul, *gradient, None, interpret)
+        return ExpertKernels(decode_experts, grouped_matmul, grouped_experts, *gradient, None, interpret)
     from jax.experimental.pallas import mosaic_gpu
 
     from dbrx_jax.kernels.gpu import decode_experts as gpu_decode
@@ -78,7 +80,7 @@ def _import_expert_kernels(backend: str, interpret: bool) -> ExpertKernels:
 
     mosaic: Any = mosaic_gpu  # older versions of JAX have no InterpretGPUParams
     interpreter = mosaic.InterpretGPUParams() if interpret else None
-    return ExpertKernels(gpu_decode, gpu_grouped, grouped_gradient, gradient_supports, norm_route, interpreter)
+    return ExpertKernels(gpu_decode, gpu_grouped, None, grouped_gradient, gradient_supports, norm_route, interpreter)
 
 
 @dataclasses.dataclass(frozen=True)

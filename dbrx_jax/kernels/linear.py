@@ -30,9 +30,7 @@ def linears(
     return _kernel_linears(x, list(weights), contracted, platform, dtype)
 
 
-def _kernel(
-    x: Array, weights: Sequence[Weight], contracted: int, platform: str
-) -> Callable[..., list[Array]] | None:
+def _kernel(x: Array, weights: Sequence[Weight], contracted: int, platform: str) -> Callable[..., list[Array]] | None:
     """Returns the kernel for these shapes and dtypes, a function of (x, weights, contracted, dtype), or None."""
     gpu, native = linear_kernels(platform), native_kernels(platform)
     if gpu is not None and contracted == 1 and gpu.supports(x, *weights):

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.dispatch import ExpertKernels
-from dbrx_jax.ops.experts import ACTIVATIONS, ActiveExperts, ExpertWeights, group
+from dbrx_jax.ops.experts import ACTIVATIONS, ActiveExperts, ExpertWeights, Groups, group
 from dbrx_jax.quantization import QuantizedArray
 
 
@@ -51,12 +51,28 @@ def active_experts(weights: Float[Array, "N K"], experts: Int[Array, "N K"], num
 
 
 def grouped_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:
-    """Sorts the (token, expert) pairs by expert and runs a grouped matmul with each weight."""
+    """Sorts the (token, expert) pairs by expert, and applies the experts in one kernel or by three grouped matmuls."""
     groups = group(experts, expert_weights.num_experts, 0)
+    if kernels.fused is not None and kernels.fused.supports(x, *expert_weights):
+        return _fused_experts(x, weights, groups, expert_weights, activation, kernels)
     product = _product(kernels, groups.ends - groups.starts)
     rows = x[groups.order // experts.shape[1]]
     gate, up = product(rows, expert_weights.w1, 1), product(rows, expert_weights.v1, 1)
     return groups.combine(product(ACTIVATIONS[activation](gate) * up, expert_weights.w2, 0), weights)
+
+
+def _fused_experts(
+    x: Array, weights: Array, groups: Groups, expert_weights: ExpertWeights, activation: str, kernels: ExpertKernels
+) -> Array:
+    fused: Any = kernels.fused
+    num_tiles = fused.num_row_tiles(groups.order.size, expert_weights.num_experts)
+    groups = groups.aligned(fused.ROW_TILE, num_tiles * fused.ROW_TILE)
+    rows = fused.permuted_columns(x, expert_weights.w1)[groups.order // weights.shape[1]]
+    with jax.named_scope("grouped_experts"):
+        out = fused.grouped_experts(
+            rows, groups.ends - groups.starts, *expert_weights, activation=activation, interpret=kernels.interpret
+        )
+    return groups.combine(out, weights)
 
 
 def grouped_expert_gradients(

@@ -100,9 +100,25 @@ class Groups(NamedTuple):
     def combine(self, rows: Float[Array, "P D"], weights: Float[Array, "N K"]) -> Float[Array, "N D"]:
         """Returns each token's weighted sum of its local experts' outputs `rows`."""
         y = jnp.zeros((weights.shape[0], rows.shape[1]), rows.dtype)
-        for k in range(weights.shape[1]):  # one at a time, to save memory
-            y = y + jnp.where(self.is_local[:, k, None], rows[self.inverse[:, k]] * weights[:, k, None], 0)
+        rank = jnp.cumsum(self.is_local, axis=1) - 1  # among the token's local experts
+        for i in range(min(weights.shape[1], self.ends.shape[0])):  # one at a time, to save memory
+            is_next = self.is_local & (rank == i)
+            row = jnp.sum(jnp.where(is_next, self.inverse, 0), axis=1)
+            weight = jnp.sum(jnp.where(is_next, weights, 0), axis=1, keepdims=True)
+            y = y + jnp.where(is_next.any(axis=1)[:, None], rows[row] * weight, 0)
         return y
+
+    def aligned(self, multiple: int, num_rows: int) -> "Groups":
+        """Returns the same pairs in `num_rows` rows, in which each expert's begin at a multiple of `multiple`."""
+        sizes = self.ends - self.starts
+        ends = jnp.cumsum((sizes + multiple - 1) // multiple * multiple)
+        starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+        shift = starts - self.starts
+        row = jnp.arange(num_rows)
+        expert = jnp.minimum(jnp.sum(row[:, None] >= ends, axis=1), len(sizes) - 1)
+        order = self.order[jnp.clip(row - shift[expert], 0, len(self.order) - 1)]
+        expert = jnp.minimum(jnp.sum(self.inverse[..., None] >= self.ends, axis=-1), len(sizes) - 1)
+        return Groups(order, self.inverse + shift[expert], self.is_local, starts + sizes, starts, self.tile_rows)
 
 
 def group(experts: Int[Array, "N K"], num_experts: int, tile_rows: int) -> Groups:

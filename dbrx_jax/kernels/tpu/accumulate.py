@@ -11,7 +11,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dbrx_jax.kernels.tpu.packed_weights import CHUNK, INT4_FACTOR, LANES, WeightFormat, iota, matmul, unpack_even_odd
+from dbrx_jax.kernels.tpu.packed_weights import (
+    INT4_FACTOR,
+    LANES,
+    WeightFormat,
+    chunk_size,
+    chunk_slice,
+    iota,
+    loop,
+    matmul,
+    unpack_even_odd,
+)
 
 UNROLL = 4  # int4 chunks (256 elements of D) per loop iteration
 
@@ -22,16 +32,16 @@ def accumulate_gate_up(x, weights, scales, sums, weight_format: WeightFormat) ->
         total[...] = jnp.zeros_like(total)
     if weight_format.packed:
         unroll = math.gcd(x.shape[0], UNROLL)
-        _loop(x.shape[0] // unroll, lambda i: _add_packed(x, weights, scales, sums, i * unroll, unroll, weight_format))
+        loop(x.shape[0] // unroll, lambda i: _add_packed(x, weights, scales, sums, i * unroll, unroll, weight_format))
     else:
-        size = _chunk_size(x.shape[1])
+        size = chunk_size(x.shape[1])
 
         def add_chunk(i):
-            chunk = _slice(i, size)
+            chunk = chunk_slice(i, size)
             for w, total in zip(weights, sums, strict=True):
                 total[...] += matmul(x[:, chunk], w[:, chunk].astype(x.dtype), 1)
 
-        _loop(x.shape[1] // size, add_chunk)
+        loop(x.shape[1] // size, add_chunk)
     if weight_format.scaled:
         for s, total in zip(scales, sums, strict=True):
             factor = s[...].astype(jnp.float32) if weight_format.group is None else 1
@@ -45,7 +55,7 @@ def _add_packed(x, weights, scales, sums, first, count: int, weight_format: Weig
         x_chunk = x[first + i]
         byte = lax.rem(iota(x_chunk.shape, 1), LANES)  # even elements in the first 128 lanes, odd ones in the others
         grouped = _repeat_by_group(x_chunk, byte, LANES // num_groups, num_groups)
-        chunk = _slice(first + i, LANES)
+        chunk = chunk_slice(first + i, LANES)
         for w, s, total in zip(weights, scales, sums, strict=True):
             partial_sums = matmul(grouped, unpack_even_odd(w[:, chunk], x.dtype), 1)
             total[...] += _scaled_sum(partial_sums, num_rows, s, (first + i) * num_groups, slice(None), weight_format)
@@ -72,12 +82,12 @@ def accumulate_down(y, inner: Array, w2, s2, tile_index, weight_format: WeightFo
     num_rows, tile = inner.shape
     depth = tile if weight_format.group is None else math.gcd(tile, 2 * LANES)
     stored_depth = depth // 2 if weight_format.packed else depth
-    num_groups, size = weight_format.num_groups(depth), _chunk_size(y.shape[1])
+    num_groups, size = weight_format.num_groups(depth), chunk_size(y.shape[1])
     chunks = [inner[:, start : start + depth] for start in range(0, tile, depth)]
     chunks = [_repeat_by_group(x, iota(x.shape, 1), depth // num_groups, num_groups) for x in chunks]
 
     def add_columns(i):
-        columns = _slice(i, size)
+        columns = chunk_slice(i, size)
         for c, chunk in enumerate(chunks):
             w = w2[c * stored_depth : (c + 1) * stored_depth, columns]
             w = (pltpu.bitcast(w, jnp.int4) if weight_format.packed else w).astype(inner.dtype)
@@ -87,22 +97,4 @@ def accumulate_down(y, inner: Array, w2, s2, tile_index, weight_format: WeightFo
                 out = out * s2[:, columns].astype(jnp.float32)
             y[:, columns] += out
 
-    _loop(y.shape[1] // size, add_columns)
-
-
-def _loop(count: int, body) -> None:
-    """Runs a loop in the kernel: Mosaic takes half a minute per layer to compile these steps unrolled."""
-    if count == 1:
-        body(0)
-    else:
-        lax.fori_loop(0, count, lambda i, carry: body(i), None)
-
-
-def _chunk_size(size: int) -> int:
-    """Returns the largest divisor of a size up to CHUNK in steps of LANES."""
-    return next(n for n in range(min(CHUNK, size), 0, -LANES) if size % n == 0)
-
-
-def _slice(i, size: int):
-    """Returns the i-th slice of a size; the hint tells Mosaic that its start is aligned."""
-    return pl.ds(pl.multiple_of(i * size, size), size)
+    loop(y.shape[1] // size, add_columns)

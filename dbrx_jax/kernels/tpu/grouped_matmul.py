@@ -26,6 +26,7 @@ from dbrx_jax.kernels.tpu.packed_weights import (
     LANES,
     MAX_VMEM,
     WeightFormat,
+    expand_row_scales,
     has_kernel,
     iota,
     matmul,
@@ -264,7 +265,7 @@ def _matmul(sums, rows, w, scales, contracted: int, weight_format: WeightFormat)
         if contracted:
             values = unpack_even_odd(w[:, chunk], x.dtype) if weight_format.packed else w[:, chunk].astype(x.dtype)
             if weight_format.group is not None:
-                values = (values * _expand_scales(scales, k, size, weight_format.group)).astype(x.dtype)
+                values = (values * expand_row_scales(scales, k, size, weight_format.group)).astype(x.dtype)
         else:
             values = (pltpu.bitcast(w[chunk], jnp.int4) if weight_format.packed else w[chunk]).astype(x.dtype)
             if weight_format.group is not None:
@@ -285,17 +286,6 @@ def chunk_size(depth: int, contracted: int, weight_format: WeightFormat) -> int:
     if weight_format.packed and contracted:
         return 2 * LANES
     return next((n for n in range(min(CHUNK, depth) // LANES * LANES, 0, -LANES) if depth % n == 0), depth)
-
-
-def _expand_scales(scales, k, size: int, group: int) -> Array:
-    """Repeats scales (groups, tile) to (tile, size) for chunk k of a weight (M, C) unpacked by unpack_even_odd.
-
-    Computed by a matmul with a selection matrix, which is exact: all but one of the products are 0.
-    """
-    shape = scales.shape[0], size
-    group_of_column = k * (size // group) + lax.div(lax.rem(iota(shape, 1), LANES), group // 2)
-    selection = (iota(shape, 0) == group_of_column).astype(scales.dtype)
-    return matmul(scales[...], selection, 0, 0) / INT4_FACTOR
 
 
 def _scale_rows(w: Array, scales, k, group: int) -> Array:

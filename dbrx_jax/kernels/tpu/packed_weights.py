@@ -1,9 +1,11 @@
 """Storage formats of plain and quantised weights in TPU kernels, and unpacking int4 in VMEM."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dbrx_jax.kernels.tile_table import name_of
@@ -88,3 +90,39 @@ def matmul(x: Array, w: Array, contracted: int, contracted_x: int = 1) -> Array:
 
 def iota(shape: tuple[int, ...], dimension: int) -> Array:
     return lax.broadcasted_iota(jnp.int32, shape, dimension)
+
+
+def expand_row_scales(scales, k, size: int, group: int) -> Array:
+    """Repeats scales (groups, tile) to (tile, size) for chunk k of a weight (M, C) unpacked by unpack_even_odd.
+
+    Computed by a matmul with a selection matrix, which is exact: all but one of the products are 0.
+    """
+    shape = scales.shape[0], size
+    group_of_column = k * (size // group) + lax.div(lax.rem(iota(shape, 1), LANES), group // 2)
+    selection = (iota(shape, 0) == group_of_column).astype(scales.dtype)
+    return matmul(scales[...], selection, 0, 0) / INT4_FACTOR
+
+
+def expand_column_scales(scales: Array, first, size: int, group: int) -> Array:
+    """Repeats scales (groups, columns) to (size, columns) for rows `first` … first + size - 1 of a weight (C, M)."""
+    shape = scales.shape[0], size
+    selection = (iota(shape, 0) == lax.div(first + iota(shape, 1), group)).astype(scales.dtype)
+    return matmul(selection, scales, 0, 0)
+
+
+def loop(count: int, body: Callable[[Any], None]) -> None:
+    """Runs a loop in the kernel: Mosaic takes half a minute per layer to compile long steps unrolled."""
+    if count == 1:
+        body(0)
+    else:
+        lax.fori_loop(0, count, lambda i, carry: body(i), None)
+
+
+def chunk_size(size: int) -> int:
+    """Returns the largest divisor of a size up to CHUNK in steps of LANES."""
+    return next(n for n in range(min(CHUNK, size), 0, -LANES) if size % n == 0)
+
+
+def chunk_slice(i, size: int):
+    """Returns the i-th slice of a size; the hint tells Mosaic that its start is aligned."""
+    return pl.ds(pl.multiple_of(i * size, size), size)
