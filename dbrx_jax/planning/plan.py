@@ -240,12 +240,16 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
             is_between_hosts = axis is not None and axis == setting.axis_between_hosts
             result.extend([Message(kind, what, group, size, is_between_hosts)] * times)
 
+    def add_scatter(what: str, size: int, times: int) -> None:
+        """Adds the reduce-scatter of all tokens' partial sums over the axis expert."""
+        # Over a whole slice of 16 or more the TPU compiler turns it into an all-reduce and a slice.
+        is_all_reduce = setting.target.platform == "tpu" and experts == setting.devices >= 16
+        add("all-reduce" if is_all_reduce else "reduce-scatter", what, experts, size, times)
+
     def add_reduction(what: str, times: int) -> None:
         """Adds the reduction of all tokens' partial sums over the axes expert and tensor."""
         if split:
-            # Over a whole slice of 16 or more the TPU compiler turns it into an all-reduce and a slice.
-            is_all_reduce = setting.target.platform == "tpu" and experts == setting.devices >= 16
-            add("all-reduce" if is_all_reduce else "reduce-scatter", what, experts, hidden, times)
+            add_scatter(what, hidden, times)
             add("all-reduce", what, tensor, hidden // experts, times)
         else:
             add("all-reduce", what, experts * tensor, hidden, times)
@@ -256,7 +260,12 @@ def messages(setting: Setting, tokens: int, split: bool) -> list[Message]:
         add("all-gather", "tokens into the head", experts, hidden, 1)
     add("all-reduce", "queries, keys and values", experts, tokens * qkv_size * b)
     add("all-reduce", "largest scores", experts, tokens * heads * 4)
-    add("all-reduce", "attention", experts, tokens * heads * (config.head_dim + 1) * 4)
+    attention_size = tokens * heads * (config.head_dim + 1) * 4
+    if split:
+        add_scatter("attention", attention_size, config.n_layers)
+        add("all-gather", "attention", experts, tokens * heads * config.head_dim * b)
+    else:
+        add("all-reduce", "attention", experts, attention_size)
     add("all-reduce", "attention's output over heads", tensor, hidden // experts)
     add("all-to-all" if split else "all-gather", "attention's output", experts, hidden // (experts if split else 1))
     add_reduction("experts' output", config.n_layers)

@@ -206,10 +206,14 @@ class Partition:
         """Reduces partial sums for all tokens over `expert` and `tensor`; returns this device's tokens."""
         if not self.tokens_split:
             return self.psum(partial, "expert", "tensor")
+        return self.psum(self.scatter_sums(partial), "tensor")
+
+    def scatter_sums(self, partial: Array) -> Array:
+        """Reduces partial sums for all tokens over `expert`; returns this device's tokens, which must be split."""
         # Shards get a dimension of their own: along an inner one a TPU's compiler would all-reduce.
         B, T, *rest = partial.shape
         shards = partial.reshape(B, self.size("expert"), T // self.size("expert"), *rest).swapaxes(0, 1)
-        return self.psum(lax.psum_scatter(shards, "expert", scatter_dimension=0), "tensor")
+        return lax.psum_scatter(shards, "expert", scatter_dimension=0)
 
     def scatter_tokens(self, x: Array) -> Array:
         """All-to-all from a shard of the last dimension for all tokens to all of it for this device's tokens."""

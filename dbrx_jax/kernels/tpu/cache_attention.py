@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.cache_layout import is_stored_by_head
-from dbrx_jax.kernels.tpu.cache_blocks import Blocks, ChunkScratch, Softmax, add_to_chunk, add_to_token
+from dbrx_jax.kernels.tpu.cache_blocks import Blocks, ChunkScratch, Softmax, add_to_chunk, add_to_token, chunk_rows
 from dbrx_jax.kernels.tpu.packed_weights import LANES, MAX_VMEM, in_hbm, iota
 from dbrx_jax.ops.attention import MASKED
 
@@ -54,7 +54,9 @@ def hbm_bytes(query: Any, key: Any, starts: np.ndarray, context_shard: tuple[int
     position_bytes = G * (K * key.dtype.itemsize + (2 if key.dtype == jnp.int8 else 0))
     num_queries = R * T * H
     read = 2 * (blocks.sum() - kept.sum()) * P * position_bytes + num_queries * K * query.dtype.itemsize
-    return int(read), num_queries * (K + LANES) * 4
+    num_sets = 1 if T == 1 else G
+    stats = R * (T // tile) * num_sets * 2 * -(-H * tile // (num_sets * LANES)) * LANES
+    return int(read), num_queries * K * (4 if T == 1 else query.dtype.itemsize) + stats * 4
 
 
 class _Sizes(NamedTuple):
@@ -128,12 +130,12 @@ class _Copies(NamedTuple):
 
 
 def _kernel(
-    starts, offset, table, q_ref, pools, out_ref, stats_ref, largest_ref, total_ref, buffers, semaphores, state,
-    scratch, *, sizes,
+    starts, offset, table, q_ref, pools, out_ref, stats_ref, sums_ref, largest_ref, total_ref, buffers, semaphores,
+    state, scratch, *, sizes,
 ):  # fmt: skip
     """Computes a tile's partial attention; `state` is the slot of its first group, and `kept` there."""
     rows, copies = _Rows(starts, offset, table, sizes), _Copies(pools, buffers, semaphores)
-    softmax = Softmax(q_ref.at[0], out_ref.at[0], largest_ref, total_ref)
+    softmax = Softmax(q_ref.at[0], sums_ref, largest_ref, total_ref)
     step = pl.program_id(0)
     num_blocks, last_query = rows.num_blocks(step), rows.last_query(step)
     num_groups = jnp.maximum(pl.cdiv(num_blocks, GROUP), 1)
@@ -143,9 +145,11 @@ def _kernel(
         state[0], state[1] = 0, 0
         copies.start(rows, _Place(step, 0, 0, 0))
 
-    out_ref[...] = jnp.zeros_like(out_ref)
-    largest_ref[...] = jnp.full_like(largest_ref, MASKED)
-    total_ref[...] = jnp.zeros_like(total_ref)
+    def reset(s, _):  # a loop over sets, which compiles faster than all of them at once
+        for ref, value in ((sums_ref, 0), (largest_ref, MASKED), (total_ref, 0)):
+            ref[s] = jnp.full(ref.shape[1:], value, ref.dtype)
+
+    lax.fori_loop(0, sums_ref.shape[0], reset, None)
 
     def add_blocks(num: int, group: Array, slot: Array) -> None:
         first_key = group * (GROUP * LANES * sizes.stride) + offset[0]
@@ -155,7 +159,7 @@ def _kernel(
         if sizes.tile == 1:
             add_to_token(softmax, blocks, num)
             return
-        shape = (q_ref.shape[2], num * LANES)
+        shape = (chunk_rows(softmax.query), num * LANES)
         query = last_query - sizes.tile + 1 + (iota(shape, 0) & (sizes.tile - 1))
         last_seen = first_key + (seen - 1) * sizes.stride
         visible = first_key + iota(shape, 1) * sizes.stride <= jnp.minimum(query, last_seen)
@@ -182,7 +186,16 @@ def _kernel(
         return following.slot, following.kept
 
     state[0], state[1] = lax.fori_loop(0, num_groups, process_group, (state[0], state[1]))
-    stats_ref[0] = jnp.where(iota(stats_ref.shape[1:], 2) == 0, largest_ref[...], total_ref[...])
+
+    def store(s, _):
+        out_ref[0, s] = sums_ref[s].astype(out_ref.dtype)
+        for i, ref in enumerate((largest_ref, total_ref)):
+            for first in range(0, ref.shape[1], LANES):
+                values = ref[s, first : first + LANES]  # the same in each lane
+                own_lane = iota(values.shape, 1) == iota(values.shape, 0)
+                stats_ref[0, s, i, first // LANES] = jnp.where(own_lane, values, 0).sum(axis=0)
+
+    lax.fori_loop(0, sums_ref.shape[0], store, None)
 
 
 def cache_attention(
@@ -202,7 +215,8 @@ def cache_attention(
       scales: scales of the keys and of the values of an int8 cache.
 
     Returns:
-      Largest score and sum of exp(score - largest), (R, T, H), and the values' sum with these weights, (R, T, H, K).
+      Largest score and sum of exp(score - largest), (R, T, H), and the values' sum with these weights, (R, T, H, K):
+      computed in float32, and of a chunk rounded to the query's dtype.
     """
     R, T, H, K = query.shape
     G, tile = key.shape[1], _tile_size(query)
@@ -212,11 +226,12 @@ def cache_attention(
     sizes = _Sizes(G, tile, num_tiles, context_shard[1], is_stored_by_head(G, key.dtype))
     if not sizes.by_head:  # its memory layout: the transpose is free, and without it XLA copies the cache
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    out_dtype = jnp.float32 if T == 1 else q.dtype  # a chunk's sums go through HBM, several times on a mesh
     pools = [in_hbm(x) for x in (*(x.reshape(x.shape[0], -1, K) for x in (key, value)), *(scales or ()))]
     out, stats = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes),
         grid_spec=_grid_spec(q, pools, sizes),
-        out_shape=[jax.ShapeDtypeStruct((*q.shape[:3], n), jnp.float32) for n in (K, LANES)],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, out_dtype), jax.ShapeDtypeStruct(_stats_shape(q), jnp.float32)],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MAX_VMEM),
         name="cache_attention",
     )(starts.astype(jnp.int32), _vector(context_shard[0]), _vector(table), q, pools)
@@ -225,7 +240,13 @@ def cache_attention(
         rest = x.shape[3:]
         return x.reshape(R, num_tiles, H, tile, *rest).swapaxes(2, 3).reshape(R, T, H, *rest)
 
-    return by_token(stats[..., 0]), by_token(stats[..., 1]), by_token(out)
+    stats = stats.reshape(*stats.shape[:3], -1)[..., : q.shape[2]]  # (steps, sets, 2, rows)
+    return by_token(stats[:, :, 0]), by_token(stats[:, :, 1]), by_token(out)
+
+
+def _stats_shape(q: Array) -> tuple[int, ...]:
+    """Returns the shape of the largest scores and sums of queries (steps, sets, rows, K), LANES rows in a vector."""
+    return *q.shape[:2], 2, pl.cdiv(q.shape[2], LANES), LANES
 
 
 def _vector(x: Array | int) -> Array:
@@ -236,7 +257,7 @@ def _grid_spec(q: Array, pools: list[Array], sizes: _Sizes) -> pltpu.PrefetchSca
     """Returns a grid of steps for q (steps, sets, rows, K), with the kernel's buffers."""
     num_steps, num_sets, num_rows, K = q.shape
     key_dtype, *scales = pools[0].dtype, *pools[2:]
-    scratch: list[Any] = [pltpu.VMEM((num_sets, num_rows, LANES), jnp.float32)] * 2
+    scratch: list[Any] = [pltpu.VMEM((num_sets, num_rows, n), jnp.float32) for n in (K, LANES, LANES)]
     scratch += [[pltpu.VMEM((2, GROUP, *x.shape[1:]), x.dtype) for x in pools]]
     scratch += [pltpu.SemaphoreType.DMA((2, GROUP)), pltpu.SMEM((2,), jnp.int32)]
     if sizes.tile > 1:
@@ -247,11 +268,12 @@ def _grid_spec(q: Array, pools: list[Array], sizes: _Sizes) -> pltpu.PrefetchSca
         scratch += [ChunkScratch(pltpu.VMEM((num_words, K), jnp.int32) if is_packed else None, arrays)]
     else:
         scratch += [None]
-    query_specs = [pl.BlockSpec((1, num_sets, num_rows, n), lambda step, *_: (step, 0, 0, 0)) for n in (K, LANES)]
+    query_spec = pl.BlockSpec((1, *q.shape[1:]), lambda step, *_: (step, 0, 0, 0))
+    stats_spec = pl.BlockSpec((1, *_stats_shape(q)[1:]), lambda step, *_: (step, 0, 0, 0, 0))
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
         grid=(num_steps,),
-        in_specs=[query_specs[0], [pl.BlockSpec(memory_space=pl.ANY)] * len(pools)],
-        out_specs=query_specs,
+        in_specs=[query_spec, [pl.BlockSpec(memory_space=pl.ANY)] * len(pools)],
+        out_specs=[query_spec, stats_spec],
         scratch_shapes=scratch,
     )

@@ -4,6 +4,7 @@ A block is a matrix with one row for each position and head. A single query mult
 other heads' keys are masked, which costs less than to separate the heads. A chunk of queries separates them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dbrx_jax.kernels.tpu.packed_weights import LANES, iota
 
 NEVER = 1 << 30  # more than any position
+CHUNK_ROWS = 256  # a multiple of any tile of queries
 
 
 class Softmax(NamedTuple):
@@ -31,20 +33,25 @@ class Softmax(NamedTuple):
     largest: Any
     total: Any
 
-    def add(self, s: Any, key: Array, value: Array, mask: Callable[[Array], Array], scales: list[Array]) -> None:
-        """Adds keys and values (S, K) to set s, with scales (1, S) if they are int8; `mask` sets scores to -inf."""
-        q = self.query[s]
+    def add(self, at: tuple, key: Array, value: Array, mask: Callable[[Array], Array], scales: list[Array]) -> None:
+        """Adds keys and values (S, K) to the queries at an index of sets and rows.
+
+        Args:
+          mask: sets scores to -inf.
+          scales: (1, S), if keys and values are int8.
+        """
+        q = self.query[at]
         scores = lax.dot_general(q, key, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         scores = mask(scores * scales[0] if scales else scores)
-        old_largest = self.largest[s]
+        old_largest = self.largest[at]
         largest = jnp.maximum(old_largest, scores.max(axis=1, keepdims=True))
         rescale = jnp.exp(old_largest - largest)
         probs = jnp.exp(scores - largest[:, :1])
-        self.largest[s] = largest
-        self.total[s] = self.total[s] * rescale + probs.sum(axis=1, keepdims=True)
+        self.largest[at] = largest
+        self.total[at] = self.total[at] * rescale + probs.sum(axis=1, keepdims=True)
         probs = (probs * scales[1] if scales else probs).astype(q.dtype)
         out = lax.dot_general(probs, value, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        self.out[s] = self.out[s] * rescale[:, :1] + out
+        self.out[at] = self.out[at] * rescale[:, :1] + out
 
 
 class Blocks(NamedTuple):
@@ -87,7 +94,7 @@ def add_to_token(softmax: Softmax, blocks: Blocks, num: int) -> None:
         position = row & (LANES - 1) if blocks.by_head else row >> (heads.bit_length() - 1)
         values[last] = jnp.where(position < blocks.seen_in(last), values[last], jnp.zeros_like(values[last]))
     rows = [jnp.concatenate([_order_as_rows(x, blocks.by_head) for x in each], axis=1) for each in scales]
-    softmax.add(0, key, jnp.concatenate(values), lambda scores: _mask_token(scores, blocks, num), rows)
+    softmax.add((0,), key, jnp.concatenate(values), lambda scores: _mask_token(scores, blocks, num), rows)
 
 
 def _mask_token(scores: Array, blocks: Blocks, num: int) -> Array:
@@ -135,7 +142,8 @@ def add_to_chunk(softmax: Softmax, blocks: Blocks, num: int, scratch: ChunkScrat
     """Adds the first `num` blocks to the softmax of a tile of queries, which has a set for each key head.
 
     Blocks that no query sees add nothing. Heads are copied first and then looped over: unrolled, Mosaic takes ten
-    seconds a layer to compile, and only a dimension outside of a matrix can have the loop's index.
+    seconds a layer to compile, and only a dimension outside of a matrix can have the loop's index. For the same reason
+    only CHUNK_ROWS rows of a set are multiplied together; `mask` is for the first of them, and the same for the next.
     """
 
     def separate(b, _):
@@ -152,10 +160,21 @@ def add_to_chunk(softmax: Softmax, blocks: Blocks, num: int, scratch: ChunkScrat
     size = num * LANES
     key_ref, value_ref, *scale_refs = scratch.arrays
 
-    def add_head(g, _):
-        softmax.add(g, key_ref[g, :size], value_ref[g, :size], mask, [ref[g, :, :size] for ref in scale_refs])
+    num_rows = chunk_rows(softmax.query)
+    num_parts = softmax.query.shape[1] // num_rows
 
-    lax.fori_loop(0, blocks.heads, add_head, None)
+    def add_rows(i, _):
+        g, part = lax.div(i, num_parts), lax.rem(i, num_parts)
+        rows = pl.ds(pl.multiple_of(part * num_rows, num_rows), num_rows)
+        scales = [ref[g, :, :size] for ref in scale_refs]
+        softmax.add((g, rows), key_ref[g, :size], value_ref[g, :size], mask, scales)
+
+    lax.fori_loop(0, blocks.heads * num_parts, add_rows, None)
+
+
+def chunk_rows(query: Any) -> int:
+    """Returns how many rows of queries (sets, rows, K) :func:`add_to_chunk` multiplies together."""
+    return math.gcd(query.shape[1], CHUNK_ROWS)
 
 
 def _separate_heads(block_ref: Any, blocks: Blocks, seen: Array, words_ref: Any) -> Iterator[Array]:

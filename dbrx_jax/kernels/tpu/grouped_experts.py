@@ -143,6 +143,7 @@ def grouped_experts(
         out_shape=jax.ShapeDtypeStruct(rows.shape, rows.dtype),
         grid_spec=grouped_grid(operands, blocks, block, WeightFormat.of(w1)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MAX_VMEM),
+        input_output_aliases={len(blocks) - 1: 0},  # a block writes its results over its rows
         interpret=interpret,
         name="grouped_experts",
     )(*blocks[:-1], *operands)
