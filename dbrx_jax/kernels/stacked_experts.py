@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from dbrx_jax.kernels.dispatch import ExpertKernels
-from dbrx_jax.ops.experts import ACTIVATIONS, ActiveExperts, ExpertWeights, Groups, group
+from dbrx_jax.ops.experts import ACTIVATIONS, ActiveExperts, ExpertWeights, group, group_aligned
 from dbrx_jax.quantization import QuantizedArray
 
 
@@ -52,27 +52,26 @@ def active_experts(weights: Float[Array, "N K"], experts: Int[Array, "N K"], num
 
 def grouped_experts(x, weights, experts, expert_weights, activation: str, kernels: ExpertKernels) -> Array:
     """Sorts the (token, expert) pairs by expert, and applies the experts in one kernel or by three grouped matmuls."""
+    fused = kernels.fused
+    if fused is not None and fused.supports(x, *expert_weights):
+        return _fused_experts(x, weights, experts, expert_weights, activation, fused, kernels.interpret)
     groups = group(experts, expert_weights.num_experts, 0)
-    if kernels.fused is not None and kernels.fused.supports(x, *expert_weights):
-        return _fused_experts(x, weights, groups, expert_weights, activation, kernels)
     product = _product(kernels, groups.ends - groups.starts)
     rows = x[groups.order // experts.shape[1]]
     gate, up = product(rows, expert_weights.w1, 1), product(rows, expert_weights.v1, 1)
     return groups.combine(product(ACTIVATIONS[activation](gate) * up, expert_weights.w2, 0), weights)
 
 
-def _fused_experts(
-    x: Array, weights: Array, groups: Groups, expert_weights: ExpertWeights, activation: str, kernels: ExpertKernels
-) -> Array:
-    fused: Any = kernels.fused
-    num_tiles = fused.num_row_tiles(groups.order.size, expert_weights.num_experts)
-    groups = groups.aligned(fused.ROW_TILE, num_tiles * fused.ROW_TILE)
-    rows = fused.permuted_columns(x, expert_weights.w1)[groups.order // weights.shape[1]]
+def _fused_experts(x, weights, experts, expert_weights, activation: str, fused: Any, interpret: Any) -> Array:
+    top_k, num_experts = experts.shape[1], expert_weights.num_experts
+    num_rows = fused.ROW_TILE * fused.num_row_tiles(x.shape[0] * min(top_k, num_experts), num_experts)
+    groups = group_aligned(experts, num_experts, fused.ROW_TILE, num_rows)
+    columns = jnp.split(fused.permuted_columns(x, expert_weights.w1), fused.num_column_parts(num_rows, x), axis=1)
+    rows = [part[groups.order // top_k] for part in columns]
     with jax.named_scope("grouped_experts"):
-        out = fused.grouped_experts(
-            rows, groups.ends - groups.starts, *expert_weights, activation=activation, interpret=kernels.interpret
-        )
-    return groups.combine(out, weights)
+        sizes = groups.ends - groups.starts
+        out = fused.grouped_experts(rows, sizes, *expert_weights, activation=activation, interpret=interpret)
+    return jnp.concatenate([groups.combine(part, weights) for part in out], axis=1)
 
 
 def grouped_expert_gradients(

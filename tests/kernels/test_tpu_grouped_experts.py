@@ -36,14 +36,14 @@ pytestmark = pytest.mark.slow  # .ci/run also runs it with the newest JAX
 SIZES = ([70, 0, 300, 129], [0, 0, 0], [0, 1000], [128, 0, 256], [1, 2, 0, 3])
 
 
-@partial(jax.jit, static_argnames="activation", compiler_options=FAST_COMPILE)
-def run(rows, sizes, experts, activation="silu"):
+@partial(jax.jit, static_argnames=("activation", "num_parts"), compiler_options=FAST_COMPILE)
+def run(rows, sizes, experts, activation="silu", num_parts=1):
     assert supports(rows, *experts)
-    rows = permuted_columns(rows, experts[0])
-    return grouped_experts(rows, sizes, *experts, activation=activation, interpret=True)
+    parts = jnp.split(permuted_columns(rows, experts[0]), num_parts, axis=1)
+    return jnp.concatenate(grouped_experts(parts, sizes, *experts, activation=activation, interpret=True), axis=1)
 
 
-def check(sizes, fmt, dtype=jnp.float32, width=384, d=256, activation="silu"):
+def check(sizes, fmt, dtype=jnp.float32, width=384, d=256, activation="silu", num_parts=1):
     """Compares every expert's rows; the others are NaN, in the input too."""
     experts = weights(fmt, dtype, len(sizes), width, d)
     tiles = [-(-n // ROW_TILE) for n in sizes]
@@ -53,7 +53,7 @@ def check(sizes, fmt, dtype=jnp.float32, width=384, d=256, activation="silu"):
     for group in in_group:
         rows[group] = random_rows(group.stop - group.start, d, seed=int(group.start))
     rows = jnp.asarray(rows, dtype)
-    y = run(rows, jnp.asarray(sizes), experts, activation)
+    y = run(rows, jnp.asarray(sizes), experts, activation, num_parts)
     assert y.dtype == dtype
     want = np.zeros(y.shape, np.float32)
     for e, group in enumerate(in_group):
@@ -82,8 +82,8 @@ def test_empty_and_uneven_experts_match_reference(sizes):
 
 @pytest.mark.parametrize("fmt", ["plain", "int4-64"])
 def test_wide_experts_and_other_activations_match_reference(fmt):
-    """Two tiles of F, and two chunks of D."""
-    check([200, 40], fmt, width=512, d=2048, activation="gelu")
+    """Two tiles of F, two chunks of D, and rows in two parts."""
+    check([200, 40], fmt, width=512, d=2048, activation="gelu", num_parts=2)
 
 
 def test_expert_with_many_blocks_matches_reference(monkeypatch):
@@ -124,10 +124,11 @@ def test_grouped_bytes_match_the_grid(sizes, fmt):
     experts = weights(fmt, jnp.bfloat16)
     rows = random_rows(num_row_tiles(1000, 3) * ROW_TILE, dtype=jnp.bfloat16)
     block = block_sizes(rows, experts[0])
-    operands = grouped_operands(rows, *experts, block)
+    weights_and_scales = grouped_operands(*experts, block)
     blocks = jax.jit(row_blocks, static_argnums=(1, 2))(jnp.asarray(sizes), len(rows) // ROW_TILE, block.tiles)
-    grid = grouped_grid(operands, blocks, block, WeightFormat.of(experts[0]))
-    size = fetched_bytes(grid.in_specs[1:], operands[1:], tuple(map(int, grid.grid)), blocks[:3])
+    grid = grouped_grid([rows], *weights_and_scales, blocks, block, WeightFormat.of(experts[0]))
+    specs, arrays = jax.tree.leaves(grid.in_specs[1:]), jax.tree.leaves(weights_and_scales)
+    size = fetched_bytes(specs, arrays, tuple(map(int, grid.grid)), blocks[:3])
     size += 2 * int(blocks.count.sum()) * ROW_TILE * rows.shape[1] * 2
     # Scales of the down projection are read once for consecutive blocks of an expert.
     assert size == pytest.approx(grouped_bytes(rows, experts[0], sizes), rel=0.02)

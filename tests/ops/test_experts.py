@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbrx_jax.ops.experts import group
+from dbrx_jax.ops.experts import group, group_aligned
 
 
 def routed(tokens, num_experts, num_all, top_k, seed):
@@ -30,9 +30,11 @@ def test_rows_of_local_experts_are_combined(aligned, tokens, sizes, seed):
 
     @jax.jit
     def run(experts, weights):
-        groups = group(experts, num_experts, 0)
         if aligned:
-            groups = groups.aligned(8, (groups.order.size + 7 * num_experts) // 8 * 8)
+            num_rows = (tokens * min(top_k, num_experts) + 7 * num_experts) // 8 * 8
+            groups = group_aligned(experts, num_experts, 8, num_rows)
+        else:
+            groups = group(experts, num_experts, 0)
         row = jnp.arange(groups.order.size)
         rows = jnp.full((groups.order.size, 2), jnp.nan)
         for e in range(num_experts):

@@ -27,6 +27,7 @@ from dbrx_jax.kernels.tpu.packed_weights import (
     expand_column_scales,
     expand_row_scales,
     has_kernel,
+    in_hbm,
     loop,
     matmul,
     scale_bytes,
@@ -40,6 +41,7 @@ from dbrx_jax.quantization import QuantizedArray
 ROW_TILE = 128  # rows of one matmul; each expert's rows begin at a multiple
 BLOCK_TILES = (6, 4, 2, 1)  # row tiles of a block: an expert of 16 with top-4 has 512 rows of 2048 tokens on average
 MAX_WIDTH = 256  # one pass of the matrix unit of a v6e; of F
+MAX_GATHERED = 31 << 20
 
 
 class BlockSizes(NamedTuple):
@@ -116,37 +118,38 @@ def row_blocks(sizes: Int[Array, "E"], num_tiles: int, block_tiles: int) -> Bloc
 
 
 def grouped_experts(
-    rows: Float[Array, "P D"],
+    rows: Sequence[Float[Array, "P D/parts"]],
     sizes: Int[Array, "E"],
     w1: Weight,
     v1: Weight,
     w2: Weight,
     activation: str,
     interpret: bool = False,
-) -> Float[Array, "P D"]:
+) -> list[Float[Array, "P D/parts"]]:
     """Applies each expert to its rows, summed in float32, in the rows' dtype; other rows are undefined.
 
     Args:
-      rows: sorted by expert; each expert's first row is the next multiple of ROW_TILE. For int4, as
-        :func:`permuted_columns` arranges them.
+      rows: parts of the columns of (P, D), as are the results; sorted by expert, each of whose first row is the next
+        multiple of ROW_TILE. For int4, as :func:`permuted_columns` arranges them.
       sizes: number of rows of each expert.
       w1, v1, w2: (E, F, D), arrays of the rows' dtype or quantised, as :func:`supports` accepts them.
       activation: a name of ACTIVATIONS.
       interpret: interprets the kernel on a CPU.
     """
-    num_tiles, block = rows.shape[0] // ROW_TILE, block_sizes(rows, w1)
+    num_tiles, block = rows[0].shape[0] // ROW_TILE, block_sizes(rows[0], w1)
     assert block is not None
     blocks = row_blocks(sizes.astype(jnp.int32), num_tiles, block.tiles)
-    operands = grouped_operands(rows, w1, v1, w2, block)
-    return pl.pallas_call(
+    weights, scales = grouped_operands(w1, v1, w2, block)
+    (results,) = pl.pallas_call(
         partial(_kernel, activation=activation, weight_format=WeightFormat.of(w1)),
-        out_shape=jax.ShapeDtypeStruct(rows.shape, rows.dtype),
-        grid_spec=grouped_grid(operands, blocks, block, WeightFormat.of(w1)),
+        out_shape=[[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in rows]],
+        grid_spec=grouped_grid(rows, weights, scales, blocks, block, WeightFormat.of(w1)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MAX_VMEM),
-        input_output_aliases={len(blocks) - 1: 0},  # a block writes its results over its rows
+        input_output_aliases={len(blocks) - 1 + i: i for i in range(len(rows))},  # results go over a block's rows
         interpret=interpret,
         name="grouped_experts",
-    )(*blocks[:-1], *operands)
+    )(*blocks[:-1], list(rows), [in_hbm(w) for w in weights], scales)
+    return results
 
 
 def permuted_columns(x: Float[Array, "N D"], w1: Weight) -> Float[Array, "N D"]:
@@ -156,103 +159,129 @@ def permuted_columns(x: Float[Array, "N D"], w1: Weight) -> Float[Array, "N D"]:
     return x.reshape(x.shape[0], -1, LANES, 2).swapaxes(2, 3).reshape(x.shape)
 
 
-def grouped_operands(rows: Array, w1: Weight, v1: Weight, w2: Weight, block: BlockSizes) -> list[Array]:
+def num_column_parts(num_rows: int, x: Float[Array, "N D"]) -> int:
+    """Returns into how many parts the columns of `num_rows` rows like those of x are best divided.
+
+    XLA gathers from arrays of 32 MiB or more on the SparseCores of a v5p or v6e: through HBM, while smaller ones stay
+    in VMEM. Arrays for which VMEM has no room either are not divided.
+    """
+    num_bytes, d = num_rows * x.shape[1] * x.dtype.itemsize, x.shape[1]
+    return 2 if MAX_GATHERED <= num_bytes < 2 * MAX_GATHERED and d % (4 * LANES) == 0 else 1
+
+
+def grouped_operands(w1: Weight, v1: Weight, w2: Weight, block: BlockSizes) -> tuple[list[Array], list[Array]]:
     """Reshapes scales for the kernel; weights stay in their layout.
 
     Returns:
-      rows; values of w1, v1 and w2; if quantised, scales of w1 and v1, (E, F / width, 1, width) per channel or
+      Values of w1, v1 and w2; if quantised, scales of w1 and v1, (E, F / width, 1, width) per channel or
       (E, D / group, F), and of w2, (E, 1, D) or (E, F / group, D).
     """
-    operands = [rows, *map(stored_values, (w1, v1, w2))]
+    values = [stored_values(w) for w in (w1, v1, w2)]
     scales = [w.scale for w in (w1, v1, w2) if isinstance(w, QuantizedArray)]
-    if not scales:
-        return operands
-    if WeightFormat.of(w1).group is None:
-        gate_up_scales = [s.reshape(s.shape[0], -1, 1, block.width) for s in scales[:2]]
-    else:
-        gate_up_scales = [s.swapaxes(1, 2) for s in scales[:2]]
-    return [*operands, *gate_up_scales, scales[2]]
+    if scales and WeightFormat.of(w1).group is None:
+        scales[:2] = [s.reshape(s.shape[0], -1, 1, block.width) for s in scales[:2]]
+    elif scales:
+        scales[:2] = [s.swapaxes(1, 2) for s in scales[:2]]
+    return values, scales
 
 
 def grouped_grid(
-    operands: list[Array], blocks: Blocks, block: BlockSizes, weight_format: WeightFormat
+    rows: Sequence[Array],
+    weights: list[Array],
+    scales: list[Array],
+    blocks: Blocks,
+    block: BlockSizes,
+    weight_format: WeightFormat,
 ) -> pltpu.PrefetchScalarGridSpec:
     """Returns the grid (blocks, tiles of F), the block specs of the operands, and the kernel's scratch memory."""
-    rows, w1, _, w2, *scales = operands
-    d, block_rows = w2.shape[2], block.tiles * ROW_TILE
+    w1, _, w2 = weights
+    d, block_rows, dtype = w2.shape[2], block.tiles * ROW_TILE, rows[0].dtype
     values_per_byte = 2 if weight_format.packed else 1
     gate_up = pl.BlockSpec((None, block.width, w1.shape[2]), lambda b, t, expert, *_: (expert[b], t, 0))
     down = pl.BlockSpec((None, block.width // values_per_byte, d), lambda b, t, expert, *_: (expert[b], t, 0))
-    specs = [pl.BlockSpec(memory_space=pl.ANY), gate_up, gate_up, down]
+    parts, scale_specs = [pl.BlockSpec(memory_space=pl.ANY)] * len(rows), []
     scratch: list[Any] = [
-        pltpu.VMEM((block_rows, d), rows.dtype),
+        pltpu.VMEM((block_rows, d), dtype),
         pltpu.VMEM((block_rows, d), jnp.float32),
         *[pltpu.VMEM((ROW_TILE, block.width), jnp.float32)] * 2,
-        pltpu.SemaphoreType.DMA((block.tiles,)),
+        pltpu.SemaphoreType.DMA((len(rows), block.tiles)),
     ]
     if scales:
         if weight_format.group is None:
             spec = pl.BlockSpec((None, None, 1, block.width), lambda b, t, expert, *_: (expert[b], t, 0, 0))
         else:
             spec = pl.BlockSpec((None, scales[0].shape[1], block.width), lambda b, t, expert, *_: (expert[b], 0, t))
-        specs += [spec, spec]
-        specs += [pl.BlockSpec((None, *scales[2].shape[1:]), lambda b, t, expert, *_: (expert[b], 0, 0))]
-        scratch += [pltpu.VMEM((block.width, d), rows.dtype)] * 3
+        down_spec = pl.BlockSpec((None, *scales[2].shape[1:]), lambda b, t, expert, *_: (expert[b], 0, 0))
+        scale_specs = [spec, spec, down_spec]
+        scratch += [[pltpu.VMEM((block.width, d), dtype)] * 3]
+    else:
+        scratch += [[]]
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
         grid=(blocks.number, w1.shape[1] // block.width),
-        in_specs=specs,
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        in_specs=[parts, [gate_up, gate_up, down], scale_specs],
+        out_specs=[parts],
         scratch_shapes=scratch,
     )
 
 
-def _kernel(expert, first, count, rows, w1, v1, w2, *refs, activation: str, weight_format: WeightFormat):
+def _kernel(
+    expert, first, count, rows, weights, scales, y, x, sums, gate, up, semaphores, dequantised, *, activation,
+    weight_format,
+):  # fmt: skip
     """Adds one tile of F to the sums of a block's rows; the first step reads the rows, the last writes the results."""
-    scales, refs = (refs[:3], refs[3:]) if weight_format.scaled else ((None,) * 3, refs)
-    y, x, sums, gate, up, semaphores, *dequantised = refs
     b, t = pl.program_id(0), pl.program_id(1)
     is_first, is_last = t == 0, t == pl.num_programs(1) - 1
 
     def for_each_tile(body):
         lax.fori_loop(0, count[b], lambda i, _: body(i, pl.ds(pl.multiple_of(i * ROW_TILE, ROW_TILE), ROW_TILE)), None)
 
-    def copy(i, tile, write: bool):
-        in_hbm = (y if write else rows).at[pl.ds(pl.multiple_of((first[b] + i) * ROW_TILE, ROW_TILE), ROW_TILE)]
-        ends = (x.at[tile], in_hbm) if write else (in_hbm, x.at[tile])
-        return pltpu.make_async_copy(*ends, semaphores.at[i])
+    def copies(i, tile, write: bool):
+        tile_in_hbm = pl.ds(pl.multiple_of((first[b] + i) * ROW_TILE, ROW_TILE), ROW_TILE)
+        for p, part in enumerate(y if write else rows):
+            columns = pl.ds(p * part.shape[1], part.shape[1])
+            ends = (x.at[tile, columns], part.at[tile_in_hbm]) if write else (part.at[tile_in_hbm], x.at[tile, columns])
+            yield pltpu.make_async_copy(*ends, semaphores.at[p, i])
+
+    def start(i, tile, write: bool):
+        for copy in copies(i, tile, write):
+            copy.start()
+
+    def wait(i, tile, write: bool):
+        for copy in copies(i, tile, write):
+            copy.wait()
 
     @pl.when(is_first)
     def _():
-        for_each_tile(lambda i, tile: copy(i, tile, write=False).start())
+        for_each_tile(partial(start, write=False))
 
     if dequantised:
-        for w, s, target in zip((w1, v1), scales, dequantised, strict=False):
+        for w, s, target in zip(weights[:2], scales[:2], dequantised[:2], strict=True):
             _dequantise_gate_up(w, s, target, weight_format)
-        _dequantise_down(w2, scales[2], dequantised[2], t, weight_format)
-    weights = dequantised or (w1, v1, w2)
+        _dequantise_down(weights[2], scales[2], dequantised[2], t, weight_format)
+    matrices = dequantised or weights
 
     def add_tile(i, tile):
         @pl.when(is_first)
         def _():
-            copy(i, tile, write=False).wait()
+            wait(i, tile, write=False)
             sums[tile] = jnp.zeros((ROW_TILE, sums.shape[1]), jnp.float32)
 
-        _gate_up(x, tile, weights[:2], scales[:2], (gate, up), weight_format)
+        _gate_up(x, tile, matrices[:2], scales[:2], (gate, up), weight_format)
         inner = (ACTIVATIONS[activation](gate[...]) * up[...]).astype(x.dtype)
-        add_down = partial(_add_columns, sums, tile, inner, weights[2])
+        add_down = partial(_add_columns, sums, tile, inner, matrices[2])
         loop(sums.shape[1] // chunk_size(sums.shape[1]), add_down)
 
         @pl.when(is_last)
         def _():
-            _store(x, tile, sums, scales[2] if weight_format.group is None else None)
-            copy(i, tile, write=True).start()
+            _store(x, tile, sums, scales[2] if scales and weight_format.group is None else None)
+            start(i, tile, write=True)
 
     for_each_tile(add_tile)
 
     @pl.when(is_last)
     def _():
-        for_each_tile(lambda i, tile: copy(i, tile, write=True).wait())
+        for_each_tile(partial(wait, write=True))
 
 
 def _gate_up(x, tile, weights, scales, results, weight_format: WeightFormat) -> None:
