@@ -21,6 +21,7 @@ CASES = (
     "v6e-8,int8,64,4096",
     "v6e-8,int4,64,4096",
     "v5e-64,bfloat16,8,32768",
+    "v5p-16,bfloat16,8,32768",
     "h100-8,bfloat16,8,32768",
 )
 PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "flax")

@@ -140,6 +140,7 @@ def grouped_experts(
     assert block is not None
     blocks = row_blocks(sizes.astype(jnp.int32), num_tiles, block.tiles)
     weights, scales = grouped_operands(w1, v1, w2, block)
+    weights = weights if interpret else [in_hbm(w) for w in weights]
     (results,) = pl.pallas_call(
         partial(_kernel, activation=activation, weight_format=WeightFormat.of(w1)),
         out_shape=[[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in rows]],
@@ -148,7 +149,7 @@ def grouped_experts(
         input_output_aliases={len(blocks) - 1 + i: i for i in range(len(rows))},  # results go over a block's rows
         interpret=interpret,
         name="grouped_experts",
-    )(*blocks[:-1], list(rows), [in_hbm(w) for w in weights], scales)
+    )(*blocks[:-1], list(rows), weights, scales)
     return results
 
 
