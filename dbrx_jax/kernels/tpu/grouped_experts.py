@@ -377,7 +377,7 @@ def grouped_bytes(x: Float[Array, "N D"], w1: Weight, sizes: Sequence[int]) -> i
     """
     block = block_sizes(x, w1)
     assert block is not None
-    weight_bytes = 3 * (w1.nbytes // w1.shape[0])
+    weight_bytes = 3 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(w1)) // w1.shape[0]
     tiles = [-(-n // ROW_TILE) for n in sizes]
     num_blocks = sum(-(-n // block.tiles) for n in tiles)
     return max(num_blocks, 1) * weight_bytes + 2 * sum(tiles) * ROW_TILE * x.shape[1] * x.dtype.itemsize
