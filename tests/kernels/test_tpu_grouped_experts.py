@@ -143,7 +143,7 @@ def test_published_sizes_have_large_blocks_within_vmem(fmt):
         assert supports(x, w1, v1, w2)
         block = block_sizes(x, w1)
         assert vmem_bytes(x, w1, block) <= 48 << 20
-        if fmt != "int4-32":  # scales take 4 MiB
+        if fmt not in ("int4-32", "int4-64"):  # with few weights to a scale, scales take MiBs
             assert block == BlockSizes(6, 256 if width % 256 == 0 else 128)
         row_bytes = 2 * 512 * experts * 6144 * 2
         want = sum(map(stored_bytes, (w1, v1, w2))) + row_bytes
