@@ -141,12 +141,14 @@ def grouped_experts(
     blocks = row_blocks(sizes.astype(jnp.int32), num_tiles, block.tiles)
     weights, scales = grouped_operands(w1, v1, w2, block)
     weights = weights if interpret else [in_hbm(w) for w in weights]
+    # Results may go over a block's rows, which halves the room that they take together. But XLA keeps arrays that are
+    # aliased in HBM where it had room for both in VMEM, so only those that are in parts are.
     (results,) = pl.pallas_call(
         partial(_kernel, activation=activation, weight_format=WeightFormat.of(w1)),
         out_shape=[[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in rows]],
         grid_spec=grouped_grid(rows, weights, scales, blocks, block, WeightFormat.of(w1)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MAX_VMEM),
-        input_output_aliases={len(blocks) - 1 + i: i for i in range(len(rows))},  # results go over a block's rows
+        input_output_aliases={len(blocks) - 1 + i: i for i in range(len(rows))} if len(rows) > 1 else {},
         interpret=interpret,
         name="grouped_experts",
     )(*blocks[:-1], list(rows), weights, scales)
