@@ -324,6 +324,8 @@ class _Block(NamedTuple):
                     if not is_plain and i == 0 and j == len(accs) - 1:
                         # Each register of packed weights has been unpacked once, so it has arrived. Before that the
                         # slot may still be read: the arrival at a barrier does not wait for loads to finish.
+                        if self.interpreted_values is not None:
+                            plgpu.commit_smem()  # the interpreter finds a race between loads and copies otherwise
                         release(count, num_steps, t.weight_slots, self.weights_free)
             return next_scales
 
