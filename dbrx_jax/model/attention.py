@@ -77,11 +77,11 @@ class Attention(nnx.Module):
         context_shard = partition.axis_index(CONTEXT_AXIS), partition.size(CONTEXT_AXIS)
         cache, fused = swap_layout(cache, platform), None
         if context_shard[1] == 1:
-            pools = cache.key, cache.value
-            fused = write_and_attend(q, k, v, *pools, positions, valid, table, platform, implementation)
+            arguments = q, k, v, cache.key, cache.value, positions, valid, table
+            fused = write_and_attend(*arguments, platform, implementation)
         if fused is not None:
-            partial, *pools = fused
-            cache = LayerCache(*pools)
+            partial, key, value = fused
+            cache = LayerCache(key, value)
         else:
             cache = write_cache(cache, k, v, valid, positions, table, context_shard, platform)
             partial = cached_attention(

@@ -69,8 +69,8 @@ def test_entries_have_each_row_of_each_expert_once(C, N, size, seed):
     random = np.random.default_rng(seed)
     is_used = random.uniform(size=(C, N)) < random.uniform()
     items = jax.tree.map(np.asarray, group_rows(jnp.asarray(is_used), size))
-    assert items.count == sum(-(-int(n) // size) for n in is_used.sum(axis=1))
-    assert np.all(items.rows[items.count :] == N)
+    assert items.number == sum(-(-int(n) // size) for n in is_used.sum(axis=1))
+    assert np.all(items.rows[items.number :] == N)
     for c, n in zip(*np.nonzero(is_used), strict=True):
         assert items.expert[items.entry[c, n]] == c
         assert items.rows[items.entry[c, n], items.slot[c, n]] == n

@@ -129,7 +129,7 @@ def test_grouped_bytes_match_the_grid(sizes, fmt):
     grid = grouped_grid([rows], *weights_and_scales, blocks, block, WeightFormat.of(experts[0]))
     specs, arrays = jax.tree.leaves(grid.in_specs[1:]), jax.tree.leaves(weights_and_scales)
     size = fetched_bytes(specs, arrays, tuple(map(int, grid.grid)), blocks[:3])
-    size += 2 * int(blocks.count.sum()) * ROW_TILE * rows.shape[1] * 2
+    size += 2 * int(blocks.num_tiles.sum()) * ROW_TILE * rows.shape[1] * 2
     # Scales of the down projection are read once for consecutive blocks of an expert.
     assert size == pytest.approx(grouped_bytes(rows, experts[0], sizes), rel=0.02)
 

@@ -15,7 +15,10 @@ ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_ta
 
 def supports(x: Array, expert_weights: ExpertWeights) -> bool:
     """Returns whether the kernels apply experts of these weights, by dtypes; shapes can be any."""
-    return not expert_weights.stacked and matmul.supports(x, *(w for ws in expert_weights for w in ws))
+    if expert_weights.stacked:
+        return False
+    experts = (expert_weights.expert(e) for e in range(expert_weights.num_experts))
+    return matmul.supports(x, *(w for weights in experts for w in weights))
 
 
 def apply_experts(

@@ -1,6 +1,8 @@
 """Loads the native kernels and registers them with JAX, if they were built when the package was installed."""
 
 import functools
+import importlib
+from typing import Any
 
 import jax
 
@@ -9,7 +11,7 @@ import jax
 def instruction_sets() -> tuple[str, ...]:
     """Returns the processor's instruction sets that have kernels, best first; empty if no kernels can be used."""
     try:
-        from dbrx_jax.kernels.cpu import _native
+        _native: Any = importlib.import_module("dbrx_jax.kernels.cpu._native")
     except ImportError:
         return ()
     jax.local_devices(backend="cpu")  # before, JAX would register them later, and fail to start if it refuses them

@@ -32,7 +32,7 @@ def matmul(
     results = [jax.ShapeDtypeStruct((x.shape[0], w.shape[1 - contracted]), dtype) for w in weights]
     call = jax.ffi.ffi_call("dbrx_matmul", results)
     arrays = [a for w in weights for a in buffers(w)]
-    return call(x, *arrays, contracts_rows=contracted == 0, instruction_set=instruction_set)
+    return list(call(x, *arrays, contracts_rows=contracted == 0, instruction_set=instruction_set))
 
 
 def buffers(weight: Weight) -> tuple[Array, ...]:

@@ -186,8 +186,9 @@ def _merge_splits(maximum: Array, total: Array, out: Array) -> tuple[Array, Arra
     else:
         merged_maximum = functools.reduce(jnp.maximum, [maximum[:, :, s] for s in range(splits)])
         scales = [jnp.exp(maximum[:, :, s] - merged_maximum) for s in range(splits)]
-        total = sum(total[:, :, s] * scale for s, scale in enumerate(scales))
-        out = sum(out[:, :, s] * scale[..., None] for s, scale in enumerate(scales))
+        totals = [total[:, :, s] * scale for s, scale in enumerate(scales)]
+        outs = [out[:, :, s] * scale[..., None] for s, scale in enumerate(scales)]
+        total, out = sum(totals[1:], totals[0]), sum(outs[1:], outs[0])
     maximum, total, out = (x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in (merged_maximum, total, out))
     return maximum, total, out
 

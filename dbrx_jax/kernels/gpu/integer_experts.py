@@ -30,7 +30,7 @@ _SHARED_BYTES = 56 * 1024  # shared memory of a thread block's steps, so that th
 
 
 class Items(NamedTuple):
-    """Experts and their rows, in entries of equal size; entries from `count` on are empty.
+    """Experts and their rows, in entries of equal size; entries from `number` on are empty.
 
     Attributes:
       expert: (I,), indices of the list of active experts.
@@ -40,7 +40,7 @@ class Items(NamedTuple):
 
     expert: Int[Array, "I"]
     rows: Int[Array, "I T"]
-    count: Int[Array, ""]
+    number: Int[Array, ""]
     entry: Int[Array, "C N"]
     slot: Int[Array, "C N"]
 
@@ -55,12 +55,12 @@ def group_rows(is_used: Bool[Array, "C N"], size: int) -> Items:
     counts = jnp.sum(is_used, axis=1)
     entries = -(-counts // size)
     ends = jnp.cumsum(entries)
-    number = jnp.arange(C * -(-N // size))
-    expert = jnp.minimum(jnp.sum(number[:, None] >= ends, axis=1), C - 1)
+    numbers = jnp.arange(C * -(-N // size))
+    expert = jnp.minimum(jnp.sum(numbers[:, None] >= ends, axis=1), C - 1)
     first = ends - entries
     rank = jnp.cumsum(is_used, axis=1) - 1
     entry, slot = first[:, None] + rank // size, rank % size
-    here = is_used[expert] & (entry[expert] == number[:, None])  # (I, N)
+    here = is_used[expert] & (entry[expert] == numbers[:, None])  # (I, N)
     places = here[:, None] & (slot[expert][:, None] == jnp.arange(size)[:, None])  # (I, T, N)
     rows = jnp.min(jnp.where(places, jnp.arange(N), N), axis=2)
     return Items(expert, rows, ends[-1], entry, slot)
@@ -104,7 +104,7 @@ def integer_experts(
       fixed: up to ALL_ROWS rows x in fixed point for w1, if they have been rounded.
     """
     C, N = is_used.shape
-    gate, up, down = pack(w1, 1), pack(v1, 1), pack(w2, 0)
+    gate, up, down = (pack(w, c) for w, c in ((w1, 1), (v1, 1), (w2, 0)))
     size = item_rows(N)
     if tiles is None:
         tiles = default_tiles((gate, up), size, C), default_tiles((down,), size, C)
@@ -113,7 +113,7 @@ def integer_experts(
         rows = fixed or fixed_point_rows(lambda row: row, [x[None, None]], size, None, gate, interpret)
     else:
         items = group_rows(is_used, size)
-        num_items, experts, entry, slot = items.count, active[items.expert], items.entry, items.slot
+        num_items, experts, entry, slot = items.number, active[items.expert], items.entry, items.slot
         rows = _gather(to_fixed_point(x), items.rows, gate)
     run = partial(multiply, experts=experts, num_items=num_items, interpret=interpret)
     if C * gate.channels // CHANNELS < FUSED_BLOCKS:

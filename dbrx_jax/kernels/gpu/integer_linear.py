@@ -21,9 +21,9 @@ _STEPS = 4
 
 def supports(x: Any, *weights: Weight) -> bool:
     """Returns whether :func:`integer_linear` supports these shapes and dtypes (arrays or shapes)."""
-    if not all(isinstance(w, QuantizedArray) for w in weights) or x.dtype != jnp.bfloat16:
+    stacked = [_stacked(w) for w in weights if isinstance(w, QuantizedArray)]
+    if len(stacked) < len(weights) or x.dtype != jnp.bfloat16:
         return False
-    stacked = [_stacked(w) for w in weights]
     alike = len({(w.kind, w.group, w.values.shape[2]) for w in stacked}) == 1
     return alike and x.shape[0] <= MAX_ROWS and all(fits(w, 1) for w in stacked)
 

@@ -20,6 +20,7 @@ from dbrx_jax.kernels.gpu.integer_weights import BLOCK, CHANNELS, IntegerWeights
 
 WGMMA = plgpu.Layout.WGMMA  # of accumulators, and of int16 tiles
 _BYTES = plgpu.Layout.WGMMA_8BIT  # of int8 operands: a register has four bytes along the contraction
+_load: Any = plgpu.load  # its signature requires an index before jax 0.11, which does not run these kernels
 _UPPER = 0xF0F0F0F0  # the upper four bits of each byte
 # Byte permutations of two registers, each two int16 (pairs of channels): the low bytes, and the high bytes.
 _CHANNEL_BYTES = (0x6420, 0x7531)
@@ -38,11 +39,11 @@ def load_operands(ref: Any, weight: IntegerWeights, interpret: bool) -> list[lis
     if weight.contracted == 1:
         if not weight.int4:
             return [[(ref,)]]
-        return [[halves] for halves in unpack_int4(plgpu.load(ref, layout=_BYTES), interpret)]
+        return [[halves] for halves in unpack_int4(_load(ref, layout=_BYTES), interpret)]
     size, n = BLOCK if weight.int4 else ref.shape[0], weight.num_inputs
     blocks = []
     for start in range(0, ref.shape[0], size):
-        tile = plgpu.load(ref.at[pl.ds(start, size)].transpose((1, 0)), layout=WGMMA)
+        tile = _load(ref.at[pl.ds(start, size)].transpose((1, 0)), layout=WGMMA)
         parts = split_channels(tile, weight.int4, interpret)
         blocks.append([parts[:n], parts[n:]])
     return blocks
@@ -82,7 +83,8 @@ def split_channels(tile: Array, int4: bool, interpret: bool) -> tuple[Array, ...
         registers = np.array(_registers(array), object).reshape(-1, 2, 2)
         operands: list[Any] = []
         for selection in _CHANNEL_BYTES:
-            merged = [_permute(*registers[k, :, row], selection) for k in range(len(registers)) for row in range(2)]
+            pairs = [registers[k, :, row] for k in range(len(registers)) for row in range(2)]
+            merged = [_permute(first, second, selection) for first, second in pairs]
             operands += _nibbles(merged) if int4 else [merged]
         return tuple(map(_array, operands))
 

@@ -69,8 +69,9 @@ class IntegerWeights:
         return self.bits.shape[1 + self.contracted]
 
 
-def pack(weight: QuantizedArray, contracted: int) -> IntegerWeights:
+def pack(weight: Weight, contracted: int) -> IntegerWeights:
     """Views a stacked int8 or int4 weight as packed, without copying it."""
+    assert isinstance(weight, QuantizedArray)
     bits = pairs(weight.values, jnp.int16) if contracted == 0 else weight.values
     if weight.group is None:
         return IntegerWeights(bits, weight.kind == "int4", contracted, weight.scale.reshape(bits.shape[0], -1))

@@ -112,7 +112,8 @@ def norm_route(
 def _row(ref: Any) -> Array:
     """Returns the first row in float32."""
     shape = ref.shape[1:]
-    return plgpu.load(ref.at[0], layout=row_layout(shape)).astype(jnp.float32)
+    load: Any = plgpu.load  # its signature requires an index before jax 0.11, which does not run this kernel
+    return load(ref.at[0], layout=row_layout(shape)).astype(jnp.float32)
 
 
 def _top_k(logits: list[Array], top_k: int, norm: float | None) -> list[tuple[Array, Array]]:

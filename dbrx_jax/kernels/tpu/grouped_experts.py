@@ -57,13 +57,13 @@ class Blocks(NamedTuple):
     Args:
       expert: the expert of each block.
       first: first row tile.
-      count: number of row tiles.
+      num_tiles: number of row tiles.
       number: number of blocks; at least 1, which may have no tile.
     """
 
     expert: Int[Array, "B"]
     first: Int[Array, "B"]
-    count: Int[Array, "B"]
+    num_tiles: Int[Array, "B"]
     number: Int[Array, ""]
 
 
