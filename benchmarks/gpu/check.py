@@ -18,11 +18,20 @@ from benchmarks.gpu.sizes import FULL, Size, normal, random_model
 from benchmarks.record import ROOT, BenchmarkError
 from dbrx_jax.backend import KERNELS_VARIABLE
 from dbrx_jax.config import DbrxConfig
-from dbrx_jax.kernels.attention import SHORT_SEQUENCE, cached_attention, select_implementation, sequence_attention
+from dbrx_jax.kernels.attention import (
+    SHORT_SEQUENCE,
+    cached_attention,
+    select_implementation,
+    sequence_attention,
+    write_and_attend,
+)
+from dbrx_jax.kernels.dispatch import expert_kernels
 from dbrx_jax.kernels.experts import apply_experts
 from dbrx_jax.model.cache import CACHE_BLOCK, quantize_to_int8
 from dbrx_jax.ops.attention import merge_partial_attention, reference_attention
 from dbrx_jax.ops.experts import ExpertWeights, reference_experts
+from dbrx_jax.ops.norm import layer_norm
+from dbrx_jax.ops.routing import route
 from dbrx_jax.quantization import Format, QuantizedArray, quantize
 from dbrx_jax.sharding.partition import ONE_DEVICE
 
@@ -59,6 +68,27 @@ def experts(size: Size) -> Iterator[Row]:
             out = _apply_experts(x, combine_weights, chosen_experts, weights, config.ffn_act_fn)
             expected = _experts_in_float32(x, combine_weights, chosen_experts, arrays, config.ffn_act_fn)
             yield _row(f"experts, {format}, {tokens} tokens", out, expected)
+    yield from _norm_route(config)
+
+
+def _norm_route(config: DbrxConfig) -> Iterator[Row]:
+    """Yields errors of the kernel of norm and routing, where there is one: of its norm, and of its experts' weights."""
+    kernels, D, E = expert_kernels(ONE_DEVICE.platform), config.d_model, config.moe_num_experts
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, y = (jax.random.normal(key, (4, D), jnp.bfloat16) for key in keys[:2])
+    scale = jax.random.uniform(keys[2], (D,), jnp.bfloat16)
+    router = jax.random.normal(keys[3], (E, D), jnp.bfloat16) * D**-0.5
+    module: Any = None if kernels is None else kernels.norm_route
+    if module is None or not module.supports(x, router, 1):
+        return
+    run = jax.jit(lambda *arrays: module.norm_route(*arrays, jnp.bool_(True), 0, E, E, 1, None))
+    total, normed, _, chosen = run(x, y, scale, router)
+    yield _row("residual of a token", total, (x + y)[:1])
+    expected = layer_norm((x + y)[:1].astype(jnp.float32), scale)
+    yield _row("norm of a token", normed, expected)
+    with jax.default_matmul_precision("highest"):
+        probs = route(expected @ router.astype(jnp.float32).T, E, 1).probs[0]
+    yield _row("weights of a token's experts", chosen.combine_weights[:, 0], probs[chosen.active])
 
 
 @partial(jax.jit, static_argnums=4)
@@ -117,6 +147,25 @@ def _cached_attention(config: DbrxConfig) -> Iterator[Row]:
         expected = _attention_in_float32(q, k, v, jnp.arange(S) <= positions[:, :, None])
         name = f"{implementation} attention, {rows} rows, {tokens} tokens, {'int8' if int8 else 'bfloat16'} cache"
         yield _row(name, merge_partial_attention(part, jnp.float32, ONE_DEVICE), expected)
+        if tokens == 1 and not int8:
+            yield from _token_attention(q, k, v, positions, table, expected, implementation)
+
+
+def _token_attention(
+    q: Any, k: Any, v: Any, positions: Any, table: Any, expected: Any, implementation: str
+) -> Iterator[Row]:
+    """Yields errors of attention that writes its token to the cache, which has NaNs there before, and of the cache."""
+    rows = jnp.arange(len(q))[:, None]
+    new = [x[rows, positions] for x in (k, v)]
+    pools = [_in_blocks(x.at[rows, positions].set(jnp.nan), table) for x in (k, v)]
+    run = jax.jit(partial(write_and_attend, platform=ONE_DEVICE.platform, implementation=implementation))
+    result = run(q, *new, *pools, positions, jnp.ones_like(positions, bool), table)
+    if result is None:  # no kernel does both
+        return
+    part, *written = result
+    yield _row("attention that writes its token", merge_partial_attention(part, jnp.float32, ONE_DEVICE), expected)
+    for what, pool, x in zip(("keys", "values"), written, (k, v), strict=True):
+        yield _row(f"the {what} that it wrote", pool[table], _in_blocks(x, table)[table])
 
 
 def _in_blocks(array: Any, table: Any) -> Any:
