@@ -121,7 +121,7 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
     num_blocks = _num_blocks(bool(interpret))
     scratch = _scratch(weight, tiles, out_dtype, bool(interpret))
 
-    def body(*refs):
+    def grouped_matmul_kernel(*refs):
         (*listed_refs, x_ref, bits_ref), scale_refs = refs[:7], refs[7 : len(operands)]
         index, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         listed = RowTiles(*listed_refs)
@@ -151,7 +151,7 @@ def multiply(rows: Array, weight: PackedWeights, sizes: Array, tiles: GroupedTil
             plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
-        body,
+        grouped_matmul_kernel,
         out_type=jax.ShapeDtypeStruct((num_rows, weight.channels), out_dtype),
         grid=(num_blocks,),
         grid_names=("block",),
