@@ -3,7 +3,7 @@
 struct Float32 {
   static constexpr Kind kFirstKind = Kind::kFloat32;
   static constexpr int kStep = 2 * kLanes;  // inputs of a Unit
-  static constexpr int kMaxRows = kLanes == 16 ? 4 : 2, kSums = kLanes == 16 ? 12 : 4;  // what registers can hold
+  static constexpr int kMaxRows = kLanes / 4, kSums = kLanes;  // what registers can hold
   static constexpr int kInputs = 1, kColumns = kLanes;  // of a Tile
   static constexpr int kTiles = kLanes == 16 ? 16 : 8;  // in registers
 
@@ -11,7 +11,7 @@ struct Float32 {
   struct Unit {
     Floats a, b;  // the first and the second half of kStep inputs, or for int4 the even and the odd ones
   };
-  typedef Unit Sums;
+  typedef Floats Sums;
   struct Tile {
     Floats v[1];  // an input's weights for kColumns outputs
   };
@@ -29,12 +29,12 @@ struct Float32 {
     else return {LoadFloats<kind>(from), LoadFloats<kind>(from + BytesOf(kind, kLanes))};
   }
 
-  static INLINE Sums Zero() { return {Floats{}, Floats{}}; }
-  static INLINE Floats Total(Sums sums) { return sums.a + sums.b; }
+  static INLINE Sums Zero() { return Sums{}; }
+  static INLINE Floats Total(Sums sums) { return sums; }
 
   static INLINE void MultiplyAdd(Sums& sums, Unit w, const float* x) {
-    sums.a += Load<Floats>(x) * w.a;
-    sums.b += Load<Floats>(x + kLanes) * w.b;
+    sums += Load<Floats>(x) * w.a;
+    sums += Load<Floats>(x + kLanes) * w.b;
   }
 
   // `from` is the row of the input, or for int4 that of input and its neighbour.

@@ -128,7 +128,8 @@ void AddBlock(const Weight& w, int64_t c, int64_t end, int64_t m, const Element*
   constexpr int kVectors = Mode::kColumns / kLanes;
   constexpr int input_rows = kind == Kind::kInt4 ? 2 : 1;  // inputs in a row of bytes
   const int64_t row_bytes = InputBytes(kind, w.outputs), valid = w.outputs - m;
-  const bool is_new_line = InputBytes(kind, m) % kLine == 0;
+  // The processor prefetches wider weights itself, and better.
+  const bool is_new_line = kind != Kind::kFloat32 && kind != Kind::kBfloat16 && InputBytes(kind, m) % kLine == 0;
   const int64_t left = (end - c + Mode::kInputs - 1) / Mode::kInputs;
   const int count = is_whole || left > Mode::kTiles ? Mode::kTiles : left;
   Mode::Tile tiles[Mode::kTiles];
