@@ -356,19 +356,11 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ff
   return ffi::Error::Success();
 }
 
+auto Call() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs(); }
 XLA_FFI_DEFINE_HANDLER(kMatmul, Matmul,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<bool>("contracts_rows")
-                           .Attr<std::string_view>("instruction_set"));
+                       Call().RemainingRets().Attr<bool>("contracts_rows").Attr<std::string_view>("instruction_set"));
 XLA_FFI_DEFINE_HANDLER(kExperts, Experts,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .RemainingArgs()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<int32_t>("activation")
+                       Call().Ret<ffi::AnyBuffer>().Attr<int32_t>("activation")
                            .Attr<std::string_view>("instruction_set"));
 
 PyObject* InstructionSetNames(PyObject*, PyObject*) {

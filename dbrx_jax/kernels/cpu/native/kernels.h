@@ -1,6 +1,5 @@
 // Interface of the kernels for small batches, which are compiled once for each instruction set (kernels_*.cc).
-#ifndef DBRX_JAX_KERNELS_CPU_NATIVE_KERNELS_H_
-#define DBRX_JAX_KERNELS_CPU_NATIVE_KERNELS_H_
+#pragma once
 
 #include <stdint.h>
 
@@ -46,5 +45,3 @@ extern const Kernels kAvx512Bfloat16;  // for x in bfloat16, which it multiplies
 #endif
 
 }  // namespace dbrx
-
-#endif  // DBRX_JAX_KERNELS_CPU_NATIVE_KERNELS_H_

@@ -1,17 +1,13 @@
 #include "kernels.h"
-
 #if defined(__x86_64__)
 #include <immintrin.h>
-
 #define DBRX_LANES 8
-
 namespace dbrx {
 namespace {
 #include "common.h"
 #include "float32.h"
 #include "matmul.h"
 }  // namespace
-
 const Kernels kAvx2 = kKernels;
 }  // namespace dbrx
 #endif
