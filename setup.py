@@ -1,5 +1,6 @@
-"""Builds the native kernels for CPUs, if there is a compiler; without them XLA computes the same (docs/cpu.md)."""
+"""Builds the native kernels for CPUs, if there are a compiler and XLA's headers; else XLA computes (docs/cpu.md)."""
 
+import importlib.util
 import platform
 import sys
 from pathlib import Path
@@ -32,10 +33,16 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
 
+def headers() -> list[str]:
+    """Returns the folder of XLA's headers, which are in the jaxlib that the build requires; empty without it."""
+    spec = importlib.util.find_spec("jaxlib")
+    return [f"{folder}/include" for folder in (spec.submodule_search_locations or [] if spec else [])]
+
+
 native = Extension(
     "dbrx_jax.kernels.cpu._native",
     [str(NATIVE / "ffi.cc")],
-    include_dirs=[str(NATIVE)],
+    include_dirs=[str(NATIVE), *headers()],
     depends=[str(path) for path in NATIVE.glob("*.h")],
     extra_compile_args=FLAGS,
     language="c++",
