@@ -2,7 +2,7 @@
 
 # Packages of the extras that errors ask for.
 PACKAGES = {
-    "compile": "'jax[tpu]' jax-cuda13-plugin nvidia-cuda-nvcc nvidia-nvvm",
+    "compile": "'jax[tpu]' jax-cuda13-plugin nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm",
     "gcs": "universal_pathlib gcsfs",
     "hub": "huggingface_hub",
     "serve": "fastapi uvicorn pydantic prometheus-client llguidance",

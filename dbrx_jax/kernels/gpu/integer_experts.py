@@ -149,7 +149,7 @@ def tiles_name(weights: tuple[IntegerWeights, ...], rows: int, experts: int) -> 
     """Returns the key of these products in the table of tile sizes."""
     w, kind = weights[0], "int4" if weights[0].int4 else "int8"
     sizes = (w.num_outputs * w.channels, w.num_inputs * w.depth)
-    return name_of(f"experts_gpu {len(weights)} of {experts}", kind, w.group, sizes, rows)
+    return name_of(f"experts_gpu {len(weights)} of {experts} by {rows}", kind, w.group, sizes, rows)
 
 
 def candidate_tiles(weights: tuple[IntegerWeights, ...], rows: int, experts: int) -> list[IntegerTiles]:
