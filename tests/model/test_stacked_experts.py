@@ -114,7 +114,9 @@ def test_kernels_match_plain_experts(use_kernels_of, kind, axes, quantization, m
     want, tokens = np.asarray(plain(ids)), plain.generate(ids, max_new_tokens=3, eos_token_id=None)
     use_kernels_of(kind)
     kernels, traced = dispatch.expert_kernels("cpu"), []
-    grouped = (kernels.fused, "grouped_experts") if kind == "tpu" else (kernels.grouped, "grouped_matmul")
+    # A part of F that is no multiple of the lanes is too small for the kernel of all three matmuls.
+    is_fused = kind == "tpu" and "tensor" not in (axes or "")
+    grouped = (kernels.fused, "grouped_experts") if is_fused else (kernels.grouped, "grouped_matmul")
     for module, name in ((kernels.decode, "decode_experts"), grouped):
         assert f".kernels.{kind}." in module.__name__
         function = getattr(module, name)
@@ -132,7 +134,7 @@ def test_kernels_match_plain_experts(use_kernels_of, kind, axes, quantization, m
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=3, eos_token_id=None), tokens)
     # Traced once for both layers: the experts of the sequence and of the prompt, and one decode step.
     assert traced.count("decode_experts") == 1
-    assert traced.count(grouped[1]) == 2 * (1 if kind == "tpu" else 3)
+    assert traced.count(grouped[1]) == 2 * (1 if is_fused else 3)
     # One in the chunk and one in the step. The GPU kernel supports only bfloat16.
     assert traced.count("attention") == (2 if kind == "tpu" else 0)
 
