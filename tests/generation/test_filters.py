@@ -88,10 +88,13 @@ def make_filters(options):
 
 
 def kept_by_transformers(logits, options, scale):
-    """Returns which tokens remain, with all limits but top-k multiplied by a number near 1."""
+    """Returns which tokens remain, with all limits but top-k multiplied by a number near 1.
+
+    A limit stays a probability: by a min_p above 1 no token would remain.
+    """
     scores = logits.astype(np.float64)
     for name, value in options.items():
-        scores = OPTIONS[name][0](scores, value if name == "top_k" else value * scale)
+        scores = OPTIONS[name][0](scores, value if name == "top_k" else min(value * scale, 1.0))
     return np.isfinite(scores)
 
 
